@@ -1,0 +1,1 @@
+"""Measurements anyone can run; what was run is in results/."""

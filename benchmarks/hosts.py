@@ -1,0 +1,91 @@
+"""Hosts on one machine: network namespaces on a bridge, each with its own address and a link of a chosen rate.
+
+Needs root and iproute2 (`apt-get install iproute2`).
+"""
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+BURST = "256kb"  # of the rate limit; below 64 kB it does not reach its rate
+
+
+def why_not() -> str | None:
+    """Why hosts cannot be made here, or None."""
+    if os.geteuid() != 0:
+        return "network namespaces need root"
+    if shutil.which("ip") is None or shutil.which("tc") is None:
+        return "ip and tc are not installed (Debian: iproute2)"
+    return None
+
+
+@dataclass(frozen=True)
+class Hosts:
+    """`count` hosts named 0 to count - 1.
+
+    Attributes:
+        prefix: of the namespaces' names.
+        count: how many.
+        subnet: first three numbers of their addresses.
+    """
+
+    prefix: str
+    count: int
+    subnet: str = "10.77.0"
+
+    def address(self, host: int) -> str:
+        """IPv4 address of a host."""
+        return f"{self.subnet}.{10 + host}"
+
+    def command(self, host: int, words: list[str]) -> list[str]:
+        """`words` as a command that runs on a host."""
+        return ["ip", "netns", "exec", f"{self.prefix}-{host}", *words]
+
+    def shape(self, gigabit_per_second: float | None) -> None:
+        """Limit every host's link in both directions, or take the limit away."""
+        for host in range(self.count):
+            for namespace, device in ((f"{self.prefix}-{host}", "eth0"), (f"{self.prefix}-switch", f"p{host}")):
+                in_namespace = ["ip", "netns", "exec", namespace, "tc", "qdisc"]
+                subprocess.run([*in_namespace, "del", "dev", device, "root"], capture_output=True, check=False)
+                if gigabit_per_second is not None:
+                    rate = f"{round(gigabit_per_second * 1000)}mbit"
+                    _run([*in_namespace, "add", "dev", device, "root", "tbf", "rate", rate, "burst", BURST,
+                          "latency", "50ms"])  # fmt: skip
+
+    def received_bytes(self, host: int) -> int:
+        """Bytes that a host's interface has received since it was made, headers included."""
+        return int(_run(self.command(host, ["cat", "/sys/class/net/eth0/statistics/rx_bytes"])))
+
+
+@contextmanager
+def hosts(count: int) -> Iterator[Hosts]:
+    """Make the hosts, and remove them with everything that still runs on them."""
+    made = Hosts(f"moco{os.getpid()}", count)
+    switch = f"{made.prefix}-switch"
+    try:
+        _run(["ip", "netns", "add", switch])
+        _run(["ip", "-n", switch, "link", "add", "br0", "type", "bridge"])
+        _run(["ip", "-n", switch, "link", "set", "br0", "up"])
+        for host in range(count):
+            name = f"{made.prefix}-{host}"
+            _run(["ip", "netns", "add", name])
+            _run(["ip", "link", "add", "eth0", "netns", name, "type", "veth", "peer", "name", f"p{host}",
+                  "netns", switch])  # fmt: skip
+            _run(["ip", "-n", switch, "link", "set", f"p{host}", "master", "br0", "up"])
+            _run(["ip", "-n", name, "link", "set", "lo", "up"])
+            _run(["ip", "-n", name, "addr", "add", f"{made.address(host)}/24", "dev", "eth0"])
+            _run(["ip", "-n", name, "link", "set", "eth0", "up"])
+        yield made
+    finally:
+        for name in [*(f"{made.prefix}-{host}" for host in range(count)), switch]:
+            pids = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True, check=False).stdout
+            for pid in pids.split():
+                subprocess.run(["kill", "-9", pid], capture_output=True, check=False)
+            subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
+
+
+def _run(words: list[str]) -> str:
+    return subprocess.run(words, check=True, capture_output=True, text=True).stdout

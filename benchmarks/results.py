@@ -1,0 +1,57 @@
+"""Where results go, and what they must say: hardware, versions, date, command."""
+
+import datetime
+import json
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moco_dist.tracking import package_versions
+
+FOLDER = Path(__file__).parent / "results"
+
+
+def hardware() -> str:
+    """The processor or GPU, in a few words."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return f"{len(_cpus())} cores of {line.split(':')[1].strip()}"
+    return platform.processor()
+
+
+def write(theme: str, rows: list[dict[str, Any]], **facts: Any) -> Path:
+    """Write results/THEME_HARDWARE_DATE.json; returns its path.
+
+    Args:
+        theme: what was measured: the script's name.
+        rows: the measurements.
+        facts: what else a reader needs to understand them.
+    """
+    date = datetime.datetime.now(datetime.UTC).date().isoformat()
+    result = {
+        "theme": theme,
+        "date": date,
+        "hardware": hardware(),
+        "versions": package_versions(),
+        "command": f"python -m benchmarks.{theme} {' '.join(sys.argv[1:])}".strip(),
+        **facts,
+        "rows": rows,
+    }
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    name = torch.cuda.get_device_name().lower().replace(" ", "-") if kind == "cuda" else f"{len(_cpus())}cores"
+    FOLDER.mkdir(exist_ok=True)
+    path = FOLDER / f"{theme}_{kind}-{name}_{date}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"wrote {path}")
+    return path
+
+
+def _cpus() -> set[int]:
+    import os
+
+    return os.sched_getaffinity(0)

@@ -1,0 +1,1 @@
+"""Start the program on one machine or on many."""

@@ -1,0 +1,319 @@
+"""The schema of every setting: its type, range, unit, default and source in the paper.
+
+One frozen, strict model per command. No torch here, so that `--help` and a wrong flag answer at once.
+Sources: v1 = MoCo (arXiv 1911.05722), v2 = MoCo v2 (arXiv 2003.04297).
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+PositiveInt = Annotated[int, Field(gt=0)]
+
+
+def setting(default: Any, text: str, *, unit: str = "", source: str = "", **limits: Any) -> Any:
+    """A config field: `--help` shows its text, unit, default and source; `limits` are pydantic's (gt, le, ...)."""
+    return Field(default, description=text, json_schema_extra={"unit": unit, "source": source}, **limits)
+
+
+class Section(BaseModel):
+    """A group of settings: unknown keys are errors, and nothing changes after it was read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_not_one(cls, value: Any, info: ValidationInfo) -> Any:
+        """YAML reads `yes` and `on` as booleans, and pydantic would take True for 1."""
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise ValueError(f"{str(value).lower()} is not a value for it")
+        return value
+
+
+class RunConfig(Section):
+    """Where the run lives and what makes it repeatable."""
+
+    dir: Path = setting(..., "folder of the run: resolved config, log, checkpoints, evaluations")
+    seed: int = setting(0, "every random number is a function of (seed, step, sample, view)", ge=0, lt=2**31)
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto takes CUDA where there is a GPU")
+    stop_at_step: int | None = setting(
+        None, "end early, with a checkpoint; schedules stay those of the full run", unit="steps", gt=0
+    )
+
+
+class DataConfig(Section):
+    """Images on disk: a folder of class folders, or one with `train/` and `val/` of them."""
+
+    root: Path = setting(..., "ROOT/train and ROOT/val, or a folder of images alone (then there is no validation set)")
+    image_size: int = setting(224, "side of a crop", unit="pixels", source="v1 sec. 3.3", ge=8, le=1024)
+    loader: Literal["torchvision"] = setting("torchvision", "who decodes and crops")
+    num_workers: int = setting(8, "loader processes per rank; 0 loads in the training process", ge=0, le=256)
+    on_error: Literal["fail", "skip-and-report"] = setting(
+        "fail", "a file that cannot be read ends the run, or its successor takes its place and it is named in the log"
+    )
+    max_samples: int | None = setting(None, "use this many training images, spread evenly over the set", gt=0)
+
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "v1": {
+        "jitter": (0.4, 0.4, 0.4, 0.4),
+        "jitter_probability": 1.0,
+        "blur_probability": 0.0,
+    },
+    "v2": {
+        "jitter": (0.4, 0.4, 0.4, 0.1),
+        "jitter_probability": 0.8,
+        "blur_probability": 0.5,
+    },
+}
+
+
+class AugmentConfig(Section):
+    """How a view is made. `recipe` sets jitter and blur; any of them may be given instead."""
+
+    recipe: Literal["v1", "v2"] = setting("v2", "v1: MoCo's; v2: aug+, with blur", source="v2 sec. 3")
+    crop_scale: tuple[Probability, Probability] = setting(
+        (0.2, 1.0), "random resized crop: range of the share of the area", source="v1 sec. 3.3"
+    )
+    jitter: tuple[
+        Annotated[float, Field(ge=0)],
+        Annotated[float, Field(ge=0)],
+        Annotated[float, Field(ge=0)],
+        Annotated[float, Field(ge=0, le=0.5)],
+    ] = setting((0.4, 0.4, 0.4, 0.1), "strength of brightness, contrast, saturation, hue", source="v2 sec. 3")
+    jitter_probability: Probability = setting(0.8, "share of views with colour jitter", source="v2 sec. 3")
+    grayscale_probability: Probability = setting(0.2, "share of gray views", source="v1 sec. 3.3")
+    blur_probability: Probability = setting(0.5, "share of blurred views", source="v2 sec. 3")
+    blur_sigma: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = setting(
+        (0.1, 2.0), "range of the Gaussian blur's standard deviation", unit="pixels", source="v2 sec. 3"
+    )
+    flip_probability: Probability = setting(0.5, "share of mirrored views", source="v1 sec. 3.3")
+    mean: tuple[float, float, float] = setting((0.485, 0.456, 0.406), "of R, G, B in [0, 1]")
+    std: tuple[float, float, float] = setting((0.229, 0.224, 0.225), "of R, G, B in [0, 1]")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_recipe(cls, given: Any) -> Any:
+        if isinstance(given, dict):
+            return {**RECIPES.get(given.get("recipe", "v2"), {}), **given}
+        return given
+
+    @model_validator(mode="after")
+    def _ranges_are_ordered(self) -> "AugmentConfig":
+        for name in ("crop_scale", "blur_sigma"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high:
+                raise ValueError(f"{name} ({low}, {high}) is not a range; 0 < low <= high is")
+        return self
+
+
+class ModelConfig(Section):
+    """The encoder f: backbone, projection head and its BN groups."""
+
+    arch: Literal["resnet10", "resnet18", "resnet34", "resnet50"] = setting(
+        "resnet50", "torchvision's ResNet (resnet10: one basic block a stage)", source="v1 sec. 3.3"
+    )
+    stem: Literal["imagenet", "cifar"] = setting(
+        "imagenet", "imagenet: 7x7 stride 2 and max-pool; cifar: 3x3 stride 1, for images of about 32 pixels"
+    )
+    head_hidden_dims: tuple[PositiveInt, ...] = setting(
+        (2048,), "hidden sizes of the MLP head, ReLU between; [] is v1's linear head", source="v2 sec. 3"
+    )
+    embedding_dim: PositiveInt = setting(128, "C, size of q and k", source="v1 sec. 3.3")
+    bn_group_size: PositiveInt = setting(
+        32, "samples that share BatchNorm statistics, whatever the number of GPUs (256 over 8 GPUs)",
+        unit="samples", source="v1 sec. 3.3",
+    )
+
+
+class MocoConfig(Section):
+    """The dictionary and the loss."""
+
+    queue_size: int = setting(65536, "K, keys in the queue", unit="keys", source="v1 sec. 3.3", gt=0)
+    momentum: float = setting(0.999, "m, of the key encoder's moving average", source="v1 eq. (2)", ge=0, lt=1)
+    temperature: float = setting(0.2, "tau", source="v2 Table 2; v1 uses 0.07", ge=0.01, le=10)
+
+
+class OptimConfig(Section):
+    """The optimiser and its schedule."""
+
+    epochs: int = setting(200, "length of the schedule", unit="epochs", source="v2 Table 1", gt=0)
+    global_batch_size: PositiveInt = setting(
+        256, "samples of one optimiser step, over all ranks and accumulation steps", unit="samples",
+        source="v1 sec. 3.3",
+    )
+    grad_accum_steps: PositiveInt = setting(1, "micro-batches a rank splits its share of a step into")
+    optimizer: Literal["sgd", "lars"] = setting(
+        "sgd", "lars: for batches of thousands", source="v1 sec. 3.3; LARS: arXiv 1708.03888"
+    )
+    base_lr: float = setting(0.03, "learning rate at batch 256", source="v1 sec. 3.3", gt=0)
+    lr_scaling: Literal["linear", "sqrt", "none"] = setting(
+        "linear", "lr = base_lr x r, x sqrt(r) or x 1, with r = global_batch_size / 256", source="arXiv 1706.02677"
+    )
+    warmup_epochs: float = setting(0.0, "the rate grows linearly from 0, at every step", unit="epochs",
+                                   source="arXiv 1706.02677", ge=0)
+    sgd_momentum: float = setting(0.9, "of SGD and LARS", source="v1 sec. 3.3", ge=0, lt=1)
+    weight_decay: float = setting(
+        1e-4, "sgd: on every parameter; lars: on weights of two dimensions or more", source="v1 sec. 3.3", ge=0
+    )
+    trust_coefficient: float = setting(0.001, "lars: of the layer-wise rate", source="arXiv 1708.03888", gt=0)
+    schedule: Literal["cosine", "step"] = setting("cosine", "of the learning rate", source="v2 sec. 3; v1: step")
+    schedule_unit: Literal["epoch", "step"] = setting(
+        "epoch", "the learning rate changes once an epoch, as published, or at every step"
+    )
+    milestones: tuple[PositiveInt, ...] = setting(
+        (120, 160), "schedule step: epochs at which the rate is multiplied by 0.1", unit="epochs",
+        source="v1 sec. 3.3",
+    )
+    precision: Literal["auto", "fp32", "bf16", "fp16", "fp64"] = setting(
+        "auto", "autocast of the encoders (auto: bf16 on GPUs that have it, fp16 on others, fp32 on CPU); "
+        "embeddings, loss, queue and BN statistics stay fp32. fp64 is for checking the mathematics",
+    )
+
+
+class ShuffleConfig(Section):
+    """How a rank gets the key views of the samples it encodes (shuffled BN)."""
+
+    exchange: Literal["loader", "all_to_all", "all_gather"] = setting(
+        "loader", "loader: each rank loads the key views it encodes, no image crosses the network; all_to_all: every "
+        "image is decoded once and its key crop sent as uint8 to the rank that encodes it; all_gather: every rank "
+        "gets every key view, as is usually done"
+    )
+
+
+class LogConfig(Section):
+    """What is written down and when."""
+
+    every_steps: PositiveInt = setting(50, "one line of the log, and the only synchronisation of host and device",
+                                       unit="steps")
+    knn_every_epochs: int = setting(0, "kNN accuracy on a sample during training; 0 is never", unit="epochs", ge=0)
+    knn_train_samples: PositiveInt = setting(20_000, "images in the kNN's memory during training", unit="samples")
+    knn_val_samples: PositiveInt = setting(5_000, "images classified by the kNN during training", unit="samples")
+
+
+class CheckpointConfig(Section):
+    """The TrainState on disk."""
+
+    every_steps: PositiveInt = setting(5_000, "between checkpoints; one more at the end", unit="steps")
+    keep_last: PositiveInt = setting(2, "older checkpoints are removed")
+
+
+class TrackingConfig(Section):
+    """MLflow on rank 0."""
+
+    backend: Literal["mlflow", "none"] = setting("mlflow", "none: only log.jsonl in the run's folder")
+    uri: str | None = setting(
+        None, "of the tracking server; default: MLFLOW_TRACKING_URI, else sqlite in the folder above the run's"
+    )
+    experiment: str = setting("moco_dist", "name of the MLflow experiment", min_length=1)
+
+
+class PretrainConfig(Section):
+    """`moco-dist pretrain`: MoCo v2, row (d) of Table 1, unless told otherwise."""
+
+    run: RunConfig
+    data: DataConfig
+    augment: AugmentConfig = AugmentConfig()
+    model: ModelConfig = ModelConfig()
+    moco: MocoConfig = MocoConfig()
+    optim: OptimConfig = OptimConfig()
+    shuffle: ShuffleConfig = ShuffleConfig()
+    log: LogConfig = LogConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _sizes_divide(self) -> "PretrainConfig":
+        problems = size_problems(self, world_size=1)
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+
+def size_problems(config: PretrainConfig, world_size: int) -> list[str]:
+    """What does not divide when `config` runs on `world_size` ranks, each with the two nearest sizes that do."""
+    batch, accum = config.optim.global_batch_size, config.optim.grad_accum_steps
+    group, queue = config.model.bn_group_size, config.moco.queue_size
+    unit = world_size * accum * group
+    problems = []
+    if batch % unit:
+        below, above = batch // unit * unit, (batch // unit + 1) * unit
+        allowed = f"{below} and {above} are" if below else f"{above} is the smallest that is"
+        problems.append(
+            f"optim.global_batch_size {batch} is not a multiple of {unit} "
+            f"= {world_size} rank(s) x optim.grad_accum_steps {accum} x model.bn_group_size {group}; {allowed}"
+        )
+    if queue < batch:
+        problems.append(
+            f"moco.queue_size {queue} holds less than one batch (optim.global_batch_size {batch}); "
+            f"{batch} is the smallest that works"
+        )
+    if queue < world_size:
+        problems.append(f"moco.queue_size {queue} is less than one key a rank on {world_size} ranks")
+    return problems
+
+
+ENCODERS = ("trained", "untrained", "pixels")
+Encoders = tuple[Literal["trained", "untrained", "pixels"], ...]
+
+
+class EvalDataConfig(Section):
+    """Images to evaluate on."""
+
+    root: Path | None = setting(None, "ROOT/train and ROOT/val; default: the run's data.root")
+    resize: int | None = setting(
+        None, "short side before the centre crop; default: 8/7 of the crop", unit="pixels", source="v1 sec. 4.1", gt=0
+    )
+    image_size: int | None = setting(None, "centre crop; default: the run's data.image_size", unit="pixels", gt=0)
+    batch_size: PositiveInt = setting(256, "images a rank encodes at once", unit="samples")
+    num_workers: int = setting(8, "loader processes per rank; 0 loads in the main process", ge=0, le=256)
+    on_error: Literal["fail"] = setting("fail", "an evaluation counts every image: a file that cannot be read ends it")
+    max_train_samples: int | None = setting(None, "use this many training images, spread evenly", gt=0)
+    max_val_samples: int | None = setting(None, "use this many validation images, spread evenly", gt=0)
+
+
+class EvalConfig(Section):
+    """What every evaluation shares."""
+
+    run_dir: Path = setting(..., "folder of the pre-training run")
+    encoders: Encoders = setting(
+        ("trained",), "what gives the features: the run's query encoder, the same network before training, or the "
+        "raw pixels of the crop", min_length=1,
+    )
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto takes CUDA where there is a GPU")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = setting("auto", "autocast of the frozen encoder")
+    data: EvalDataConfig = EvalDataConfig()
+    tracking: Literal["mlflow", "none"] = setting("mlflow", "mlflow: a child of the pre-training's run")
+
+
+class KnnConfig(EvalConfig):
+    """`moco-dist knn`: weighted nearest neighbours in the frozen features' cosine distance."""
+
+    neighbours: tuple[PositiveInt, ...] = setting(
+        (10, 20, 100, 200), "k, one accuracy each", source="Wu et al. 2018, arXiv 1805.01978", min_length=1
+    )
+    temperature: float = setting(0.07, "of a neighbour's weight exp(cosine / temperature)", source="arXiv 1805.01978",
+                                 gt=0)
+
+
+class LinearConfig(EvalConfig):
+    """`moco-dist linear`: a linear classifier on the frozen backbone, MoCo's recipe."""
+
+    features: Literal["augmented", "cached"] = setting(
+        "augmented", "augmented: random resized crops and flips through the frozen backbone in every epoch, as "
+        "published; cached: centre crops, encoded once (minutes, and a little lower)",
+    )
+    epochs: PositiveInt = setting(100, "length of the training", unit="epochs", source="v1 sec. 4.1")
+    global_batch_size: PositiveInt = setting(256, "over all ranks", unit="samples", source="v1 sec. 4.1")
+    lr: float = setting(30.0, "at the start, at any batch size", source="v1 sec. 4.1", gt=0)
+    milestones: tuple[PositiveInt, ...] = setting(
+        (60, 80), "epochs at which the rate is multiplied by 0.1", unit="epochs", source="v1 sec. 4.1"
+    )
+    sgd_momentum: float = setting(0.9, "of SGD", source="v1 sec. 4.1", ge=0, lt=1)
+    weight_decay: float = setting(0.0, "of SGD", source="v1 sec. 4.1", ge=0)
+    crop_scale: tuple[Probability, Probability] = setting(
+        (0.08, 1.0), "augmented: random resized crop's range of the share of the area"
+    )
+    seed: int = setting(0, "of the classifier's weights, the order of samples and the crops", ge=0, lt=2**31)

@@ -1,0 +1,193 @@
+"""From a YAML file and `--section.key value` flags to one config, with every mistake reported at once.
+
+argparse shows the help and splits the flags; pydantic checks the values. Flags go over the file, the file over
+the defaults.
+"""
+
+import argparse
+import json
+import textwrap
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from moco_dist.errors import UserError, nearest
+
+Config = TypeVar("Config", bound=BaseModel)
+
+
+def read_config(schema: type[Config], path: Path | None, flags: list[str]) -> Config:
+    """The config of `schema` from the YAML file `path` (if any) with `flags` over it.
+
+    Raises:
+        UserError: one line per mistake (unknown key or flag, wrong type, out of range, sizes that do not fit).
+    """
+    values = read_yaml(path) if path else {}
+    fields = leaf_fields(schema)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for name in fields:
+        parser.add_argument(f"--{name.replace('_', '-')}", dest=name, default=argparse.SUPPRESS)
+    problems = []
+    try:
+        given, unknown = parser.parse_known_args([_normalise(flag) for flag in flags])
+    except argparse.ArgumentError as error:
+        raise UserError(f"{error.argument_name}: {error.message}") from error
+    for before, word in zip([None, *unknown], unknown, strict=False):
+        if word.startswith("--"):
+            name = word.removeprefix("--").split("=")[0].replace("-", "_")
+            problems.append(f"unknown flag {word}{_as_flag(nearest(name, fields))}")
+        elif before is None or not before.startswith("--"):  # the value of an unknown flag is told with the flag
+            problems.append(f"unexpected argument {word!r}; settings are given as --section.key VALUE")
+    for name, text in vars(given).items():
+        value = _value_of(text)
+        is_list = get_origin(fields[name].annotation) is tuple
+        _set(values, name, [value] if is_list and not isinstance(value, list | dict) else value)
+    try:
+        config = schema.model_validate(values)
+    except ValidationError as error:
+        raise UserError("\n".join(problems + _messages(error, schema))) from error
+    if problems:
+        raise UserError("\n".join(problems))
+    return config
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        UserError: the file is missing, unreadable or not a mapping; a missing one names its nearest neighbour.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        siblings = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+        raise UserError(f"config file {path} does not exist{nearest(path.name, siblings)}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"config file {path} cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"config file {path} is not YAML: {' '.join(str(error).split())}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(f"config file {path} holds a {type(values).__name__}; a mapping of settings is expected")
+    return values
+
+
+def to_yaml(config: BaseModel) -> str:
+    """The config as YAML that `read_config` reads back to an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def flatten(config: BaseModel) -> dict[str, Any]:
+    """`{"optim.base_lr": 0.03, ...}`: every setting by its dotted name, as plain JSON values."""
+    flat: dict[str, Any] = {}
+    values = config.model_dump(mode="json")
+    for name in leaf_fields(type(config)):
+        value: Any = values
+        for part in name.split("."):
+            value = value[part]
+        flat[name] = value
+    return flat
+
+
+def leaf_fields(schema: type[BaseModel], prefix: str = "") -> dict[str, FieldInfo]:
+    """Every setting of `schema` by its dotted name, in order."""
+    fields: dict[str, FieldInfo] = {}
+    for name, field in schema.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            fields |= leaf_fields(field.annotation, f"{prefix}{name}.")
+        else:
+            fields[prefix + name] = field
+    return fields
+
+
+def help_text(schema: type[BaseModel]) -> str:
+    """One paragraph per setting: flag, type or choices, what it is, unit, default, source."""
+    lines = []
+    for name, field in leaf_fields(schema).items():
+        extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
+        facts = [f"unit: {extra['unit']}"] if extra.get("unit") else []
+        facts.append("required" if field.is_required() else f"default: {_show(field.default)}")
+        facts += [f"source: {extra['source']}"] if extra.get("source") else []
+        lines.append(f"  --{name.replace('_', '-')} {_type_name(field.annotation)}")
+        text = f"{field.description or ''} [{'; '.join(facts)}]"
+        lines += textwrap.wrap(text, 104, initial_indent=" " * 8, subsequent_indent=" " * 8)
+    return "\n".join(lines)
+
+
+def _normalise(flag: str) -> str:
+    """`--optim.base_lr=1` as `--optim.base-lr=1`: both spellings work."""
+    name, equals, value = flag.partition("=")
+    return name.replace("_", "-") + equals + value if name.startswith("--") else flag
+
+
+def _value_of(text: str) -> Any:
+    """A flag's text as YAML reads it: numbers, true, null, [1, 2]; anything else stays text."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
+def _set(values: dict[str, Any], dotted: str, value: Any) -> None:
+    *sections, key = dotted.split(".")
+    for section in sections:
+        inner = values.get(section)
+        values = values.setdefault(section, {}) if not isinstance(inner, dict) else inner
+        if not isinstance(values, dict):
+            return  # the file gave a plain value where a section is expected: pydantic says so
+    values[key] = value
+
+
+def _as_flag(hint: str) -> str:
+    return hint.replace("did you mean ", "did you mean --").replace("_", "-")
+
+
+def _messages(error: ValidationError, schema: type[BaseModel]) -> list[str]:
+    """One line per pydantic error, in the user's words."""
+    known = leaf_fields(schema)
+    messages = []
+    for item in error.errors():
+        name = ".".join(str(part) for part in item["loc"])
+        kind, given = item["type"], item["input"]
+        if kind == "extra_forbidden":
+            messages.append(f"unknown setting {name}{nearest(name, {*known, *(k.split('.')[0] for k in known)})}")
+        elif kind == "missing":
+            messages += [f"{field} is required" for field in _required_below(name, known)]
+        elif kind == "value_error":
+            lines = str(item["ctx"]["error"]).splitlines() if "ctx" in item else [item["msg"]]
+            messages += [f"{name}: {line}" if name else line for line in lines]
+        elif kind == "literal_error":
+            expected = item["ctx"]["expected"]
+            messages.append(f"{name}: {given!r} is not one of {expected}{nearest(str(given), expected.split(chr(39)))}")
+        else:
+            messages.append(f"{name}: {given!r} {item['msg'].replace('Input should be', 'is not')}")
+    return messages
+
+
+def _required_below(name: str, known: dict[str, FieldInfo]) -> list[str]:
+    below = [field for field, info in known.items() if field.startswith(f"{name}.") and info.is_required()]
+    return below or [name]
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, Path):
+        return str(value)
+    return json.dumps(list(value) if isinstance(value, tuple) else value)
+
+
+def _type_name(annotation: Any) -> str:
+    if annotation in (int, float, str, bool):
+        return {int: "INT", float: "FLOAT", str: "TEXT", bool: "true|false"}[annotation]
+    if annotation is Path:
+        return "PATH"
+    args = [a for a in get_args(annotation) if a is not type(None)]
+    if args and all(isinstance(a, str) for a in args):
+        return "|".join(args)
+    if getattr(annotation, "__origin__", None) is tuple:
+        inner = _type_name(args[0])
+        return f"[{inner}, ...]" if Ellipsis in args else f"[{', '.join(_type_name(a) for a in args)}]"
+    return _type_name(args[0]) if args else "VALUE"

@@ -1,0 +1,1 @@
+"""Who loads what, how it is cropped, and how it is coloured."""

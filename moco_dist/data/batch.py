@@ -1,0 +1,40 @@
+"""What every loader yields: the contract between decoding (host) and colours (device)."""
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class CropBatch:
+    """This rank's share of one step: cropped, flipped, not yet coloured.
+
+    Attributes:
+        view_q, view_k: uint8 (n, 3, S, S), RGB. With `shuffle.exchange: loader` row i of view_k belongs to another
+            sample than row i of view_q; otherwise to the same, and the key crops are still to travel.
+        samples_q, samples_k: int64 (n,), indices into the data set, of the rows of view_q and view_k.
+        colours_q, colours_k: float32 (n, P), photometric parameters (see `augment.COLOURS`) of the views as they
+            will be coloured: after travelling with `all_to_all`, before with `all_gather`.
+        replaced: files that could not be read, with the reason; their successors took their places.
+    """
+
+    view_q: Tensor
+    view_k: Tensor
+    samples_q: Tensor
+    samples_k: Tensor
+    colours_q: Tensor
+    colours_k: Tensor
+    replaced: tuple[str, ...] = ()
+
+    def to(self, device: torch.device) -> "CropBatch":
+        """The batch on `device`; from pinned memory, without waiting for the copy."""
+        return self._map(lambda x: x.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "CropBatch":
+        """The batch in page-locked memory (called by torch's DataLoader)."""
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, function) -> "CropBatch":
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "replaced"}
+        return replace(self, **{name: function(x) for name, x in tensors.items()})

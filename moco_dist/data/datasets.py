@@ -1,0 +1,127 @@
+"""Images on disk: which there are, their classes, and how one is read."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from moco_dist.errors import UserError, nearest
+
+NO_CLASS = -1  # label of an image that lies in no class folder
+
+
+class ImageError(UserError):
+    """An image file that cannot be read; names the file and the reason."""
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """The images below a folder, in the order of their paths.
+
+    Attributes:
+        root: the folder that paths are relative to.
+        paths: N relative paths with `/` between folders, sorted.
+        labels: (N,) int64, indices into `classes`; NO_CLASS for images directly in `root`.
+        classes: names of the folders directly in `root`, sorted.
+    """
+
+    root: Path
+    paths: list[str]
+    labels: NDArray[np.int64]
+    classes: tuple[str, ...]
+
+
+def find_images(root: Path, split: Literal["train", "val"]) -> ImageFolder:
+    """The images of one split: of ROOT/train or ROOT/val, or of ROOT itself for training where it has neither.
+
+    An image's class is the first folder on its way, at any depth below; hidden files and folders are left out.
+    Labels of `val` are those of `train`, even where `val` lacks some of the classes.
+
+    Args:
+        root: the data set's folder.
+        split: `train` or `val`.
+
+    Raises:
+        UserError: there is no such folder, no image in it, or `val` has a class that `train` lacks.
+    """
+    if not root.is_dir():
+        raise UserError(f"data root {root} is not a folder{nearest(root.name, _folder_names(root.parent))}")
+    train, val = root / "train", root / "val"
+    if split == "val" and not val.is_dir():
+        raise UserError(
+            f"{root} has no validation set; one is laid out as {val}/CLASS/IMAGE beside {train}/CLASS/IMAGE"
+        )
+    if split == "train" and not train.is_dir():
+        if val.is_dir():
+            raise UserError(f"{root} has a folder val but none called train{nearest('train', _folder_names(root))}")
+        train = root
+    folder = train if split == "train" else val
+    classes = _folder_names(train if train.is_dir() else val)
+    if split == "val":
+        for name in _folder_names(val):
+            if name not in classes:
+                raise UserError(f"{val} has a class {name} that {train} lacks{nearest(name, classes)}")
+    paths = sorted(_scan(folder))
+    if not paths:
+        raise UserError(f"no image found in {folder}; files called {', '.join(IMG_EXTENSIONS)} count as images")
+    label_of = {name: label for label, name in enumerate(classes)}
+    firsts = (path.partition("/") for path in paths)
+    labels = [label_of[first] if below else NO_CLASS for first, below, _ in firsts]
+    return ImageFolder(folder, paths, np.array(labels, dtype=np.int64), tuple(classes))
+
+
+def subset(folder: ImageFolder, max_samples: int | None) -> ImageFolder:
+    """`max_samples` images spread evenly over the sorted paths, so about the same share of every class; None: all."""
+    total = len(folder.paths)
+    if max_samples is None or max_samples >= total:
+        return folder
+    chosen = np.arange(max_samples) * total // max_samples
+    return ImageFolder(folder.root, [folder.paths[i] for i in chosen], folder.labels[chosen], folder.classes)
+
+
+def read_image(path: Path) -> Image.Image:
+    """The whole image as RGB, converted as torchvision's default loader does.
+
+    Raises:
+        ImageError: the file is missing, empty, truncated, damaged, or larger than PIL's limit (an attack's sign).
+    """
+    try:
+        with path.open("rb") as file:
+            return Image.open(file).convert("RGB")
+    except Exception as error:  # on damaged files PIL's decoders raise anything from OSError to struct.error
+        raise ImageError(f"cannot read image {path}: {_reason(path, error)}") from error
+
+
+def _reason(path: Path, error: Exception) -> str:
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "not an image" if path.stat().st_size else "the file is empty"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror.lower()
+    return str(error) or type(error).__name__
+
+
+def _folder_names(folder: Path) -> list[str]:
+    """Sorted names of the visible folders in `folder`; none where it does not exist."""
+    if not folder.is_dir():
+        return []
+    with os.scandir(folder) as entries:
+        return sorted(entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir())
+
+
+def _scan(folder: Path, prefix: str = "") -> list[str]:
+    """Paths of all images below `folder`. An image is known by its name, without asking the file system for it."""
+    found: list[str] = []
+    with os.scandir(folder / prefix) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.name.lower().endswith(IMG_EXTENSIONS):
+                found.append(prefix + entry.name)
+            elif entry.is_dir():
+                found += _scan(folder, f"{prefix}{entry.name}/")
+    return found

@@ -1,0 +1,32 @@
+"""Pairs of views for eyes."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moco_dist.config import PretrainConfig
+from moco_dist.data.augment import apply_colours
+from moco_dist.data.batch import CropBatch
+from moco_dist.data.datasets import find_images, subset
+from moco_dist.data.plan import Plan
+from moco_dist.data.torchvision_loader import ViewSteps
+from moco_dist.distributed.world import World
+
+
+def view_pairs(config: PretrainConfig, count: int, step: int = 0) -> Tensor:
+    """The first `count` pairs of views of a step, as the encoders see them, de-normalised.
+
+    Returns:
+        uint8 (count, 2, 3, S, S): query view and key view of the same sample.
+    """
+    folder = subset(find_images(config.data.root, "train"), config.data.max_samples)
+    plan = Plan(len(folder.paths), min(count, len(folder.paths)), config.run.seed)
+    batch: CropBatch = ViewSteps(folder, config, plan, World())[step]
+    home = torch.from_numpy(np.argsort(plan.key_permutation(step)))
+    mean = torch.tensor(config.augment.mean)[:, None, None]
+    std = torch.tensor(config.augment.std)[:, None, None]
+    views = [
+        apply_colours(view, colours, config.augment) * std + mean
+        for view, colours in ((batch.view_q, batch.colours_q), (batch.view_k[home], batch.colours_k[home]))
+    ]
+    return (torch.stack(views, dim=1) * 255).round().clamp(0, 255).to(torch.uint8)

@@ -1,0 +1,119 @@
+"""The only module that calls collectives; each is the identity in a world of one.
+
+Bytes are what one rank receives, for a tensor of `n` bytes a rank and W ranks. Gradients are all-reduced by the
+engine (DDP), which is not here.
+"""
+
+import contextlib
+import datetime
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard, init_device_mesh
+
+from moco_dist.distributed.world import World
+
+
+@contextlib.contextmanager
+def process_group(world: World, timeout_seconds: float = 600) -> Iterator[None]:
+    """The default process group (NCCL on GPUs, gloo on CPU) for the length of a `with`; none in a world of one."""
+    if world.world_size == 1 or dist.is_initialized():
+        yield
+        return
+    device = torch.device(world.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        rank=world.rank,
+        world_size=world.world_size,
+        timeout=datetime.timedelta(seconds=timeout_seconds),
+    )
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def all_gather(x: Tensor, world: World) -> Tensor:
+    """The ranks' tensors of shape (n, ...) as one of (W·n, ...), in rank order. Receives (W - 1) n bytes."""
+    if world.world_size == 1:
+        return x
+    out = x.new_empty((world.world_size * x.shape[0], *x.shape[1:]))
+    dist.all_gather(list(out.chunk(world.world_size)), x.contiguous())
+    return out
+
+
+def reduce_scatter_sum(x: Tensor, world: World) -> Tensor:
+    """Rank r's slice of the sum over ranks: (W·n, ...) to (n, ...). Receives (W - 1)/W of x's bytes."""
+    if world.world_size == 1:
+        return x
+    out = x.new_empty((x.shape[0] // world.world_size, *x.shape[1:]))
+    dist.reduce_scatter_tensor(out, x.contiguous())
+    return out
+
+
+def all_reduce_sum(x: Tensor, world: World) -> Tensor:
+    """The sum over ranks, on every rank. Receives 2 (W - 1)/W of x's bytes (ring)."""
+    if world.world_size == 1:
+        return x
+    out = x.clone()
+    dist.all_reduce(out)
+    return out
+
+
+def gather_uneven(x: Tensor, world: World) -> Tensor:
+    """Like `all_gather` where ranks hold different first sizes, 0 too. Receives (W - 1) times the largest."""
+    if world.world_size == 1:
+        return x
+    sizes = all_gather(torch.tensor([x.shape[0]], device=x.device), world).tolist()
+    padded = x.new_zeros((max(sizes), *x.shape[1:]))
+    padded[: x.shape[0]] = x
+    gathered = all_gather(padded, world).chunk(world.world_size)
+    return torch.cat([part[:size] for part, size in zip(gathered, sizes, strict=True)])
+
+
+def all_to_all_rows(x: Tensor, send_counts: list[int], receive_counts: list[int], world: World) -> Tensor:
+    """Rows to the ranks they are for: the first send_counts[0] of x to rank 0, and so on; in rank order of senders.
+
+    Receives the bytes of the rows that other ranks send.
+    """
+    if world.world_size == 1:
+        return x
+    out = x.new_empty((sum(receive_counts), *x.shape[1:]))
+    dist.all_to_all_single(out, x.contiguous(), receive_counts, send_counts)
+    return out
+
+
+def gather_texts(text: str, world: World) -> list[str]:
+    """Every rank's text, on every rank. Receives a few times its bytes; for the start of a run."""
+    raw = torch.tensor(list(text.encode()), dtype=torch.uint8, device=world.device)
+    sizes = all_gather(torch.tensor([len(raw)], device=world.device), world).tolist()
+    return [bytes(part.tolist()).decode() for part in gather_uneven(raw, world).split(sizes)]
+
+
+def barrier(world: World) -> None:
+    """Every rank waits for the last."""
+    if world.world_size > 1:
+        dist.barrier()
+
+
+def as_sharded(shard: Tensor, total_rows: int, world: World) -> Tensor:
+    """Rank r's rows of a (total_rows, ...) tensor as one DTensor that torch.distributed.checkpoint understands.
+
+    No bytes. The rows are those of `shard_bounds`.
+    """
+    if world.world_size == 1:
+        return shard
+    mesh = init_device_mesh(torch.device(world.device).type, (world.world_size,))
+    shape = torch.Size((total_rows, *shard.shape[1:]))
+    return DTensor.from_local(shard, mesh, [Shard(0)], shape=shape, stride=shard.stride(), run_check=False)
+
+
+def shard_bounds(total_rows: int, world: World) -> tuple[int, int]:
+    """First and past-last global row of this rank's shard: equal chunks, the last ones smaller (DTensor's rule)."""
+    rows = -(-total_rows // world.world_size)
+    start = min(world.rank * rows, total_rows)
+    return start, min(start + rows, total_rows)

@@ -1,0 +1,84 @@
+"""Where this process stands among the others, as a plain value."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from moco_dist.errors import UserError
+
+
+@dataclass(frozen=True)
+class World:
+    """One process's place. Every function of it can be tested for 64 ranks without starting one.
+
+    Attributes:
+        rank: of this process among all, 0 to world_size - 1.
+        local_rank: of this process on its host; the index of its GPU.
+        world_size: processes in all.
+        local_world_size: processes on this host.
+        device: `cpu` or `cuda:LOCAL_RANK`.
+    """
+
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+    local_world_size: int = 1
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.rank < self.world_size and 0 <= self.local_rank < self.local_world_size):
+            raise UserError(
+                f"rank {self.rank} of {self.world_size} (local {self.local_rank} of {self.local_world_size}) "
+                "is not a place in a world; start with torchrun, or set all of RANK, WORLD_SIZE, LOCAL_RANK, "
+                "LOCAL_WORLD_SIZE"
+            )
+
+    @property
+    def num_nodes(self) -> int:
+        """Hosts, each with local_world_size processes."""
+        return self.world_size // self.local_world_size
+
+    @property
+    def is_main(self) -> bool:
+        """Rank 0: the one that writes files and talks to people."""
+        return self.rank == 0
+
+
+def world_from_env(device: str = "auto", env: Mapping[str, str] = os.environ) -> World:
+    """The World that torchrun (or any launcher that sets its variables) describes; a world of one without them.
+
+    Args:
+        device: `auto` (CUDA where there is a GPU), `cpu` or `cuda`.
+        env: the environment to read RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE from.
+
+    Raises:
+        UserError: a variable is not a number, or there is no GPU for this rank.
+    """
+
+    def number(name: str, default: int) -> int:
+        text = env.get(name, str(default))
+        if not text.isdecimal():
+            raise UserError(f"environment variable {name} is {text!r}; a number is expected")
+        return int(text)
+
+    local_rank = number("LOCAL_RANK", 0)
+    world_size = number("WORLD_SIZE", 1)
+    if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
+        found = torch.cuda.device_count()
+        if local_rank >= found:
+            raise UserError(
+                f"local rank {local_rank} has no GPU: {found} found; start {found or 'no'} process(es) per host, "
+                "or use device cpu"
+            )
+        device = f"cuda:{local_rank}"
+    else:
+        device = "cpu"
+    return World(
+        rank=number("RANK", 0),
+        local_rank=local_rank,
+        world_size=world_size,
+        local_world_size=number("LOCAL_WORLD_SIZE", world_size),
+        device=device,
+    )

@@ -1,0 +1,134 @@
+"""Features of images, encoded once: kept on disk in chunks, so that what was interrupted goes on where it was.
+
+A chunk is CHUNK_SAMPLES consecutive images whatever the number of ranks, in RUN/eval/features/KEY/. KEY is a hash of
+everything that features depend on, so another checkpoint, crop or subset has its own folder, and nothing is ever
+out of date but images that were changed under the same name. The folder has to be one that all ranks see.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from moco_dist.data.datasets import ImageFolder
+from moco_dist.data.torchvision_loader import eval_batches
+from moco_dist.distributed.world import World
+from moco_dist.evaluate.subject import Evaluation, FrozenEncoder, digest, write_atomically
+
+CHUNK_SAMPLES = 512
+
+
+@dataclass(frozen=True)
+class Features:
+    """This rank's share of the features of a split: whole chunks, on some ranks maybe none.
+
+    Attributes:
+        values: float32 (n, D).
+        labels: int64 (n,).
+        rows: int64 (n,), their numbers in the split.
+        total: rows over all ranks.
+    """
+
+    values: Tensor
+    labels: Tensor
+    rows: Tensor
+    total: int
+
+    def to(self, device: str) -> "Features":
+        """The same on `device`."""
+        return Features(self.values.to(device), self.labels.to(device), self.rows.to(device), self.total)
+
+
+def extract(
+    evaluation: Evaluation, encoder: FrozenEncoder, split: Literal["train", "val"], keep: bool = True
+) -> Features:
+    """Features of a split's centre crops, on the CPU. Each rank encodes its chunks, and no image is encoded twice.
+
+    Args:
+        evaluation: settings and images.
+        encoder: what gives the features.
+        split: which images.
+        keep: write chunks to RUN/eval/features, and read those that are there.
+    """
+    folder = evaluation.train if split == "train" else evaluation.val
+    chunks = own_chunks(len(folder.paths), evaluation.world)
+    rows = torch.cat([torch.empty(0, dtype=torch.int64), *(torch.arange(c.start, c.stop) for c in chunks)])
+    values = torch.empty(len(rows), encoder.dim)
+    places = dict(zip(chunks, values.split([len(chunk) for chunk in chunks]), strict=True))
+    cache = evaluation.config.run_dir / "eval" / "features" / _key(evaluation, encoder, split, folder) if keep else None
+
+    missing = [chunk for chunk in chunks if cache is None or not _read(_path(cache, chunk), places[chunk])]
+    for chunk, encoded in zip(missing, _encode(evaluation, encoder, folder, missing), strict=True):
+        places[chunk].copy_(encoded)
+        if cache is not None:
+            write_atomically(_path(cache, chunk), safetensors.torch.save({"features": encoded.contiguous()}))
+    return Features(values, torch.from_numpy(folder.labels)[rows], rows, len(folder.paths))
+
+
+def own_chunks(total: int, world: World) -> list[range]:
+    """This rank's chunks, as ranges of rows. Ranks take turns: what an interruption left is shared by all, too."""
+    starts = range(world.rank * CHUNK_SAMPLES, total, world.world_size * CHUNK_SAMPLES)
+    return [range(start, min(start + CHUNK_SAMPLES, total)) for start in starts]
+
+
+def _encode(
+    evaluation: Evaluation, encoder: FrozenEncoder, folder: ImageFolder, chunks: list[range]
+) -> Iterator[Tensor]:
+    """The features of each chunk, by one loader over all of them."""
+    if not chunks:
+        return
+    samples = np.concatenate([np.arange(chunk.start, chunk.stop) for chunk in chunks])
+    batches = eval_batches(
+        folder, samples, evaluation.config.data, evaluation.resize, evaluation.crop, evaluation.world
+    )
+    waiting = torch.empty(0, encoder.dim)
+    # On rank 0, where somebody watches.
+    with tqdm(total=len(samples), unit="image", disable=None if evaluation.world.is_main else True, leave=False) as bar:
+        for chunk in chunks:
+            while len(waiting) < len(chunk):
+                views, _ = next(batches)
+                waiting = torch.cat([waiting, encoder(views).cpu()])
+                bar.update(len(views))
+            yield waiting[: len(chunk)]
+            waiting = waiting[len(chunk) :]
+
+
+def _key(evaluation: Evaluation, encoder: FrozenEncoder, split: str, folder: ImageFolder) -> str:
+    facts = {
+        "encoder": encoder.name,
+        "weights": digest(encoder.module),
+        "model": evaluation.pretrain.model.model_dump(mode="json"),
+        "normalisation": [evaluation.pretrain.augment.mean, evaluation.pretrain.augment.std],
+        "dtype": str(encoder.dtype),
+        "images": str(folder.root.resolve()),
+        "split": split,
+        "paths": hashlib.sha256("\n".join(folder.paths).encode()).hexdigest(),
+        "size": [evaluation.resize, evaluation.crop],
+        "chunk": CHUNK_SAMPLES,
+    }
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+
+def _path(cache: Path, chunk: range) -> Path:
+    return cache / f"{chunk.start:09d}.safetensors"
+
+
+def _read(path: Path, place: Tensor) -> bool:
+    """Fill `place` with a chunk; False where it is missing or damaged."""
+    try:
+        features = safetensors.torch.load_file(path)["features"]
+    except (FileNotFoundError, KeyError, safetensors.SafetensorError):
+        return False
+    if features.shape != place.shape:
+        return False
+    place.copy_(features)
+    return True

@@ -1,0 +1,252 @@
+"""What an evaluation is about: the run, labelled images, and the frozen encoder of the run or of a baseline."""
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moco_dist import checkpoint
+from moco_dist.config import EvalConfig, PretrainConfig
+from moco_dist.config_source import read_config
+from moco_dist.data.datasets import NO_CLASS, ImageFolder, find_images, subset
+from moco_dist.data.torchvision_loader import eval_batches
+from moco_dist.distributed.collectives import all_gather
+from moco_dist.distributed.world import World
+from moco_dist.errors import UserError
+from moco_dist.method.batch_norm import GroupedBatchNorm2d, running_statistics
+from moco_dist.method.encoder import build_encoder
+from moco_dist.method.precision import autocast, compute_dtype
+
+CALIBRATION_SAMPLES = 512  # training images that give the untrained network its BatchNorm statistics
+MAX_PIXEL_SIDE = 32
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluation's settings, resolved.
+
+    Attributes:
+        config: settings of the evaluation.
+        pretrain: settings of the run.
+        train, val: images with classes.
+        resize, crop: short side before the centre crop, and the crop's side, in pixels.
+        dtype: what the encoder computes in.
+        world: this process.
+    """
+
+    config: EvalConfig
+    pretrain: PretrainConfig
+    train: ImageFolder
+    val: ImageFolder
+    resize: int
+    crop: int
+    dtype: torch.dtype
+    world: World
+
+
+@dataclass(frozen=True)
+class FrozenEncoder:
+    """uint8 images to float32 features, without gradient.
+
+    Attributes:
+        name: trained, untrained or pixels.
+        step: optimiser steps behind it.
+        module: normalised images to features.
+        dim: D, size of a feature.
+        pretrain: settings of the run, for the pixels' mean and std.
+        dtype: what it computes in.
+        device: where.
+    """
+
+    name: str
+    step: int
+    module: nn.Module
+    dim: int
+    pretrain: PretrainConfig
+    dtype: torch.dtype
+    device: str
+
+    @torch.no_grad()
+    def __call__(self, views: Tensor) -> Tensor:
+        """uint8 (N, 3, S, S) to float32 (N, D) on the device."""
+        weights_dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
+        x = views.to(self.device, non_blocking=True).to(weights_dtype).div_(255)
+        mean, std = (x.new_tensor(v)[:, None, None] for v in (self.pretrain.augment.mean, self.pretrain.augment.std))
+        with autocast(self.dtype, self.device):
+            return self.module(x.sub_(mean).div_(std)).float()
+
+
+class Pixels(nn.Module):
+    """The image itself as features: flattened, averaged down to at most 32 x 32 pixels, divided by sqrt(D).
+
+    The average keeps features of large crops at a size that can be stored; the division keeps a feature's squared
+    length near 1 whatever D, so that one learning rate serves. Cosines do not change by it.
+    """
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(N, 3, S, S) to (N, D)."""
+        if images.shape[-1] > MAX_PIXEL_SIDE:
+            images = F.adaptive_avg_pool2d(images, MAX_PIXEL_SIDE)
+        return images.flatten(1) / math.sqrt(images[0].numel())
+
+
+def open_evaluation(config: EvalConfig, world: World) -> Evaluation:
+    """The run's settings and the images to evaluate on.
+
+    Raises:
+        UserError: there is no run, no validation set, or images without a class.
+    """
+    if not (config.run_dir / "config.yaml").is_file():
+        raise UserError(f"run_dir {config.run_dir} is not the folder of a run: it has no config.yaml")
+    pretrain = read_config(PretrainConfig, config.run_dir / "config.yaml", [])
+    data = config.data
+    train, val = labelled_images(data.root or pretrain.data.root, data.max_train_samples, data.max_val_samples)
+    crop = data.image_size or pretrain.data.image_size
+    dtype = compute_dtype(config.precision, world.device)
+    return Evaluation(config, pretrain, train, val, data.resize or round(crop * 8 / 7), crop, dtype, world)
+
+
+def labelled_images(root: Path, max_train: int | None, max_val: int | None) -> tuple[ImageFolder, ImageFolder]:
+    """Training and validation images of ROOT, at most so many of each.
+
+    Raises:
+        UserError: there is no validation set, or images without a class.
+    """
+    train, val = find_images(root, "train"), find_images(root, "val")
+    for folder in (train, val):
+        without = np.flatnonzero(folder.labels == NO_CLASS)
+        if len(without):
+            raise UserError(
+                f"{len(without)} of {len(folder.paths)} images in {folder.root} have no class "
+                f"({folder.paths[without[0]]}); an evaluation needs {folder.root}/CLASS/IMAGE"
+            )
+    return subset(train, max_train), subset(val, max_val)
+
+
+def frozen_encoder(evaluation: Evaluation, name: str) -> FrozenEncoder:
+    """The encoder of one of the config's `encoders`: trained, untrained or pixels.
+
+    `untrained` is the run's network with the weights of step 0. Its BatchNorm statistics are those of training images,
+    as the trained one's are: with the initial 0 and 1 it would be a worse baseline than it is.
+
+    Raises:
+        UserError: the run has no checkpoint, or ranks see different ones.
+    """
+    pretrain, world = evaluation.pretrain, evaluation.world
+    if name == "pixels":
+        dim = 3 * min(evaluation.crop, MAX_PIXEL_SIDE) ** 2
+        return FrozenEncoder(name, 0, Pixels(), dim, pretrain, torch.float32, world.device)
+    encoder = build_encoder(pretrain.model, pretrain.run.seed)
+    step = 0
+    if name == "trained":
+        step = checkpoint.load_query_encoder(encoder, checkpoint.latest(evaluation.config.run_dir))
+        if len(steps := all_gather(torch.tensor([step], device=world.device), world).unique()) > 1:
+            raise UserError(f"ranks see different newest checkpoints, of steps {steps.tolist()}; is the run going on?")
+    found = _of_backbone(name, step, encoder.to(world.device), evaluation)
+    if name == "untrained":
+        _calibrate(found, evaluation)
+    return found
+
+
+def frozen_copy(encoder: nn.Module, step: int, evaluation: Evaluation) -> FrozenEncoder:
+    """A query encoder in the middle of its training, with running statistics averaged over ranks. Called by all."""
+    weights_dtype = next(encoder.parameters()).dtype
+    copy = build_encoder(evaluation.pretrain.model, 0).to(evaluation.world.device, weights_dtype)
+    copy.load_state_dict({**encoder.state_dict(), **checkpoint.averaged(encoder, evaluation.world)})
+    return _of_backbone("trained", step, copy, evaluation)
+
+
+def _of_backbone(name: str, step: int, encoder: nn.Module, evaluation: Evaluation) -> FrozenEncoder:
+    backbone, dim = encoder.get_submodule("backbone"), int(encoder.feature_dim)  # type: ignore[arg-type]
+    backbone.eval().requires_grad_(False)
+    return FrozenEncoder(name, step, backbone, dim, evaluation.pretrain, evaluation.dtype, evaluation.world.device)
+
+
+def _calibrate(encoder: FrozenEncoder, evaluation: Evaluation) -> None:
+    """Set BatchNorm statistics to the mean over BN groups of centre crops, drawn from the training images."""
+    world, group_size = evaluation.world, evaluation.pretrain.model.bn_group_size
+    num_groups = -(-CALIBRATION_SAMPLES // group_size)
+    order = np.random.default_rng([3, evaluation.pretrain.run.seed]).permutation(len(evaluation.train.paths))
+    samples = np.resize(order, num_groups * group_size)
+    data = evaluation.config.data.model_copy(update={"batch_size": group_size})
+    norms = [m for m in encoder.module.modules() if isinstance(m, GroupedBatchNorm2d)]
+    encoder.module.train()
+    batches = eval_batches(evaluation.train, samples, data, evaluation.resize, evaluation.crop, world)
+    for i, (views, _) in enumerate(batches):
+        for norm in norms:
+            norm.momentum = 1 / (i + 1)
+        encoder(views)
+    encoder.module.eval()
+    for buffer in running_statistics(encoder.module).values():
+        buffer.copy_(all_gather(buffer[None], world)[0])  # rank 0's, should GPUs round differently
+
+
+@contextlib.contextmanager
+def frozen(encoder: FrozenEncoder) -> Iterator[None]:
+    """Check that the encoder comes out of a `with` as it went in: weights and BatchNorm statistics, bit by bit.
+
+    Raises:
+        RuntimeError: it does not.
+    """
+    before = digest(encoder.module)
+    yield
+    if digest(encoder.module) != before:
+        raise RuntimeError(f"the {encoder.name} encoder changed while it was evaluated; its results mean nothing")
+
+
+def digest(module: nn.Module) -> str:
+    """SHA-256 of every parameter and buffer: name, shape, dtype and bits."""
+    sha = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        sha.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        sha.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return sha.hexdigest()
+
+
+def write_result(
+    evaluation: Evaluation, kind: str, encoder: FrozenEncoder, accuracy: dict[str, float], seconds: float, **more: Any
+) -> dict[str, Any]:
+    """Write RUN/eval/KIND_ENCODER.json on rank 0.
+
+    Args:
+        evaluation: settings.
+        kind: knn or linear.
+        encoder: what was evaluated.
+        accuracy: percent, by name.
+        seconds: wall-clock time of the whole evaluation.
+        more: further entries.
+
+    Returns:
+        what was written, on every rank.
+    """
+    result = {
+        "encoder": encoder.name,
+        "step": encoder.step,
+        "num_train": len(evaluation.train.paths),
+        "num_val": len(evaluation.val.paths),
+        "accuracy": accuracy,
+        "seconds": round(seconds, 2),
+        **more,
+    }
+    if evaluation.world.is_main:
+        path = evaluation.config.run_dir / "eval" / f"{kind}_{encoder.name}.json"
+        write_atomically(path, json.dumps(result, indent=1).encode())
+    return result
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file that is complete whenever it is there; makes its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_bytes(content)
+    os.replace(partial, path)

@@ -1,0 +1,1 @@
+"""What the method computes: encoder, batch norm, queue, loss, momentum."""

@@ -1,0 +1,22 @@
+"""Which dtype the encoders compute in."""
+
+import contextlib
+
+import torch
+
+
+def compute_dtype(precision: str, device: str) -> torch.dtype:
+    """The dtype of `optim.precision`; `auto` is bf16 on GPUs that have it, fp16 on others, fp32 on the CPU."""
+    if precision == "auto":
+        if device == "cpu":
+            return torch.float32
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    names = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+    return names[precision]
+
+
+def autocast(dtype: torch.dtype, device: str) -> contextlib.AbstractContextManager:
+    """Autocast to a 16-bit dtype; nothing for the others, whose weights have that dtype themselves."""
+    if dtype in (torch.float32, torch.float64):
+        return contextlib.nullcontext()
+    return torch.autocast(torch.device(device).type, dtype)

@@ -1,0 +1,326 @@
+"""What a run came to: an accuracy table as text, and one self-contained page with curves and pictures.
+
+Reads the run's folder and evaluates nothing: log.jsonl, config.yaml and eval/*.json are all it knows. matplotlib and
+jinja2 are imported where they are used, so that a training does not wait for them.
+"""
+
+import base64
+import io
+import json
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from moco_dist.config import DataConfig, PretrainConfig, RunConfig
+from moco_dist.config_source import flatten, leaf_fields, read_config
+from moco_dist.tracking import package_versions, without_credentials
+
+ROWS = {"pixels": "raw pixels", "untrained": "untrained", "trained": "pre-trained"}
+EVALUATIONS = {"knn": "kNN", "linear": "linear"}
+MISSING = "–"
+THUMBNAIL_PIXELS = 128
+# Mid-tones that can be read on white and on black.
+GRAY, COLOURS = "#808080", ("#2f86c9", "#d9822b", "#3a9d5d")
+
+
+@dataclass(frozen=True)
+class NeighbourRow:
+    """A test image and the training images nearest to it in the features, nearest first.
+
+    Attributes:
+        query: file of the test image.
+        query_label: its class.
+        neighbours: files of the training images.
+        neighbour_labels: their classes.
+    """
+
+    query: Path
+    query_label: str
+    neighbours: tuple[Path, ...]
+    neighbour_labels: tuple[str, ...]
+
+
+class Picture(NamedTuple):
+    """An image inside the page: a data URI (None: the file cannot be read), what it shows, and a line below it."""
+
+    uri: str | None
+    alt: str
+    caption: str = ""
+
+
+class AccuracyTable(NamedTuple):
+    """Heads of the columns, rows of a label and cells, and notes; everything as it is shown."""
+
+    heads: list[str]
+    rows: list[tuple[str, list[str]]]
+    notes: list[str]
+
+
+def accuracy_table(run_dir: Path) -> str:
+    """Top-1 accuracy of raw pixels, the untrained and the pre-trained encoder by kNN and linear evaluation, as text.
+
+    `–` where not evaluated; below it, what pre-training added. Percent, of the images that the notes name.
+    """
+    table = _accuracies(run_dir)
+    left = max(len(label) for label, _ in table.rows)
+    widths = [max(len(head), 8) for head in table.heads]
+
+    def line(label: str, cells: list[str]) -> str:
+        return "  ".join([label.ljust(left), *(c.rjust(w) for c, w in zip(cells, widths, strict=True))])
+
+    *accuracies, gain = [line(label, cells) for label, cells in table.rows]
+    rule = "-" * len(gain)
+    return "\n".join([line("", table.heads), *accuracies, rule, gain, *table.notes])
+
+
+def write_report(run_dir: Path, view_pairs: Tensor | None = None, neighbours: list[NeighbourRow] | None = None) -> Path:
+    """Write RUN/report/index.html: one file that needs no other, no network and no script.
+
+    Args:
+        run_dir: RUN; only config.yaml has to be there.
+        view_pairs: (N, 2, 3, S, S) query and key views of N samples, uint8 or float in [0, 1].
+        neighbours: test images and their nearest training images.
+
+    Returns:
+        the page's path.
+
+    Raises:
+        UserError: config.yaml is missing or does not fit this version.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    config = read_config(PretrainConfig, run_dir / "config.yaml", [])
+    rows = _read_log(run_dir)
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page = environment.get_template("report.html").render(
+        name=run_dir.resolve().name,
+        summary=_summary(config, rows),
+        table=_accuracies(run_dir),
+        curves=_curves(rows, _evaluations(run_dir), config.moco.queue_size),
+        view_pairs=[] if view_pairs is None else _pair_pictures(view_pairs),
+        view_size=0 if view_pairs is None else view_pairs.shape[-1],
+        neighbours=[_neighbour_pictures(row) for row in neighbours or []],
+        settings=_settings(config),
+        versions=package_versions(),
+    )
+    path = run_dir / "report" / "index.html"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def _evaluations(run_dir: Path) -> dict[tuple[str, str], dict[str, Any]]:
+    """(`knn` or `linear`, encoder) to what RUN/eval has of it."""
+    paths = {(kind, e): run_dir / "eval" / f"{kind}_{e}.json" for kind in EVALUATIONS for e in ROWS}
+    return {key: json.loads(p.read_text(encoding="utf-8")) for key, p in paths.items() if p.is_file()}
+
+
+def _accuracies(run_dir: Path) -> AccuracyTable:
+    found = _evaluations(run_dir)
+    names = {name for (kind, _), result in found.items() if kind == "knn" for name in result["accuracy"]}
+    # k = 20 is where MoCo v2 on ImageNet is best; one k for all rows, or they could not be compared.
+    knn = "knn_top1_k20" if "knn_top1_k20" in names or not names else min(names, key=_k)
+    columns = {"knn": knn, "linear": "linear_top1"}
+
+    def accuracy(kind: str, encoder: str) -> float | None:
+        return found.get((kind, encoder), {}).get("accuracy", {}).get(columns[kind])
+
+    table = {encoder: [accuracy(kind, encoder) for kind in EVALUATIONS] for encoder in ROWS}
+    rows = [(ROWS[e], [MISSING if a is None else f"{a:.2f}" for a in values]) for e, values in table.items()]
+    gains = [None if a is None or b is None else a - b for a, b in zip(*(table[e] for e in ("trained", "untrained")),
+                                                                     strict=True)]
+    rows.append((f"{ROWS['trained']} − {ROWS['untrained']}", [MISSING if g is None else f"{g:+.2f}" for g in gains]))
+    heads = [f"kNN top-1 %, k = {_k(knn)}", "linear top-1 %"]
+    return AccuracyTable(heads, rows, _notes(found))
+
+
+def _k(name: str) -> int:
+    return int(re.sub(r"\D", "", name.rpartition("_k")[2]) or 0)
+
+
+def _notes(found: dict[tuple[str, str], dict[str, Any]]) -> list[str]:
+    """How many images and which step the numbers stand for, and what spoils the comparison."""
+    notes = []
+    for kind in EVALUATIONS:
+        sizes = {(r["num_train"], r["num_val"]) for (k, _), r in found.items() if k == kind}
+        parts = [f"{train:,} training and {val:,} test images" for train, val in sorted(sizes)]
+        if parts:
+            caution = " (the rows differ and cannot be compared)" if len(parts) > 1 else ""
+            notes.append(f"{EVALUATIONS[kind]}: {'; '.join(parts)}{caution}")
+    steps: dict[str, int] = {kind: r["step"] for (kind, encoder), r in found.items() if encoder == "trained"}
+    if steps:
+        same = len(set(steps.values())) == 1
+        each = [f"{EVALUATIONS[kind]} at step {step:,}" for kind, step in steps.items()]
+        text = f"step {max(steps.values()):,}" if same else ", ".join(each)
+        notes.append(f"{ROWS['trained']}: {text}")
+    if len(found) < len(ROWS) * len(EVALUATIONS):
+        notes.append(f"{MISSING}: not evaluated (moco-dist knn, moco-dist linear)")
+    return notes
+
+
+def _read_log(run_dir: Path) -> list[dict[str, Any]]:
+    """log.jsonl as one row a step, in order. A resumed run logs some steps twice (the last counts); a line that was
+    cut short when the run was stopped is left out.
+    """
+    path, rows = run_dir / "log.jsonl", {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        rows.setdefault(row["step"], {}).update(row)
+    return [rows[step] for step in sorted(rows)]
+
+
+def _summary(config: PretrainConfig, rows: list[dict[str, Any]]) -> list[str]:
+    model, optim = config.model, config.optim
+    summary = [
+        f"{model.arch} on {config.data.root}",
+        f"{optim.epochs} epochs, batch {optim.global_batch_size}",
+        f"K {config.moco.queue_size:,}, m {config.moco.momentum:g}, τ {config.moco.temperature:g}",
+    ]
+    trained = [row for row in rows if "epoch" in row]
+    if trained:
+        last = trained[-1]
+        summary.append(f"step {last['step']:,} (epoch {last['epoch']:.1f}), {last['images_per_second']:.0f} images/s")
+    return summary
+
+
+def _curves(
+    rows: list[dict[str, Any]], found: dict[tuple[str, str], dict[str, Any]], queue_size: int
+) -> list[Picture]:
+    """The charts of what was logged, and of the linear classifiers' training; none for what was not."""
+
+    def logged(key: str) -> tuple[list[float], list[float]]:
+        points = [(row["step"], row[key]) for row in rows if key in row]
+        return [x for x, _ in points], [y for _, y in points]
+
+    def linear(encoder: str) -> tuple[list[float], list[float]]:
+        points = [p for p in found.get(("linear", encoder), {}).get("curve") or [] if "top1" in p]
+        return [p["epoch"] for p in points], [p["top1"] for p in points]
+
+    chance = math.log(queue_size + 1)
+    last_step = rows[-1]["step"] if rows else 0
+    charts = [
+        ("loss (InfoNCE)", "step", {"loss": logged("loss")}, (chance, f"chance: ln(K + 1) = {chance:.2f}")),
+        ("learning rate", "step", {"lr": logged("lr")}, None),
+        ("contrastive accuracy, %", "step", {f"top-{k}": logged(f"contrastive_top{k}") for k in (1, 5)}, None),
+        ("kNN top-1 during training, %", "step", {"kNN": logged("knn_top1")}, None),
+        ("spread of the embeddings", "step", {"std": logged("embedding_std")}, (0.0, "0: collapsed")),
+        ("images per second", "step", {"images/s": logged("images_per_second")}, None),
+        ("linear evaluation: top-1, %", "epoch", {ROWS[e]: linear(e) for e in reversed(ROWS)}, None),
+    ]
+    pictures = []
+    for title, x_label, series, reference in charts:
+        series = {label: points for label, points in series.items() if points[0]}
+        if series:
+            last_x = last_step if x_label == "step" else max(x[-1] for x, _ in series.values())
+            pictures.append(_chart(title, x_label, last_x, series, reference))
+    return pictures
+
+
+def _chart(
+    title: str,
+    x_label: str,
+    last_x: float,
+    series: dict[str, tuple[list[float], list[float]]],
+    reference: tuple[float, str] | None,
+) -> Picture:
+    """One small line chart on a transparent ground, for light and dark pages; x from 0 to `last_x`, the same for all
+    of a kind. y begins at 0, or shows the reference line.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
+    figure = Figure(figsize=(4.2, 2.5), dpi=160, layout="constrained")
+    axes = figure.subplots()
+    for (label, (x, y)), colour in zip(series.items(), COLOURS, strict=False):
+        axes.plot(x, y, label=label, color=colour, linewidth=1.6, marker="o" if len(x) < 12 else "", markersize=3.5)
+    if reference is not None:
+        axes.axhline(reference[0], color=GRAY, linestyle="--", linewidth=1, label=reference[1])
+    if len(axes.lines) > 1:
+        axes.legend(frameon=False, fontsize=8, labelcolor=GRAY)
+    axes.set_xlabel(x_label, fontsize=8, color=GRAY)
+    axes.set_xlim(-0.02 * last_x, 1.02 * last_x)
+    if reference is None:
+        axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.tick_params(labelsize=8, colors=GRAY)
+    axes.grid(color=GRAY, alpha=0.25, linewidth=0.6)
+    axes.spines[:].set_visible(False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", transparent=True)
+    last = ", ".join(f"{label} {y[-1]:.4g}" for label, (_, y) in series.items())
+    return Picture(_data_uri(buffer), f"{title}: at the end {last}", title)
+
+
+def _pair_pictures(view_pairs: Tensor) -> list[tuple[Picture, Picture]]:
+    if view_pairs.is_floating_point():
+        view_pairs = (view_pairs * 255).round().clamp(0, 255).to(torch.uint8)
+    pixels = view_pairs.permute(0, 1, 3, 4, 2).cpu().numpy()
+    return [
+        (Picture(_png(q), f"query view of sample {i + 1}"), Picture(_png(k), f"key view of sample {i + 1}"))
+        for i, (q, k) in enumerate(pixels)
+    ]
+
+
+def _neighbour_pictures(row: NeighbourRow) -> tuple[Picture, list[tuple[Picture, bool]]]:
+    """The query, and each neighbour with whether it is of the query's class."""
+    query = Picture(_thumbnail(row.query), f"test image: {row.query_label}", row.query_label)
+    neighbours = [
+        (Picture(_thumbnail(path), f"neighbour {i}: {label}", label), label == row.query_label)
+        for i, (path, label) in enumerate(zip(row.neighbours, row.neighbour_labels, strict=True), start=1)
+    ]
+    return query, neighbours
+
+
+def _thumbnail(path: Path) -> str | None:
+    try:
+        with Image.open(path) as image:
+            small = image.convert("RGB")
+    except OSError:
+        return None  # moved since the evaluation: the labels still say something
+    small.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
+    return _png(np.asarray(small))
+
+
+def _png(pixels: NDArray[np.uint8]) -> str:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="png")
+    return _data_uri(buffer)
+
+
+def _data_uri(png: io.BytesIO) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode('ascii')}"
+
+
+def _settings(config: PretrainConfig) -> list[dict[str, Any]]:
+    """Every setting: name, value, default, whether it differs, and what it means."""
+    default = flatten(PretrainConfig(run=RunConfig(dir=config.run.dir), data=DataConfig(root=config.data.root)))
+    fields = leaf_fields(PretrainConfig)
+    return [
+        {
+            "name": name,
+            "value": without_credentials(_shown(value)),
+            "default": "required" if fields[name].is_required() else _shown(default[name]),
+            "differs": value != default[name],
+            "text": fields[name].description or "",
+        }
+        for name, value in flatten(config).items()
+    ]
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)

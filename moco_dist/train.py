@@ -1,0 +1,270 @@
+"""Pre-training by MoCo v2: builds everything, then the loop. Algorithm 1 of v1 (arXiv 1911.05722), line by line."""
+
+import hashlib
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from moco_dist import checkpoint
+from moco_dist.checkpoint import TrainState
+from moco_dist.config import PretrainConfig, size_problems
+from moco_dist.config_source import flatten, read_config, to_yaml
+from moco_dist.data.augment import apply_colours
+from moco_dist.data.batch import CropBatch
+from moco_dist.data.datasets import ImageFolder, find_images, subset
+from moco_dist.data.exchange import key_views
+from moco_dist.data.plan import Plan
+from moco_dist.data.torchvision_loader import pretrain_batches
+from moco_dist.distributed.agreement import require_agreement
+from moco_dist.distributed.collectives import all_gather, barrier
+from moco_dist.distributed.world import World
+from moco_dist.engine import Engine
+from moco_dist.engine.ddp import DDPEngine
+from moco_dist.errors import UserError
+from moco_dist.evaluate.knn import knn_during_training
+from moco_dist.logbook import Logbook
+from moco_dist.method.batch_norm import set_micro_batch
+from moco_dist.method.encoder import build_encoder
+from moco_dist.method.infonce import contrastive_accuracy, exchange, info_nce
+from moco_dist.method.momentum import key_encoder_of, momentum_update
+from moco_dist.method.precision import autocast, compute_dtype
+from moco_dist.method.queue import Queue
+from moco_dist.optim import build_optimizer, learning_rate, learning_rate_formula
+from moco_dist.tracking import Tracker, package_versions
+
+# Settings that say where and how fast, not what is computed: they may change when a run goes on.
+FREE_TO_CHANGE = ("run.dir", "run.device", "run.stop_at_step", "data.num_workers", "data.root", "log.", "checkpoint.",
+                  "tracking.", "optim.grad_accum_steps", "shuffle.")
+
+
+class StepResult(NamedTuple):
+    """What a step leaves for the log: this rank's mean loss (), and at log steps the monitored scalars ()."""
+
+    loss: Tensor
+    scalars: dict[str, Tensor]
+
+
+def pretrain(config: PretrainConfig, world: World, tracker: Tracker) -> Path:
+    """Train to the end of the schedule (or run.stop_at_step), from the newest checkpoint of the run's folder if any.
+
+    Returns:
+        the folder of the last checkpoint.
+
+    Raises:
+        UserError: sizes do not fit this world, the data cannot be read, or the folder holds another run.
+    """
+    if problems := size_problems(config, world.world_size):
+        raise UserError("\n".join(problems))
+    folder = subset(find_images(config.data.root, "train"), config.data.max_samples)
+    plan = Plan(len(folder.paths), config.optim.global_batch_size, config.run.seed)
+    require_agreement(facts_to_agree_on(config, folder), world)
+    state, engine = build(config, world)
+    run_dir = config.run.dir
+    resume(state, config, world)
+    total_steps = config.optim.epochs * plan.steps_per_epoch
+    stop = min(total_steps, config.run.stop_at_step or total_steps)
+    logbook = Logbook(run_dir, tracker, world, state.step, stop)
+    say_start(logbook, config, folder, plan, state, world)
+    dtype = compute_dtype(config.optim.precision, world.device)
+
+    try:
+        for step, batch, wait_seconds in batches(config, folder, plan, world, state.step, stop):
+            view_q = apply_colours(batch.view_q, batch.colours_q, config.augment, dtype)
+            view_k = key_views(batch, config, plan, step, world, dtype)
+            key_order = torch.from_numpy(plan.key_permutation(step))
+            lr = learning_rate(config.optim, step, plan.steps_per_epoch)
+            is_log_step = is_due(step + 1, config.log.every_steps) or step + 1 == stop
+            result = train_step(state, engine, config, view_q, view_k, key_order, lr, is_log_step, world)
+            logbook.add(result.loss, wait_seconds)
+            for file in batch.replaced:
+                logbook.say(f"replaced by its successor: {file}")
+
+            if is_log_step:
+                logbook.write(
+                    state.step, state.step / plan.steps_per_epoch, lr, config.optim.global_batch_size, result.scalars
+                )
+            if is_due(state.step, config.log.knn_every_epochs * plan.steps_per_epoch) or (
+                config.log.knn_every_epochs and state.step == stop
+            ):
+                started = time.perf_counter()
+                knn_top1 = knn_during_training(state.query_encoder, config, world)
+                logbook.record({"step": state.step, "knn_top1": knn_top1})
+                logbook.exclude(time.perf_counter() - started)
+            if is_due(state.step, config.checkpoint.every_steps) and state.step != stop:
+                started = time.perf_counter()
+                save(state, config, world)
+                logbook.exclude(time.perf_counter() - started)
+    finally:
+        logbook.close()
+    checkpoint.export_backbone(state, run_dir / "backbone.safetensors", world)
+    return save(state, config, world)
+
+
+def train_step(
+    state: TrainState, engine: Engine, config: PretrainConfig, view_q: Tensor, view_k: Tensor, key_order: Tensor,
+    lr: float, is_log_step: bool, world: World,
+) -> StepResult:
+    """One optimiser step of MoCo (v1 Algorithm 1), the same at any world size and number of micro-batches.
+
+    Args:
+        state: the run; its weights, key weights, queue and step change.
+        engine: forward, backward and step of the query encoder.
+        config: momentum, temperature, micro-batches.
+        view_q: (B/W, 3, S, S) this rank's queries' views.
+        view_k: (B/W, 3, S, S) the key views this rank encodes: of other samples (shuffled BN).
+        key_order: int64 (B,), `Plan.key_permutation` of this step.
+        lr: learning rate.
+        is_log_step: whether to look at the embeddings.
+        world: this process.
+    """
+    temperature, accum = config.moco.temperature, config.optim.grad_accum_steps
+    momentum_update(state.query_encoder, state.key_encoder, config.moco.momentum)  # before the keys are made
+    keys = encode_keys(state, config, view_k, world)
+    own_rows = slice(world.rank * len(keys), (world.rank + 1) * len(keys))
+    loss_sum = view_q.new_zeros((), dtype=keys.dtype)
+    for i, views in enumerate(view_q.chunk(accum)):
+        set_micro_batch(state.query_encoder, i, accum)
+        q = engine(views, synchronise=i == accum - 1)
+        if i == 0:
+            q_all, k_all = exchange(q, keys, key_order, world)
+        else:
+            q_all = all_gather(q.detach(), world)
+        k = k_all[own_rows].chunk(accum)[i]
+        loss = info_nce(q, k, q_all, state.queue.keys, temperature, world)
+        engine.backward(loss / accum)
+        loss_sum += loss.detach()
+    engine.step(lr)
+    scalars = monitor(q_all, k_all, accum, state.queue, world) if is_log_step else {}
+    state.queue.enqueue(k_all)  # after the loss: a key is never its own negative
+    state.step += 1
+    return StepResult(loss_sum / accum, scalars)
+
+
+@torch.no_grad()
+def encode_keys(state: TrainState, config: PretrainConfig, view_k: Tensor, world: World) -> Tensor:
+    """(B/W, C) keys of the shuffled batch, all micro-batches of the step, before the first loss."""
+    accum = config.optim.grad_accum_steps
+    keys = []
+    for i, views in enumerate(view_k.chunk(accum)):
+        set_micro_batch(state.key_encoder, i, accum)
+        with autocast(compute_dtype(config.optim.precision, world.device), world.device):
+            keys.append(state.key_encoder(views))
+    return torch.cat(keys)
+
+
+def monitor(q_all: Tensor, k_all: Tensor, accum: int, queue: Queue, world: World) -> dict[str, Tensor]:
+    """Of the last micro-batch: contrastive accuracy in percent, and the embeddings' spread over the sphere.
+
+    The spread is their standard deviation times sqrt(C): 1 when they fill the sphere, 0 when they have collapsed.
+    """
+    positives = k_all.view(world.world_size, accum, -1, k_all.shape[1])[:, -1].flatten(0, 1)  # in q_all's order
+    top1, top5 = contrastive_accuracy(q_all, positives, queue.keys, world)
+    spread = q_all.std(dim=0).mean() * q_all.shape[1] ** 0.5
+    return {"contrastive_top1": top1, "contrastive_top5": top5, "embedding_std": spread}
+
+
+def build(config: PretrainConfig, world: World) -> tuple[TrainState, Engine]:
+    """The run at step 0: encoders with equal weights, the queue filled, the engine around the query encoder."""
+    dtype = compute_dtype(config.optim.precision, world.device)
+    weights_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    query_encoder = build_encoder(config.model, config.run.seed).to(world.device, weights_dtype)
+    key_encoder = key_encoder_of(query_encoder)
+    queue = Queue(config.moco.queue_size, config.model.embedding_dim, config.run.seed, world, weights_dtype)
+    optimizer = build_optimizer(query_encoder, config.optim)
+    engine = DDPEngine(query_encoder, optimizer, dtype, world)
+    return TrainState(query_encoder, key_encoder, optimizer, engine.scaler, queue, step=0), engine
+
+
+def batches(
+    config: PretrainConfig, folder: ImageFolder, plan: Plan, world: World, start: int, stop: int
+) -> Iterator[tuple[int, CropBatch, float]]:
+    """(step, this rank's batch on the device, seconds waited for it) of steps start .. stop-1."""
+    loader = pretrain_batches(folder, config, plan, world, start, stop)
+    for step in range(start, stop):
+        waiting_since = time.perf_counter()
+        batch = next(loader).to(torch.device(world.device))
+        yield step, batch, time.perf_counter() - waiting_since
+
+
+def save(state: TrainState, config: PretrainConfig, world: World) -> Path:
+    """A checkpoint of the run in its folder."""
+    plain = config.model_dump(mode="json")
+    return checkpoint.save(state, config.run.dir, plain, world, config.checkpoint.keep_last)
+
+
+def resume(state: TrainState, config: PretrainConfig, world: World) -> None:
+    """Load the newest checkpoint of the run's folder, if there is one; write the resolved config.
+
+    Raises:
+        UserError: the checkpoint was made with settings that compute something else; each is named.
+    """
+    found = checkpoint.complete_checkpoints(config.run.dir)
+    if found:
+        saved: dict[str, Any] = flatten(PretrainConfig.model_validate(checkpoint.read_manifest(found[-1])["config"]))
+        changed = [
+            f"{name}: {saved[name]} in {found[-1].name}, now {value}"
+            for name, value in flatten(config).items()
+            if value != saved[name] and not name.startswith(FREE_TO_CHANGE)
+        ]
+        if changed:
+            raise UserError(
+                "\n".join([f"{config.run.dir} holds a run with other settings; give another --run.dir, or these:",
+                           *changed])
+            )
+        checkpoint.load(state, found[-1], world)
+    if world.is_main:
+        config.run.dir.mkdir(parents=True, exist_ok=True)
+        (config.run.dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    barrier(world)
+
+
+def facts_to_agree_on(config: PretrainConfig, folder: ImageFolder) -> dict[str, Any]:
+    """What must be the same on every rank: settings, versions, and the list of images."""
+    per_host = ("data.root", "data.num_workers", "run.dir", "run.device")
+    return {
+        **{name: value for name, value in flatten(config).items() if name not in per_host},
+        **{f"version of {name}": version for name, version in package_versions().items()},
+        "number of images": len(folder.paths),
+        "list of images (hash)": hashlib.sha256("\n".join(folder.paths).encode()).hexdigest()[:16],
+    }
+
+
+def is_due(step: int, every: int) -> bool:
+    """Whether something that happens every `every` steps (0: never) happens after `step` of them."""
+    return every > 0 and step % every == 0
+
+
+def say_start(
+    logbook: Logbook, config: PretrainConfig, folder: ImageFolder, plan: Plan, state: TrainState, world: World
+) -> None:
+    """Two lines: what is trained on what, and how."""
+    model, optim = config.model, config.optim
+    logbook.say(
+        f"{model.arch} on {len(folder.paths)} images of {config.data.root}, {plan.steps_per_epoch} steps x "
+        f"{optim.epochs} epochs of {optim.global_batch_size} samples on {world.world_size} rank(s) of "
+        f"{torch.device(world.device).type}, {compute_dtype(optim.precision, world.device)}"
+    )
+    going_on = f"goes on at step {state.step}" if state.step else "starts"
+    logbook.say(
+        f"{going_on}: {learning_rate_formula(optim)}, K {config.moco.queue_size}, m {config.moco.momentum}, "
+        f"tau {config.moco.temperature}, BN over {model.bn_group_size}; run folder {config.run.dir}"
+    )
+
+    if config.moco.queue_size > len(folder.paths):
+        logbook.say(
+            f"warning: moco.queue_size {config.moco.queue_size} is larger than the data set ({len(folder.paths)}): "
+            "older keys of the very same image are among its negatives, and the loss pushes them away"
+        )
+
+
+def read_run_config(run_dir: Path) -> PretrainConfig:
+    """The resolved config of an existing run.
+
+    Raises:
+        UserError: there is none.
+    """
+    return read_config(PretrainConfig, run_dir / "config.yaml", [])

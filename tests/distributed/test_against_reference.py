@@ -1,0 +1,59 @@
+"""The program on 1, 2 and 4 ranks, with and without gradient accumulation, against plain float64 on one process."""
+
+import functools
+
+import pytest
+import torch
+
+from moco_dist.data.plan import Plan
+from moco_dist.optim import peak_learning_rate
+from tests.distributed.program import NUM_SAMPLES, images, largest_difference, run_program, small_config
+from tests.reference import Reference
+from tests.world import run
+
+STEPS = 6  # 6 x 64 keys go around the queue of 152 more than twice
+
+
+@functools.cache
+def reference():
+    config = small_config()
+    start = run(run_program, 1, config, 0)[0]["initial"]
+    plain = Reference(
+        start["weights"], start["queue"], hidden=24, dim=16, group=config.model.bn_group_size,
+        momentum=config.moco.momentum, temperature=config.moco.temperature, lr=peak_learning_rate(config.optim),
+        sgd_momentum=config.optim.sgd_momentum, weight_decay=config.optim.weight_decay,
+    )
+    plan, table = Plan(NUM_SAMPLES, config.optim.global_batch_size, config.run.seed), images()
+    losses, gradients = [], []
+    for step in range(STEPS):
+        batch = table[torch.from_numpy(plan.global_indices(step))]
+        loss, gradient = plain.step(batch[:, 0], batch[:, 1], torch.from_numpy(plan.key_permutation(step)))
+        losses.append(loss)
+        gradients.append(gradient)
+    return {
+        "losses": losses,
+        "gradients": gradients,
+        "query_encoder": {name: p.detach() for name, p in plain.f_q.named_parameters()},
+        "key_encoder": {name: p.detach() for name, p in plain.f_k.named_parameters()},
+        "running_q": plain.running["q"],
+        "running_k": plain.running["k"],
+        "queue": plain.queue,
+        "queue_ptr": torch.tensor(plain.ptr),
+    }
+
+
+@pytest.mark.parametrize(("world_size", "accum"), [(1, 1), (2, 1), (4, 1), (8, 1), (1, 4), (2, 2)])
+def test_equals_the_reference(world_size, accum):
+    config = small_config(optim={"grad_accum_steps": accum})
+    results = run(run_program, world_size, config, STEPS)
+    for ours in results:
+        for name, expected in reference().items():
+            assert largest_difference(ours[name], expected) < 1e-10, name
+
+
+def test_the_reference_learns_and_data_differ():
+    """The comparison means something: the loss moves, the queue is overwritten, gradients are not tiny."""
+    outcome = reference()
+    assert abs(outcome["losses"][-1] - outcome["losses"][0]) > 0.05
+    assert max(g.abs().max() for g in outcome["gradients"][-1].values()) > 1e-3
+    assert outcome["queue_ptr"] == STEPS * 64 % 152

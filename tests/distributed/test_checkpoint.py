@@ -1,0 +1,139 @@
+"""A run that was stopped and goes on is the run that was not, on the same and on another number of ranks."""
+
+import json
+
+import pytest
+import safetensors.torch
+import torch
+
+from moco_dist import checkpoint
+from moco_dist.data.plan import Plan
+from moco_dist.distributed.collectives import gather_uneven
+from moco_dist.errors import UserError
+from moco_dist.train import build, train_step
+from tests.distributed.program import NUM_SAMPLES, images, largest_difference, small_config
+from tests.world import run
+
+STEPS = 6
+
+
+def train(world, run_dir, config, start, stop, save_at=()):
+    """Steps start .. stop-1, from the newest checkpoint when start > 0; the outcome as plain tensors."""
+    state, engine = build(config, world)
+    if start:
+        checkpoint.load(state, checkpoint.latest(run_dir), world)
+    assert state.step == start
+    plan, table = Plan(NUM_SAMPLES, config.optim.global_batch_size, config.run.seed), images()
+    table = table.to(next(state.query_encoder.parameters()).dtype)
+    losses = []
+    for step in range(start, stop):
+        view_q = table[torch.from_numpy(plan.query_indices(step, world)), 0]
+        view_k = table[torch.from_numpy(plan.key_indices(step, world)), 1]
+        order = torch.from_numpy(plan.key_permutation(step))
+        result = train_step(state, engine, config, view_q, view_k, order, 0.02, False, world)
+        losses.append(gather_uneven(result.loss[None], world).mean().item())
+        if state.step in save_at:
+            checkpoint.save(state, run_dir, config.model_dump(mode="json"), world, keep_last=2)
+    tensors = {name: tensor.clone() for name, tensor in state.tensors().items()}
+    for name in checkpoint.ENCODERS:
+        tensors |= {f"{name}.{k}": v for k, v in checkpoint.averaged(getattr(state, name), world).items()}
+    return losses, {**tensors, "queue": gather_uneven(state.queue.keys, world)}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp64"])
+def test_same_ranks_resume_bit_by_bit(tmp_path, precision):
+    config = small_config(optim={"precision": precision})
+    whole = run(train, 2, tmp_path / "whole", config, 0, STEPS, (3,))[0]
+    run(train, 2, tmp_path / "parts", config, 0, 3, (3,))
+    resumed = run(train, 2, tmp_path / "parts", config, 3, STEPS)[0]
+    assert resumed[0] == whole[0][3:]
+    assert largest_difference(resumed[1], whole[1]) == 0.0
+
+
+def test_any_number_of_ranks_goes_on(tmp_path):
+    """4 -> 2 -> 1 -> 4 ranks, against one process that was never stopped."""
+    config = small_config()
+    expected = run(train, 1, tmp_path / "alone", config, 0, 8)[0]
+    losses = []
+    for world_size, start in ((4, 0), (2, 2), (1, 4), (4, 6)):
+        part, tensors = run(train, world_size, tmp_path / "moving", config, start, start + 2, (start + 2,))[0]
+        losses += part
+    assert largest_difference(losses, expected[0]) < 1e-10
+    assert largest_difference(tensors, expected[1]) < 1e-10
+
+
+def save_steps(world, run_dir, steps):
+    config = small_config()
+    state, _ = build(config, world)
+    for state.step in steps:
+        checkpoint.save(state, run_dir, config.model_dump(mode="json"), world, keep_last=2)
+
+
+def test_the_newest_are_kept_and_no_pickle_is_written(tmp_path):
+    run(save_steps, 2, tmp_path, (1, 5, 30))
+    kept = checkpoint.complete_checkpoints(tmp_path)
+    assert [folder.name for folder in kept] == ["step_00000005", "step_00000030"]
+    assert checkpoint.latest(tmp_path) == kept[-1]
+    files = [file for file in kept[-1].iterdir() if file.name != checkpoint.MANIFEST]
+    assert {file.suffix for file in files} == {".safetensors"}
+    assert json.loads((kept[-1] / checkpoint.MANIFEST).read_text())["step"] == 30
+
+
+def test_a_checkpoint_without_its_manifest_is_not_one(tmp_path):
+    run(save_steps, 1, tmp_path, (1, 2))
+    (checkpoint.latest(tmp_path) / checkpoint.MANIFEST).unlink()
+    assert checkpoint.latest(tmp_path).name == "step_00000001"
+    with pytest.raises(UserError, match="not a complete checkpoint"):
+        checkpoint.read_manifest(tmp_path / "checkpoints" / "step_00000002")
+
+
+def load_into(world, run_dir, **overrides):
+    state, _ = build(small_config(**overrides), world)
+    try:
+        checkpoint.load(state, checkpoint.latest(run_dir), world)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize("overrides", [{"moco": {"queue_size": 128}}, {"model": {"embedding_dim": 24}},
+                                       {"model": {"arch": "resnet18"}}], ids=str)
+def test_a_checkpoint_of_something_else_is_refused(tmp_path, overrides):
+    run(save_steps, 1, tmp_path, (1,))
+    message = run(load_other, 1, tmp_path, overrides)[0]
+    assert message
+    assert "step_00000001" in message
+
+
+def load_other(world, run_dir, overrides):
+    return load_into(world, run_dir, **overrides)
+
+
+def test_a_damaged_file_is_named(tmp_path):
+    run(save_steps, 1, tmp_path, (1,))
+    folder = checkpoint.latest(tmp_path)
+    file = next(folder.glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:1000])
+    assert "damaged" in run(load_into, 1, tmp_path)[0]
+
+
+def export(world, run_dir):
+    state, _ = build(small_config(), world)
+    for buffer in state.query_encoder.buffers():
+        if buffer.is_floating_point():
+            buffer.fill_(1.0 + world.rank)  # ranks have seen different samples
+    checkpoint.export_backbone(state, run_dir / "backbone.safetensors", world)
+    return {name: p.detach() for name, p in state.query_encoder.named_parameters()}
+
+
+def test_the_exported_backbone_has_torchvisions_names(tmp_path):
+    from torchvision.models.resnet import BasicBlock, ResNet
+
+    weights = run(export, 2, tmp_path)[0]
+    tensors = safetensors.torch.load_file(tmp_path / "backbone.safetensors")
+    model = ResNet(BasicBlock, [1, 1, 1, 1])
+    missing = model.load_state_dict(tensors, strict=False)
+    assert missing.missing_keys == ["fc.weight", "fc.bias"]
+    assert not missing.unexpected_keys
+    assert torch.equal(tensors["conv1.weight"], weights["backbone.conv1.weight"])
+    assert tensors["bn1.running_mean"].unique().tolist() == [1.5]  # the mean over ranks

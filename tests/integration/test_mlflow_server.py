@@ -1,0 +1,160 @@
+"""Tracking through a real `mlflow server`: nothing is lost on the way, and losing the server loses no training."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+
+import pytest
+
+from moco_dist.config import LinearConfig, PretrainConfig
+from moco_dist.distributed.world import World
+from moco_dist.tracking import Tracker
+
+pytest.importorskip("mlflow")
+pytestmark = pytest.mark.slow
+START_TRIES = 120  # half a second each
+
+
+class Server:
+    """`mlflow server` on a free port of this machine, with its database and artifacts in `folder`."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self.process = None
+
+    def start(self):
+        command = [
+            sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port), "--workers", "1",
+            "--backend-store-uri", f"sqlite:///{self.folder / 'server.db'}",
+            "--artifacts-destination", str(self.folder / "artifacts"),
+        ]  # fmt: skip
+        environment = {
+            **os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true",
+        }
+        with (self.folder / "server.log").open("ab") as log:
+            self.process = subprocess.Popen(
+                command, env=environment, stdout=log, stderr=subprocess.STDOUT, cwd=self.folder, start_new_session=True
+            )
+        for _ in range(START_TRIES):
+            if self._answers():
+                return
+            try:
+                self.process.wait(0.5)
+            except subprocess.TimeoutExpired:
+                continue
+            break
+        self.stop()
+        pytest.fail(f"mlflow server did not start:\n{(self.folder / 'server.log').read_text()}")
+
+    def stop(self):
+        """End the server and its workers: it is the leader of a process group of its own."""
+        if self.process is None:
+            return
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            try:
+                os.killpg(self.process.pid, number)
+            except ProcessLookupError:
+                break
+            try:
+                self.process.wait(15)
+            except subprocess.TimeoutExpired:
+                continue
+        self.process.wait()
+        self.process = None
+
+    def _answers(self):
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        try:
+            with opener.open(f"{self.uri}/health", timeout=5) as answer:
+                return answer.status == 200
+        except OSError:
+            return False
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    folder = tmp_path / "server"
+    folder.mkdir()
+    server = Server(folder)
+    server.start()
+    yield server
+    server.stop()
+
+
+def _config(run_dir, uri):
+    return PretrainConfig.model_validate(
+        {"run": {"dir": str(run_dir)}, "data": {"root": "photos"}, "tracking": {"uri": uri, "experiment": "over http"}}
+    )
+
+
+def _history(client, run_id, name):
+    return [(point.step, point.value) for point in client.get_metric_history(run_id, name)]
+
+
+def test_runs_on_a_server(server, tmp_path, monkeypatch, capsys):
+    """A pre-training with credentials in its URI, resumed, with an evaluation; then the server dies."""
+    from mlflow import MlflowClient
+
+    run_dir, uri = tmp_path / "runs" / "first", server.uri.replace("//", "//someone:hunter2@")
+    page = tmp_path / "index.html"
+    page.write_text("page")
+    points = [(step, 10 / step) for step in range(1, 201)]
+
+    with Tracker.for_pretraining(_config(run_dir, uri), World()) as tracker:
+        for step, loss in points[:150]:
+            tracker.log_metrics(step, {"loss": loss})
+    with Tracker.for_pretraining(_config(run_dir, uri), World()) as tracker:
+        for step, loss in points[150:]:
+            tracker.log_metrics(step, {"loss": loss, "knn_top1": float("nan")})
+    with Tracker.for_evaluation(LinearConfig(run_dir=run_dir), "linear", "trained") as tracker:
+        tracker.log_metrics(200, {"linear_top1": 67.5})
+    with Tracker.reopen(run_dir) as tracker:
+        tracker.log_artifact(page, "report")
+
+    saved = json.loads((run_dir / "mlflow.json").read_text())
+    client = MlflowClient(server.uri)
+    parent = client.get_run(saved["run_id"])
+    assert saved["tracking_uri"] == server.uri
+    assert (parent.info.run_name, parent.info.status) == ("first", "FINISHED")
+    assert _history(client, parent.info.run_id, "loss") == points
+    assert len(_history(client, parent.info.run_id, "knn_top1")) == 50
+    assert parent.data.params["tracking.uri"] == server.uri
+    assert "hunter2" not in str(parent.to_dictionary())
+
+    runs = client.search_runs([saved["experiment_id"]])
+    (child,) = [run for run in runs if run.info.run_id != parent.info.run_id]
+    assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
+    assert child.data.metrics == {"linear_top1": 67.5}
+
+    # The file went through the server: it lies in the server's folder, not beside the run.
+    assert [p.read_text() for p in (server.folder / "artifacts").rglob("report/index.html")] == ["page"]
+    assert client.download_artifacts(parent.info.run_id, "report/index.html", str(tmp_path))
+    assert sorted(p.name for p in run_dir.parent.iterdir()) == ["first"]
+
+    capsys.readouterr()
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with Tracker.for_pretraining(_config(run_dir, uri), World()) as tracker:
+        server.stop()
+        for step in range(201, 211):
+            tracker.log_metrics(step, {"loss": 0.0})
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1
+    assert f"MLflow at {server.uri}: it does not answer" in error
+
+    server.start()  # the server is back, without that run: a new one begins
+    monkeypatch.delenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES")
+    client.delete_run(saved["run_id"])
+    (run_dir / "mlflow.json").write_text(json.dumps(saved | {"run_id": "0" * 32}))
+    with Tracker.for_pretraining(_config(run_dir, uri), World()):
+        pass
+    assert json.loads((run_dir / "mlflow.json").read_text())["run_id"] not in (saved["run_id"], "0" * 32)

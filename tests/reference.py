@@ -1,0 +1,70 @@
+"""Algorithm 1 of MoCo (arXiv 1911.05722) in plain float64 PyTorch on one process: what the program is compared with.
+
+No code of `moco_dist.method`, `engine` or `train` is used: torchvision's ResNet with nn.BatchNorm2d run group by
+group, all N x (1 + K) logits, cross_entropy, a ring buffer filled row by row.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision.models.resnet import BasicBlock, ResNet
+
+
+class Reference:
+    """One process that sees the whole global batch."""
+
+    def __init__(self, weights, queue, *, hidden, dim, group, momentum, temperature, lr, sgd_momentum, weight_decay):
+        self.f_q, self.f_k = self._encoder(hidden, dim), self._encoder(hidden, dim)
+        self.f_q.load_state_dict(weights, strict=False)
+        self.f_k.load_state_dict(weights, strict=False)
+        self.queue, self.ptr = queue.clone(), 0
+        self.group, self.momentum, self.temperature = group, momentum, temperature
+        self.sgd = torch.optim.SGD(
+            self.f_q.parameters(), lr=lr, momentum=sgd_momentum, weight_decay=weight_decay, foreach=False
+        )
+        self.running = {"q": self._statistics(self.f_q), "k": self._statistics(self.f_k)}
+
+    @staticmethod
+    def _encoder(hidden, dim):
+        backbone = ResNet(BasicBlock, [1, 1, 1, 1])
+        backbone.fc = nn.Identity()
+        head = nn.Sequential(nn.Linear(512, hidden), nn.ReLU(), nn.Linear(hidden, dim))
+        model = nn.Sequential()
+        model.add_module("backbone", backbone)
+        model.add_module("head", head)
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = None  # buffers become the plain mean over the calls since the last reset
+        return model.double().train()
+
+    @staticmethod
+    def _statistics(model):
+        return {name: b.clone() for name, b in model.named_buffers() if b.is_floating_point()}
+
+    def _encode(self, model, images, running):
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.reset_running_stats()
+        out = torch.cat([F.normalize(model(group), dim=1) for group in images.split(self.group)])
+        for name, batch_mean in self._statistics(model).items():
+            running[name] = 0.9 * running[name] + 0.1 * batch_mean
+        return out
+
+    def step(self, x_q, x_k, shuffle):
+        """One step on the global batch; returns the loss and the gradients by name."""
+        with torch.no_grad():
+            for p_q, p_k in zip(self.f_q.parameters(), self.f_k.parameters(), strict=True):
+                p_k.copy_(self.momentum * p_k + (1 - self.momentum) * p_q)
+            shuffled = self._encode(self.f_k, x_k[shuffle], self.running["k"])
+            k = torch.stack([shuffled[shuffle.tolist().index(i)] for i in range(len(shuffle))])
+        q = self._encode(self.f_q, x_q, self.running["q"])
+        logits = torch.cat([(q * k).sum(1, keepdim=True), q @ self.queue.T], dim=1) / self.temperature
+        loss = F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.int64))
+        self.sgd.zero_grad()
+        loss.backward()
+        gradients = {name: p.grad.clone() for name, p in self.f_q.named_parameters()}
+        self.sgd.step()
+        for key in k:
+            self.queue[self.ptr] = key
+            self.ptr = (self.ptr + 1) % len(self.queue)
+        return loss.item(), gradients

@@ -1,0 +1,126 @@
+"""One config from a file and flags: precedence, every mistake at once, and the nearest valid choice."""
+
+from pathlib import Path
+
+import pytest
+
+from moco_dist.config import AugmentConfig, KnnConfig, LinearConfig, PretrainConfig, size_problems
+from moco_dist.config_source import flatten, help_text, leaf_fields, read_config, to_yaml
+from moco_dist.errors import UserError
+
+NEEDED = ["--run.dir", "r", "--data.root", "d"]
+
+
+def read(*flags, file=None):
+    return read_config(PretrainConfig, file, [*NEEDED, *flags])
+
+
+def problems(*flags, file=None, schema=PretrainConfig, needed=NEEDED):
+    with pytest.raises(UserError) as caught:
+        read_config(schema, file, [*needed, *flags])
+    return str(caught.value).splitlines()
+
+
+def test_flags_go_over_the_file_and_the_file_over_defaults(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("optim: {base_lr: 3e-2, epochs: 7}\nmoco: {momentum: 0.5}\n")
+    config = read("--optim.base-lr", "0.06", "--optim.global_batch_size=512", file=file)
+    assert (config.optim.base_lr, config.optim.epochs, config.moco.momentum) == (0.06, 7, 0.5)
+    assert config.optim.global_batch_size == 512
+    assert config.moco.temperature == 0.2
+    assert read(file=file).optim.base_lr == 0.03  # YAML reads 3e-2 as text
+
+
+def test_lists_and_null_are_written_as_yaml():
+    config = read("--model.head-hidden-dims", "[100, 50, 25]", "--data.max-samples", "null")
+    assert config.model.head_hidden_dims == (100, 50, 25)
+    assert read("--model.head-hidden-dims", "[]").model.head_hidden_dims == ()
+    assert read("--model.head-hidden-dims", "512").model.head_hidden_dims == (512,)
+    assert config.data.max_samples is None
+
+
+def test_recipes_fill_what_is_not_given():
+    assert AugmentConfig(recipe="v1").jitter == (0.4, 0.4, 0.4, 0.4)
+    assert AugmentConfig(recipe="v1").blur_probability == 0.0
+    assert AugmentConfig().jitter_probability == 0.8
+    assert AugmentConfig(recipe="v1", blur_probability=0.3).blur_probability == 0.3
+
+
+def test_the_resolved_config_reads_back_equal(tmp_path):
+    config = read("--augment.recipe", "v1", "--model.head-hidden-dims", "[]")
+    file = tmp_path / "config.yaml"
+    file.write_text(to_yaml(config))
+    assert read_config(PretrainConfig, file, []) == config
+    assert flatten(config)["augment.blur_probability"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--optim.base-lrr", "1"], "unknown flag --optim.base-lrr; did you mean --optim.base-lr?"),
+        (["--optim.precision", "bf1"], "did you mean bf16?"),
+        (["--moco.temperature", "-1"], "moco.temperature: -1 is not greater than or equal to 0.01"),
+        (["--moco.temperature", ".nan"], "moco.temperature: nan is not a finite number"),
+        (["--data.image-size", "fast"], "data.image_size: 'fast' is not a valid integer"),
+        (["--augment.crop-scale", "[1.0, 0.2]"], "crop_scale (1.0, 0.2) is not a range"),
+        (["--augment.recipe", "v3"], "augment.recipe: 'v3' is not one of 'v1' or 'v2'"),
+        (["--optim.global-batch-size", "100"], "96 and 128 are"),
+        (["--optim.global-batch-size", "16"], "32 is the smallest that is"),
+        (["--moco.queue-size", "64"], "256 is the smallest that works"),
+        (["--optim.epochs", "true"], "optim.epochs: true is not a value for it"),
+        (["stray"], "unexpected argument 'stray'"),
+        (["--optim.base-lr"], "--optim.base-lr: expected one argument"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_wrong_flag_is_one_clear_line(flags, expected):
+    lines = problems(*flags)
+    assert len(lines) == 1
+    assert expected in lines[0]
+
+
+def test_all_mistakes_are_reported_at_once():
+    lines = problems("--optim.base-lrr", "1", "--data.image-size", "x", "--moco.momentum", "2", needed=[])
+    assert [line.split()[0] for line in lines] == ["unknown", "run.dir", "data.root", "data.image_size:",
+                                                   "moco.momentum:"]
+
+
+def test_files(tmp_path):
+    good = tmp_path / "demo.yaml"
+    good.write_text("optim: {epocs: 3}\n")
+    assert problems(file=good) == ["unknown setting optim.epocs; did you mean optim.epochs?"]
+    assert "did you mean demo.yaml?" in problems(file=tmp_path / "dmo.yaml")[0]
+    for text, expected in (("- 1", "a mapping of settings is expected"), ("a: [", "is not YAML"),
+                           ("optim: 3", "optim: 3 is not"), ("optimm: {}", "did you mean optim?"),
+                           ("!!python/object/apply:os.system [ls]", "is not YAML")):
+        good.write_text(text)
+        assert expected in problems(file=good)[0]
+    good.write_bytes(b"\xff\xfe")
+    assert "cannot be read" in problems(file=good)[0]
+
+
+def test_sizes_on_many_ranks():
+    config = read("--optim.global-batch-size", "256")
+    assert size_problems(config, 8) == []
+    assert "16 rank(s)" in size_problems(config, 16)[0]
+    assert "512 is the smallest that is" in size_problems(config, 16)[0]
+
+
+@pytest.mark.parametrize("schema", [PretrainConfig, KnnConfig, LinearConfig])
+def test_help_shows_every_setting_with_its_default(schema):
+    text = help_text(schema)
+    for name, field in leaf_fields(schema).items():
+        assert f"--{name.replace('_', '-')} " in text
+        assert field.description
+    assert "source:" in text
+
+
+@pytest.mark.parametrize("path", sorted(Path("configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_configs_are_valid_and_say_what_they_are(path):
+    header = path.read_text().split("\n\n")[0]
+    for item in ("Command:", "Hardware:", "Hours:", "Expected:"):
+        assert item in header
+    if "linear" in path.name:
+        read_config(LinearConfig, path, ["--run-dir", "r"])
+    else:
+        read_config(PretrainConfig, path, [])

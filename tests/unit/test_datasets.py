@@ -1,0 +1,146 @@
+"""Which images a folder holds, their classes, and what reading one says when it cannot."""
+
+import pickle
+
+import numpy as np
+import pytest
+from PIL import Image, PngImagePlugin
+
+from moco_dist.data import datasets
+from moco_dist.data.datasets import NO_CLASS, ImageError, find_images, read_image, subset
+from moco_dist.errors import UserError
+
+
+def touch(root, *paths):
+    for path in paths:
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).touch()
+    return root
+
+
+def test_classes_are_first_level_folders_and_paths_are_sorted(tmp_path):
+    touch(tmp_path, "train/dog/b.jpg", "train/dog/a/z.PNG", "train/cat/1.webp", "train/cat/notes.txt", "train/x.jpg")
+    folder = find_images(tmp_path, "train")
+    assert folder.root == tmp_path / "train"
+    assert folder.paths == ["cat/1.webp", "dog/a/z.PNG", "dog/b.jpg", "x.jpg"]
+    assert folder.classes == ("cat", "dog")
+    assert folder.labels.tolist() == [0, 1, 1, NO_CLASS]
+    assert folder.labels.dtype == np.int64
+
+
+def test_a_root_without_train_and_val_is_the_training_set(tmp_path):
+    touch(tmp_path, "dog/b.jpg", "a.jpg")
+    folder = find_images(tmp_path, "train")
+    assert (folder.root, folder.paths, folder.labels.tolist()) == (tmp_path, ["a.jpg", "dog/b.jpg"], [NO_CLASS, 0])
+
+
+def test_hidden_files_and_folders_are_left_out(tmp_path):
+    touch(tmp_path, "dog/b.jpg", "dog/._b.jpg", ".trash/c.jpg", "dog/.thumbs/d.jpg")
+    folder = find_images(tmp_path, "train")
+    assert (folder.paths, folder.classes) == (["dog/b.jpg"], ("dog",))
+
+
+def test_val_has_the_labels_of_train_where_it_lacks_a_class(tmp_path):
+    touch(tmp_path, "train/ant/1.jpg", "train/bee/1.jpg", "train/cat/1.jpg", "val/bee/1.jpg", "val/cat/1.jpg")
+    folder = find_images(tmp_path, "val")
+    assert folder.classes == ("ant", "bee", "cat")
+    assert folder.labels.tolist() == [1, 2]
+
+
+def test_linked_images_and_folders_are_found(tmp_path):
+    touch(tmp_path, "elsewhere/a.jpg")
+    (tmp_path / "set" / "dog").mkdir(parents=True)
+    (tmp_path / "set" / "dog" / "link.jpg").symlink_to(tmp_path / "elsewhere" / "a.jpg")
+    (tmp_path / "set" / "fox").symlink_to(tmp_path / "elsewhere")
+    assert find_images(tmp_path / "set", "train").paths == ["dog/link.jpg", "fox/a.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("files", "root", "split", "message"),
+    [
+        (["imagenet/train/a/1.jpg"], "imagenett", "train", "imagenett is not a folder; did you mean imagenet?"),
+        (["set/a/1.txt"], "set", "train", "no image found in .*set; .*jpg"),
+        (["set/a/1.jpg"], "set", "val", "no validation set; .*val/CLASS/IMAGE"),
+        (["set/val/a/1.jpg", "set/trian/a/1.jpg"], "set", "train", "none called train; did you mean trian?"),
+        (["set/train/cat/1.jpg", "set/val/cart/1.jpg"], "set", "val", "class cart that .* lacks; did you mean cat?"),
+    ],
+)
+def test_mistakes_are_named(tmp_path, files, root, split, message):
+    touch(tmp_path, *files)
+    with pytest.raises(UserError, match=message):
+        find_images(tmp_path / root, split)
+
+
+def test_subset_is_spread_over_all_classes(tmp_path):
+    touch(tmp_path, *(f"{c}/{i:02d}.jpg" for c in "abcd" for i in range(25)))
+    folder = find_images(tmp_path, "train")
+    part = subset(folder, 12)
+    assert np.bincount(part.labels).tolist() == [3, 3, 3, 3]
+    assert len(set(part.paths)) == 12
+    assert [path[0] for path in part.paths] == [part.classes[label] for label in part.labels]
+    assert subset(folder, None) is folder
+    assert subset(folder, 1000) is folder
+
+
+@pytest.fixture
+def noise():
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "RGBA", "CMYK", "P"])
+def test_every_mode_becomes_rgb(tmp_path, noise, mode):
+    path = tmp_path / "x.tif"
+    noise.convert(mode).save(path)
+    image = read_image(path)
+    assert image.mode == "RGB"
+    assert np.array_equal(np.asarray(image), np.asarray(noise.convert(mode).convert("RGB")))
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "bmp", "webp"])
+def test_truncated_files_are_named(tmp_path, noise, suffix):
+    path = tmp_path / f"x.{suffix}"
+    noise.save(path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(ImageError, match=rf"cannot read image .*x\.{suffix}: \w+"):
+        read_image(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [(None, "no such file"), (b"", "the file is empty"), (b"<html>404</html>", "not an image")],
+)
+def test_missing_empty_and_other_files_are_named(tmp_path, content, reason):
+    path = tmp_path / "x.jpg"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ImageError, match=rf"x\.jpg: {reason}"):
+        read_image(path)
+
+
+def test_a_folder_called_like_an_image_is_named(tmp_path):
+    (tmp_path / "x.jpg").mkdir()
+    with pytest.raises(ImageError, match=r"x\.jpg: is a directory"):
+        read_image(tmp_path / "x.jpg")
+
+
+def test_a_decompression_bomb_is_refused(tmp_path, noise, monkeypatch):
+    noise.save(tmp_path / "x.png")
+    monkeypatch.setattr(datasets.Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(ImageError, match=r"x\.png: .*decompression bomb"):
+        read_image(tmp_path / "x.png")
+
+
+def test_any_error_of_a_decoder_is_the_image_s(tmp_path, noise, monkeypatch):
+    def broken(*args):
+        raise IndexError("tuple index out of range")
+
+    noise.save(tmp_path / "x.png")
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", broken)
+    with pytest.raises(ImageError, match=r"x\.png: tuple index out of range"):
+        read_image(tmp_path / "x.png")
+
+
+def test_an_image_error_survives_the_way_out_of_a_worker_process():
+    error = pickle.loads(pickle.dumps(ImageError("cannot read image x.jpg: empty")))
+    assert isinstance(error, ImageError)
+    assert str(error) == "cannot read image x.jpg: empty"

@@ -1,0 +1,35 @@
+"""What import-linter cannot say: who may talk to torch.distributed, and that help needs no torch."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+ALLOWED = {"distributed/collectives.py", "engine/ddp.py", "checkpoint.py"}
+
+
+def imported(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def test_collectives_are_in_one_module():
+    root = Path("moco_dist")
+    for path in root.rglob("*.py"):
+        if any(name.startswith("torch.distributed") for name in imported(path)):
+            assert str(path.relative_to(root)) in ALLOWED, path
+
+
+def test_help_and_wrong_flags_need_no_torch():
+    code = """if True:
+        import sys
+        from moco_dist.cli import main
+        assert main(["pretrain", "--help"]) == 0
+        assert main(["pretrain", "--nonsense", "1"]) == 2
+        assert "torch" not in sys.modules and "mlflow" not in sys.modules
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

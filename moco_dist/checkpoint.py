@@ -150,7 +150,8 @@ def latest(run_dir: Path) -> Path:
     found = complete_checkpoints(run_dir)
     if not found:
         reason = "has no complete checkpoint" if run_dir.is_dir() else "does not exist"
-        raise UserError(f"run folder {run_dir} {reason}; pre-train first: moco-dist pretrain CONFIG --run.dir {run_dir}")
+        first = f"pre-train first: moco-dist pretrain CONFIG --run.dir {run_dir}"
+        raise UserError(f"run folder {run_dir} {reason}; {first}")
     return found[-1]
 
 

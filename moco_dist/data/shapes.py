@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 Points = NDArray[np.float64]
-Pixels = NDArray[np.float32]
+Pixels = NDArray[np.floating]
 
 SUPERSAMPLING = 3  # masks are drawn this much larger, for smooth edges
 PLACING_TRIES = 20

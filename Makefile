@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test check lint clean
+.PHONY: demo test check lint soak clean
 
 demo: $(STAMP)
 	@$(BIN)/python -m launchers.demo
@@ -14,6 +14,10 @@ test: check
 check: lint
 	$(BIN)/python -m pytest -m "not slow and not gpu"
 
+# Kills a training 200 times; an hour.
+soak: $(STAMP)
+	MOCO_DIST_KILLS=200 $(BIN)/python -m pytest tests/faults/test_kills.py --timeout 7200
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/pyright
@@ -22,7 +26,7 @@ lint: $(STAMP)
 # Installed anew only when the project's requirements change.
 $(STAMP): pyproject.toml
 	test -d .venv || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --editable ".[dev]"
+	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --editable ".[dev]"
 	touch $@
 
 clean:

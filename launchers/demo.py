@@ -17,7 +17,7 @@ def main() -> int:
     from launchers.local import torchrun
 
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // RANKS)))
-    encoders = ["--encoders", "[pixels, untrained, trained]"]
+    encoders = ["--encoders", "[pixels, untrained, trained]", "--data.num-workers", "0"]
     steps = [
         ("1/4  data", lambda: moco_dist(["data", "prepare", "shapes", "--out", str(DATA)])),
         ("2/4  pre-training on 2 ranks", lambda: torchrun(RANKS, ["pretrain", "configs/demo.yaml"])),

@@ -7,6 +7,7 @@ gets its rows back bit by bit, another number gets their mean, which is what the
 """
 
 import contextlib
+import hashlib
 import json
 import shutil
 import warnings
@@ -17,17 +18,22 @@ from typing import Any
 
 import safetensors.torch
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 
-from moco_dist.distributed.collectives import all_gather, as_sharded, barrier
+from moco_dist.distributed.collectives import all_gather, as_sharded, barrier, gather_texts
 from moco_dist.distributed.world import World
+from moco_dist.engine import Engine
 from moco_dist.errors import UserError
 from moco_dist.method.batch_norm import running_statistics
 from moco_dist.method.queue import Queue
 
 MANIFEST = "checkpoint.json"
 ENCODERS = ("query_encoder", "key_encoder")
+CANNOT_WRITE = (Exception, CheckpointException)  # the latter is none of the former
+OPTIMIZER = "optimizer."
 
 
 @dataclass
@@ -36,17 +42,17 @@ class TrainState:
 
     query_encoder: nn.Module
     key_encoder: nn.Module
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
+    engine: Engine
     queue: Queue
     step: int
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every tensor that all ranks hold equally, by name; the live ones, so that loading fills them in place."""
+        """Every tensor that all ranks hold equally, by name. Called by all ranks.
+
+        Weights and queue_ptr are the live ones, so that loading fills them in place.
+        """
         tensors = {f"{name}.{key}": value for name in ENCODERS for key, value in self._parameters(name)}
-        for name, parameter in self.query_encoder.named_parameters():
-            for key, value in self.optimizer.state[parameter].items():
-                tensors[f"optimizer.{name}.{key}"] = value
+        tensors |= {f"{OPTIMIZER}{name}": value for name, value in self.engine.optimizer_tensors().items()}
         tensors["queue_ptr"] = self.queue.ptr
         return tensors
 
@@ -54,50 +60,97 @@ class TrainState:
         return [(key, value.detach()) for key, value in getattr(self, name).named_parameters()]
 
 
-def save(state: TrainState, run_dir: Path, config: dict[str, Any], world: World, keep_last: int) -> Path:
-    """Write RUN/checkpoints/step_N, then remove all but the newest `keep_last`. Called by all ranks.
+@dataclass(frozen=True)
+class Snapshot:
+    """A TrainState as it was at `step`, in host memory: nothing of it changes while it is written."""
+
+    step: int
+    tensors: dict[str, Tensor]
+    manifest: dict[str, Any]
+
+
+def snapshot(state: TrainState, facts: dict[str, Any], world: World) -> Snapshot:
+    """Copy the state to host memory: all that a training has to wait for. Called by all ranks.
 
     Args:
         state: what to save.
-        run_dir: RUN.
-        config: the resolved config as plain values.
+        facts: plain values for checkpoint.json; `config` is the resolved config.
         world: this process.
-        keep_last: complete checkpoints to keep.
+    """
+    # safetensors has no strides: channels-last weights are written in their logical order.
+    copies = {name: _to_host(tensor) for name, tensor in state.tensors().items()}
+    copies["queue"] = as_sharded(_to_host(state.queue.keys), state.queue.size, world)
+    for name in ENCODERS:
+        row = _to_host(_as_row(running_statistics(getattr(state, name))))
+        copies[f"{name}.running_statistics"] = as_sharded(row, world.world_size, world)
+    manifest = {
+        "step": state.step,
+        "world_size": world.world_size,
+        "queue_size": state.queue.size,
+        "loss_scale": state.engine.scaler.state_dict(),
+        **facts,
+    }
+    return Snapshot(state.step, copies, manifest)
+
+
+def write(taken: Snapshot, run_dir: Path, world: World, group: dist.ProcessGroup | None = None) -> Path:
+    """Write RUN/checkpoints/step_N. Called by all ranks.
+
+    Everything goes to a hidden folder, checkpoint.json last, with the size and SHA-256 of every file; then the folder
+    is renamed. A crash at any moment leaves the older checkpoints as they are, and none that looks complete.
+
+    Args:
+        taken: what to write.
+        run_dir: RUN.
+        world: this process.
+        group: CPU process group to coordinate by; default: the default one.
 
     Returns:
         the checkpoint's folder.
+
+    Raises:
+        one of CANNOT_WRITE: it cannot be written; nothing of it is left, or only the hidden folder.
     """
-    folder = run_dir / "checkpoints" / f"step_{state.step:08d}"
+    folder = run_dir / "checkpoints" / f"step_{taken.step:08d}"
     partial = folder.with_name(f".{folder.name}.partial")
     if world.is_main:
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.mkdir(parents=True)
-    barrier(world)
-    # safetensors has no strides: channels-last weights are written in their logical order.
-    tensors = {name: tensor.contiguous() for name, tensor in state.tensors().items()}
-    tensors["queue"] = as_sharded(state.queue.keys, state.queue.size, world)
-    for name in ENCODERS:
-        row = _as_row(running_statistics(getattr(state, name)))
-        tensors[f"{name}.running_statistics"] = as_sharded(row, world.world_size, world)
+        for left_over in partial.parent.glob(".step_*.partial"):
+            shutil.rmtree(left_over, ignore_errors=True)
+        partial.mkdir(parents=True, exist_ok=True)
+    barrier(world, group)
     writer = dcp.HuggingFaceStorageWriter(str(partial), save_distributed=True)
     with _alone_on_purpose():
-        dcp.save(tensors, storage_writer=writer, no_dist=world.world_size == 1)
-    barrier(world)
+        dcp.save(taken.tensors, storage_writer=writer, no_dist=world.world_size == 1, process_group=group)
     if world.is_main:
-        manifest = {
-            "step": state.step,
-            "world_size": world.world_size,
-            "queue_size": state.queue.size,
-            "loss_scale": state.scaler.state_dict(),
-            "config": config,
-        }
-        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        files = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in partial.iterdir()}
+        (partial / MANIFEST).write_text(json.dumps({**taken.manifest, "files": files}, indent=1))
+        shutil.rmtree(folder, ignore_errors=True)  # the same step again, after a rewind
         partial.rename(folder)
-        for old in complete_checkpoints(run_dir)[:-keep_last]:
-            shutil.rmtree(old)
-    barrier(world)
     return folder
+
+
+def prune(run_dir: Path, keep_last: int, keep_every_steps: int) -> None:
+    """Remove complete checkpoints but the newest `keep_last` and those at multiples of `keep_every_steps` (0: none)."""
+    for old in complete_checkpoints(run_dir)[:-keep_last]:
+        if not keep_every_steps or int(old.name.removeprefix("step_")) % keep_every_steps:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def damage(folder: Path, world: World) -> str:
+    """What is wrong with a checkpoint's files: a line, or "" if each has its size and content. Called by all ranks.
+
+    Ranks share the reading: rank r reads files r, r + W, ...
+    """
+    found = []
+    for name, expected in sorted(read_manifest(folder)["files"].items())[world.rank :: world.world_size]:
+        path = folder / name
+        if not path.is_file():
+            found.append(f"{path} is missing")
+        elif path.stat().st_size != expected["bytes"]:
+            found.append(f"{path} has {path.stat().st_size} bytes instead of {expected['bytes']}")
+        elif _sha256(path) != expected["sha256"]:
+            found.append(f"{path} has another content than was written")
+    return next((text for text in gather_texts(next(iter(found), ""), world) if text), "")
 
 
 def load(state: TrainState, folder: Path, world: World) -> None:
@@ -117,11 +170,14 @@ def load(state: TrainState, folder: Path, world: World) -> None:
         row = _as_row(running_statistics(getattr(state, name)))
         rows[name] = tensors[f"{name}.running_statistics"] = row.new_empty(saved_worlds, row.shape[1])
     _read(tensors, folder, world)
+    state.engine.load_optimizer_tensors(
+        {name.removeprefix(OPTIMIZER): value for name, value in tensors.items() if name.startswith(OPTIMIZER)}
+    )
     for name in ENCODERS:
         row = rows[name][world.rank] if saved_worlds == world.world_size else rows[name].mean(0)
         _fill_from_row(running_statistics(getattr(state, name)), row)
     if manifest["loss_scale"]:
-        state.scaler.load_state_dict(manifest["loss_scale"])
+        state.engine.scaler.load_state_dict(manifest["loss_scale"])
     state.step = manifest["step"]
 
 
@@ -134,6 +190,15 @@ def load_query_encoder(encoder: nn.Module, folder: Path) -> int:
     _read(tensors, folder, World())
     _fill_from_row(running_statistics(encoder), rows.mean(0))
     return manifest["step"]
+
+
+def reason(error: BaseException) -> str:
+    """Why a checkpoint could not be written, in a few words: of the first rank that failed."""
+    if isinstance(error, CheckpointException):
+        error = next((e for e, _ in error.failures.values() if isinstance(e, Exception)), error)
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror.lower()
+    return (str(error) or type(error).__name__).strip().splitlines()[-1]
 
 
 def complete_checkpoints(run_dir: Path) -> list[Path]:
@@ -193,7 +258,7 @@ def _read(tensors: dict[str, Tensor], folder: Path, world: World) -> None:
     try:
         with _alone_on_purpose():
             dcp.load(tensors, storage_reader=reader, no_dist=world.world_size == 1)
-    except (dcp.api.CheckpointException, RuntimeError, ValueError, KeyError, safetensors.SafetensorError) as error:
+    except (CheckpointException, RuntimeError, ValueError, KeyError, safetensors.SafetensorError) as error:
         reason = str(error).strip().splitlines()[-1]
         raise UserError(f"{folder} does not fit this config or is damaged: {reason}") from error
 
@@ -204,6 +269,16 @@ def _alone_on_purpose() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
         yield
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    """A copy of its own in host memory, in logical order."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach())
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _as_row(statistics: dict[str, Tensor]) -> Tensor:

@@ -10,10 +10,11 @@ from pathlib import Path
 from moco_dist import __version__
 from moco_dist.config import KnnConfig, LinearConfig, PretrainConfig
 from moco_dist.config_source import help_text, read_config
-from moco_dist.errors import UserError, nearest
+from moco_dist.errors import Preempted, UserError, nearest
 
 EXIT_MISTAKE = 2  # a mistake in what the user gave
 EXIT_INTERRUPTED = 130  # Ctrl-C
+PEER_TIMEOUT_SECONDS = 60.0  # in evaluations; a pre-training has run.peer_timeout_seconds
 SCHEMAS = {"pretrain": PretrainConfig, "knn": KnnConfig, "linear": LinearConfig}
 DATASETS = ("shapes", "fashion-mnist", "cifar10", "imagefolder")
 
@@ -43,7 +44,11 @@ def main(argv: list[str] | None = None) -> int:
         who = "" if os.environ.get("WORLD_SIZE", "1") == "1" else f"[rank {rank}] "
         for line in str(error).splitlines():
             print(f"{who}error: {line}", file=sys.stderr)
-        return EXIT_MISTAKE
+        return error.exit_status
+    except Preempted as notice:
+        if os.environ.get("RANK", "0") == "0":
+            print(notice, file=sys.stderr)
+        return notice.exit_status
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
             print("interrupted; a pre-training goes on from its newest checkpoint", file=sys.stderr)
@@ -82,15 +87,17 @@ def _configured(command: str, rest: list[str]) -> int:
     # torch and everything that needs it: imported once the flags are known to be right.
     from moco_dist import train
     from moco_dist.distributed.collectives import process_group
+    from moco_dist.distributed.heartbeat import Heartbeat
     from moco_dist.distributed.world import world_from_env
     from moco_dist.evaluate.knn import run_knn
     from moco_dist.evaluate.linear import run_linear
     from moco_dist.tracking import Tracker
 
-    signal.signal(signal.SIGTERM, _terminate)
-    device = config.run.device if isinstance(config, PretrainConfig) else config.device
-    world = world_from_env(device)
-    with process_group(world):
+    signal.signal(signal.SIGTERM, _terminate)  # a pre-training has its own way: it saves first
+    is_pretraining = isinstance(config, PretrainConfig)
+    world = world_from_env(config.run.device if is_pretraining else config.device)
+    silence_seconds = config.run.peer_timeout_seconds if is_pretraining else PEER_TIMEOUT_SECONDS
+    with process_group(world), Heartbeat(world, silence_seconds):
         if isinstance(config, PretrainConfig):
             with Tracker.for_pretraining(config, world) as tracker:
                 last = train.pretrain(config, world, tracker)

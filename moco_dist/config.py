@@ -41,6 +41,13 @@ class RunConfig(Section):
     stop_at_step: int | None = setting(
         None, "end early, with a checkpoint; schedules stay those of the full run", unit="steps", gt=0
     )
+    resume: Literal["auto", "changed"] = setting(
+        "auto", "where the folder has a checkpoint, go on from it; auto refuses settings that change what is computed, "
+        "changed takes them"
+    )
+    peer_timeout_seconds: float = setting(
+        60.0, "how long a rank may be silent until the others end and name it", unit="seconds", ge=1
+    )
 
 
 class DataConfig(Section):
@@ -173,6 +180,29 @@ class OptimConfig(Section):
     )
 
 
+class EngineConfig(Section):
+    """Who takes the gradients and the optimiser's step, and how fast. All of it may change when a run goes on."""
+
+    kind: Literal["ddp", "deepspeed"] = setting("ddp", "deepspeed: pip install 'moco_dist[deepspeed]'")
+    zero_stage: int = setting(
+        0, "deepspeed: 1 cuts the optimiser's state over the ranks, 2 the gradients too", ge=0, le=2,
+        source="ZeRO, arXiv 1910.02054",
+    )
+    compile: Literal["off", "model", "step"] = setting(
+        "off", "torch.compile of both encoders (model), and of colours and LARS too (step)"
+    )
+    cuda_graphs: bool = setting(False, "replay what is compiled as CUDA graphs: for small batches a GPU")
+    cudnn_benchmark: bool = setting(True, "try cuDNN's algorithms for each shape, and keep the fastest")
+    allow_tf32: bool = setting(
+        False, "TF32 (10-bit mantissa) in float32 convolutions and products: those of fp32 encoders, and the loss"
+    )
+
+    @field_validator("compile", mode="before")
+    @classmethod
+    def _yaml_reads_off_as_false(cls, value: Any) -> Any:
+        return "off" if value is False else value
+
+
 class ShuffleConfig(Section):
     """How a rank gets the key views of the samples it encodes (shuffled BN)."""
 
@@ -197,7 +227,9 @@ class CheckpointConfig(Section):
     """The TrainState on disk."""
 
     every_steps: PositiveInt = setting(5_000, "between checkpoints; one more at the end", unit="steps")
+    every_seconds: float = setting(1_800.0, "a checkpoint also whenever the last is older", unit="seconds", gt=0)
     keep_last: PositiveInt = setting(2, "older checkpoints are removed")
+    keep_every_epochs: int = setting(0, "but those at multiples of this are kept; 0 is none", unit="epochs", ge=0)
 
 
 class TrackingConfig(Section):
@@ -219,6 +251,7 @@ class PretrainConfig(Section):
     model: ModelConfig = ModelConfig()
     moco: MocoConfig = MocoConfig()
     optim: OptimConfig = OptimConfig()
+    engine: EngineConfig = EngineConfig()
     shuffle: ShuffleConfig = ShuffleConfig()
     log: LogConfig = LogConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -226,7 +259,7 @@ class PretrainConfig(Section):
 
     @model_validator(mode="after")
     def _sizes_divide(self) -> "PretrainConfig":
-        problems = size_problems(self, world_size=1)
+        problems = size_problems(self, world_size=1) + engine_problems(self)
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -252,6 +285,21 @@ def size_problems(config: PretrainConfig, world_size: int) -> list[str]:
         )
     if queue < world_size:
         problems.append(f"moco.queue_size {queue} is less than one key a rank on {world_size} ranks")
+    return problems
+
+
+def engine_problems(config: PretrainConfig) -> list[str]:
+    """What the chosen engine cannot do."""
+    engine, problems = config.engine, []
+    if engine.kind == "ddp" and engine.zero_stage:
+        problems.append(f"engine.zero_stage {engine.zero_stage} needs engine.kind deepspeed; with ddp it is 0")
+    if engine.kind == "deepspeed" and config.optim.precision in ("fp16", "fp64"):
+        problems.append(
+            f"optim.precision {config.optim.precision} does not work with engine.kind deepspeed; bf16 and fp32 do, "
+            "and engine.kind ddp does all"
+        )
+    if engine.cuda_graphs and engine.compile == "off":
+        problems.append("engine.cuda_graphs needs engine.compile model or step")
     return problems
 
 

@@ -158,10 +158,10 @@ def _messages(error: ValidationError, schema: type[BaseModel]) -> list[str]:
         elif kind == "missing":
             messages += [f"{field} is required" for field in _required_below(name, known)]
         elif kind == "value_error":
-            lines = str(item["ctx"]["error"]).splitlines() if "ctx" in item else [item["msg"]]
+            lines = str(item.get("ctx", {})["error"]).splitlines() if "ctx" in item else [item["msg"]]
             messages += [f"{name}: {line}" if name else line for line in lines]
         elif kind == "literal_error":
-            expected = item["ctx"]["expected"]
+            expected = item.get("ctx", {})["expected"]
             messages.append(f"{name}: {given!r} is not one of {expected}{nearest(str(given), expected.split(chr(39)))}")
         else:
             messages.append(f"{name}: {given!r} {item['msg'].replace('Input should be', 'is not')}")

@@ -1,4 +1,4 @@
-"""The one exception that is a message to a person, and the hint that goes with a wrong name."""
+"""The exceptions that are messages to a person, and the hint that goes with a wrong name."""
 
 import difflib
 from collections.abc import Iterable
@@ -7,8 +7,19 @@ from collections.abc import Iterable
 class UserError(ValueError):
     """A mistake in what the user gave. Its text says what is wrong, what is allowed and the nearest choice.
 
-    The command line prints it without a traceback and exits with 2; a library user sees a ValueError.
+    The command line prints it without a traceback and exits with `exit_status`; a library user sees a ValueError.
     """
+
+    exit_status = 2
+
+
+class Preempted(Exception):
+    """A scheduler asked, all ranks have agreed, and the run is saved: run the same command to go on."""
+
+    exit_status = 75  # EX_TEMPFAIL
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"preempted: saved at step {step}; run the same command to go on")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -1,6 +1,7 @@
 """What a run says while it runs: log.jsonl, the tracker, and a progress bar or plain lines for a person."""
 
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -36,6 +37,17 @@ class Logbook:
         self._losses.append(loss)
         self._wait_seconds += wait_seconds
         self._bar.update()
+
+    def first_not_finite(self) -> tuple[int, float] | None:
+        """The first step (from 0) since the last `write` whose loss on any rank is not finite; and that loss.
+
+        Called by all ranks; the same answer on all of them.
+        """
+        if not self._losses:
+            return None
+        losses = all_reduce_sum(torch.stack(self._losses), self._world).tolist()
+        bad = (i for i, loss in enumerate(losses) if not math.isfinite(loss))
+        return next(((self._step + i, losses[i]) for i in bad), None)
 
     def write(self, step: int, epoch: float, lr: float, batch_size: int, scalars: dict[str, Tensor]) -> None:
         """Close the interval at `step` (steps done so far). Called by all ranks.

@@ -1,6 +1,9 @@
 """The optimisers, and the learning rate as a pure function of the step."""
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +22,41 @@ def build_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.Optim
             parameters, config.sgd_momentum, config.weight_decay, config.trust_coefficient
         )
     else:
+        # Fused: weights, gradients and buffers are read once, two of them written: 20 bytes a float32 parameter.
         optimizer = torch.optim.SGD(
-            parameters, lr=0.0, momentum=config.sgd_momentum, weight_decay=config.weight_decay, foreach=True
+            parameters, lr=0.0, momentum=config.sgd_momentum, weight_decay=config.weight_decay, fused=True
         )
-    for parameter in parameters:
-        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        make_momentum_buffers(optimizer)
     return optimizer
+
+
+def make_momentum_buffers(optimizer: torch.optim.Optimizer) -> None:
+    """Zero buffers for the optimiser's parameters, in place of any state it has."""
+    optimizer.state.clear()
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+
+
+@dataclass(frozen=True)
+class Partition:
+    """What a rank holds of all parameters laid end to end and cut into W parts, as ZeRO does it.
+
+    Attributes:
+        pieces: of each parameter that the part touches: its number, and its first and past-last place in the part.
+        is_adapted: of each parameter, of this part or another, whether LARS adapts its rate.
+        sum_over_ranks: of a tensor, on all ranks.
+    """
+
+    pieces: list[tuple[int, int, int]]
+    is_adapted: list[bool]
+    sum_over_ranks: Callable[[Tensor], Tensor]
+
+    def norms_of_whole(self, norms: Tensor, numbers: list[int]) -> Tensor:
+        """Norms (2, n) of pieces of the parameters `numbers`, to those of whole parameters. One small all-reduce."""
+        index = torch.tensor(numbers, dtype=torch.int64, device=norms.device)
+        squares = norms.new_zeros(2, len(self.is_adapted)).index_copy_(1, index, norms.square())
+        return self.sum_over_ranks(squares).sqrt()[:, index]
 
 
 class LARS(torch.optim.Optimizer):
@@ -33,34 +65,61 @@ class LARS(torch.optim.Optimizer):
     Weights of two or more dimensions: d = g + wd w, scaled by trust |w| / |d| (1 where either norm is 0), then
     momentum and step. Biases and BatchNorm's parameters: plain momentum SGD without weight decay (SimCLR, arXiv
     2002.05709, sec. B.6).
+
+    Attributes:
+        partition: what the one flat parameter that ZeRO leaves a rank is made of; None where parameters are whole.
     """
+
+    _step_supports_amp_scaling = True  # GradScaler then sets `found_inf` instead of asking the device
 
     def __init__(
         self, parameters: list[nn.Parameter], momentum: float, weight_decay: float, trust_coefficient: float
     ) -> None:
         defaults = {"momentum": momentum, "weight_decay": weight_decay, "trust_coefficient": trust_coefficient}
         super().__init__(parameters, {"lr": 0.0, **defaults})
+        self.partition: Partition | None = None
+        make_momentum_buffers(self)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         """One step, with one multi-tensor operation for each line of the formula."""
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
+            weights: list[Tensor] = list(parameters)
             updates: list[Tensor] = [p.grad for p in parameters if p.grad is not None]
-            adapted = [i for i, p in enumerate(parameters) if p.ndim > 1]
-            weights = [parameters[i] for i in adapted]
-            decayed = torch._foreach_add([updates[i] for i in adapted], weights, alpha=group["weight_decay"])
-            norms = zip(torch._foreach_norm(weights), torch._foreach_norm(decayed), strict=True)
-            trust = [
-                torch.where((w > 0) & (d > 0), group["trust_coefficient"] * w / d, torch.ones_like(w))
-                for w, d in norms
-            ]
-            for i, update in zip(adapted, torch._foreach_mul(decayed, trust), strict=True):
-                updates[i] = update
-            buffers = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in parameters]
-            torch._foreach_mul_(buffers, group["momentum"])
+            buffers: list[Tensor] = [self.state[p]["momentum_buffer"] for p in parameters]
+            if self.partition is None:
+                adapted = {i: i for i, p in enumerate(parameters) if p.ndim > 1}
+            else:
+                pieces = self.partition.pieces
+                weights, updates, buffers = (
+                    [flat[first:last] for _, first, last in pieces] for (flat,) in (weights, updates, buffers)
+                )
+                adapted = {i: number for i, (number, _, _) in enumerate(pieces) if self.partition.is_adapted[number]}
+
+            self._adapt(weights, updates, adapted, group)
+            found_inf: Tensor | None = getattr(self, "found_inf", None)
+            momentum, rate = group["momentum"], group["lr"]
+            if found_inf is not None:  # then nothing changes, and the host need not know
+                updates = [torch.where(found_inf == 0, update, 0.0) for update in updates]
+                keep = (found_inf == 0).to(weights[0].dtype)
+                momentum, rate = momentum * keep + (1 - keep), rate * keep
+            torch._foreach_mul_(buffers, momentum)
             torch._foreach_add_(buffers, updates)
-            torch._foreach_add_(parameters, buffers, alpha=-group["lr"])
+            torch._foreach_sub_(weights, torch._foreach_mul(buffers, rate))
+
+    def _adapt(
+        self, weights: list[Tensor], updates: list[Tensor], adapted: dict[int, int], group: dict[str, Any]
+    ) -> None:
+        """Replace `updates[i]` by trust |w| / |d| d for each i: number of its parameter in `adapted`."""
+        w = [weights[i] for i in adapted]
+        d = list(torch._foreach_add([updates[i] for i in adapted], w, alpha=group["weight_decay"]))
+        norms = torch.stack([torch.stack(torch._foreach_norm(w)), torch.stack(torch._foreach_norm(d))])
+        if self.partition is not None:
+            norms = self.partition.norms_of_whole(norms, list(adapted.values()))
+        trust = torch.where((norms > 0).all(0), group["trust_coefficient"] * norms[0] / norms[1], 1)
+        for i, update in zip(adapted, torch._foreach_mul(d, list(trust.unbind())), strict=True):
+            updates[i] = update
 
 
 def peak_learning_rate(config: OptimConfig) -> float:

@@ -1,6 +1,7 @@
 """Pre-training by MoCo v2: builds everything, then the loop. Algorithm 1 of v1 (arXiv 1911.05722), line by line."""
 
 import hashlib
+import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,12 +21,14 @@ from moco_dist.data.exchange import key_views
 from moco_dist.data.plan import Plan
 from moco_dist.data.torchvision_loader import pretrain_batches
 from moco_dist.distributed.agreement import require_agreement
-from moco_dist.distributed.collectives import all_gather, barrier
+from moco_dist.distributed.collectives import all_gather, barrier, gather_texts
+from moco_dist.distributed.stop import STOP, StopRequest, marker_path
 from moco_dist.distributed.world import World
 from moco_dist.engine import Engine
 from moco_dist.engine.ddp import DDPEngine
-from moco_dist.errors import UserError
+from moco_dist.errors import Preempted, UserError
 from moco_dist.evaluate.knn import knn_during_training
+from moco_dist.lock import locked
 from moco_dist.logbook import Logbook
 from moco_dist.method.batch_norm import set_micro_batch
 from moco_dist.method.encoder import build_encoder
@@ -34,11 +37,14 @@ from moco_dist.method.momentum import key_encoder_of, momentum_update
 from moco_dist.method.precision import autocast, compute_dtype
 from moco_dist.method.queue import Queue
 from moco_dist.optim import build_optimizer, learning_rate, learning_rate_formula
+from moco_dist.provenance import git_state
+from moco_dist.saver import Saver
 from moco_dist.tracking import Tracker, package_versions
 
 # Settings that say where and how fast, not what is computed: they may change when a run goes on.
-FREE_TO_CHANGE = ("run.dir", "run.device", "run.stop_at_step", "data.num_workers", "data.root", "log.", "checkpoint.",
-                  "tracking.", "optim.grad_accum_steps", "shuffle.")
+FREE_TO_CHANGE = ("run.dir", "run.device", "run.stop_at_step", "run.resume", "run.peer_timeout_seconds",
+                  "data.num_workers", "data.root", "log.", "checkpoint.",
+                  "tracking.", "optim.grad_accum_steps", "engine.", "shuffle.")
 
 
 class StepResult(NamedTuple):
@@ -59,16 +65,25 @@ def pretrain(config: PretrainConfig, world: World, tracker: Tracker) -> Path:
     """
     if problems := size_problems(config, world.world_size):
         raise UserError("\n".join(problems))
+    with locked(config.run.dir, world):
+        return _pretrain(config, world, tracker)
+
+
+def _pretrain(config: PretrainConfig, world: World, tracker: Tracker) -> Path:
+    stop_request = StopRequest(config.checkpoint.every_seconds, world)
     folder = subset(find_images(config.data.root, "train"), config.data.max_samples)
     plan = Plan(len(folder.paths), config.optim.global_batch_size, config.run.seed)
     require_agreement(facts_to_agree_on(config, folder), world)
     state, engine = build(config, world)
     run_dir = config.run.dir
-    resume(state, config, world)
+    notes = resume(state, config, world)
     total_steps = config.optim.epochs * plan.steps_per_epoch
     stop = min(total_steps, config.run.stop_at_step or total_steps)
     logbook = Logbook(run_dir, tracker, world, state.step, stop)
-    say_start(logbook, config, folder, plan, state, world)
+    say_start(logbook, config, folder, plan, state, world, notes)
+    keep_every_steps = config.checkpoint.keep_every_epochs * plan.steps_per_epoch
+    saver = Saver(run_dir, config.checkpoint.keep_last, keep_every_steps, world, logbook.say)
+    facts = {"config": config.model_dump(mode="json"), "versions": package_versions(), "git": git_state()}
     dtype = compute_dtype(config.optim.precision, world.device)
 
     try:
@@ -83,6 +98,10 @@ def pretrain(config: PretrainConfig, world: World, tracker: Tracker) -> Path:
             for file in batch.replaced:
                 logbook.say(f"replaced by its successor: {file}")
 
+            asked = stop_request.agreed(state.step)
+            is_save_step = is_due(state.step, config.checkpoint.every_steps) or state.step == stop or asked is not None
+            if is_log_step or is_save_step:
+                require_finite(logbook, config, plan)
             if is_log_step:
                 logbook.write(
                     state.step, state.step / plan.steps_per_epoch, lr, config.optim.global_batch_size, result.scalars
@@ -94,14 +113,19 @@ def pretrain(config: PretrainConfig, world: World, tracker: Tracker) -> Path:
                 knn_top1 = knn_during_training(state.query_encoder, config, world)
                 logbook.record({"step": state.step, "knn_top1": knn_top1})
                 logbook.exclude(time.perf_counter() - started)
-            if is_due(state.step, config.checkpoint.every_steps) and state.step != stop:
-                started = time.perf_counter()
-                save(state, config, world)
-                logbook.exclude(time.perf_counter() - started)
+            if is_save_step:
+                saver.save(state, facts)
+                logbook.exclude(saver.stall_seconds)
+            if asked == STOP and state.step != stop:
+                saver.finish()
+                if world.is_main:
+                    marker_path(run_dir).write_text(json.dumps({"step": state.step}))
+                raise Preempted(state.step)
+        checkpoint.export_backbone(state, run_dir / "backbone.safetensors", world)
+        saver.finish()
+        return checkpoint.latest(run_dir)
     finally:
         logbook.close()
-    checkpoint.export_backbone(state, run_dir / "backbone.safetensors", world)
-    return save(state, config, world)
 
 
 def train_step(
@@ -175,8 +199,15 @@ def build(config: PretrainConfig, world: World) -> tuple[TrainState, Engine]:
     key_encoder = key_encoder_of(query_encoder)
     queue = Queue(config.moco.queue_size, config.model.embedding_dim, config.run.seed, world, weights_dtype)
     optimizer = build_optimizer(query_encoder, config.optim)
-    engine = DDPEngine(query_encoder, optimizer, dtype, world)
-    return TrainState(query_encoder, key_encoder, optimizer, engine.scaler, queue, step=0), engine
+    if config.engine.kind == "deepspeed":
+        from moco_dist.engine.deepspeed import DeepSpeedEngine
+
+        engine: Engine = DeepSpeedEngine(query_encoder, optimizer, dtype, config.engine.zero_stage, world)
+        if config.engine.zero_stage:
+            key_encoder.to(memory_format=torch.contiguous_format)  # as the query encoder, for one momentum update
+    else:
+        engine = DDPEngine(query_encoder, optimizer, dtype, world)
+    return TrainState(query_encoder, key_encoder, engine, queue, step=0), engine
 
 
 def batches(
@@ -190,41 +221,75 @@ def batches(
         yield step, batch, time.perf_counter() - waiting_since
 
 
-def save(state: TrainState, config: PretrainConfig, world: World) -> Path:
-    """A checkpoint of the run in its folder."""
-    plain = config.model_dump(mode="json")
-    return checkpoint.save(state, config.run.dir, plain, world, config.checkpoint.keep_last)
+def require_finite(logbook: Logbook, config: PretrainConfig, plan: Plan) -> None:
+    """Stop if a loss since the last log step is not a number. Called by all ranks.
 
-
-def resume(state: TrainState, config: PretrainConfig, world: World) -> None:
-    """Load the newest checkpoint of the run's folder, if there is one; write the resolved config.
+    The engine has left out the steps with such a loss, so nothing was saved, or will be, that one has touched.
 
     Raises:
-        UserError: the checkpoint was made with settings that compute something else; each is named.
+        UserError: on all ranks, with the step, the loss, the learning rate and the last checkpoint.
     """
-    found = checkpoint.complete_checkpoints(config.run.dir)
-    if found:
-        saved: dict[str, Any] = flatten(PretrainConfig.model_validate(checkpoint.read_manifest(found[-1])["config"]))
-        changed = [
-            f"{name}: {saved[name]} in {found[-1].name}, now {value}"
-            for name, value in flatten(config).items()
-            if value != saved[name] and not name.startswith(FREE_TO_CHANGE)
-        ]
-        if changed:
-            raise UserError(
-                "\n".join([f"{config.run.dir} holds a run with other settings; give another --run.dir, or these:",
-                           *changed])
-            )
-        checkpoint.load(state, found[-1], world)
+    found = logbook.first_not_finite()
+    if found is None:
+        return
+    step, loss = found
+    saved = checkpoint.complete_checkpoints(config.run.dir)
+    last = f"the last good checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
+    lr = learning_rate(config.optim, step, plan.steps_per_epoch)
+    raise UserError(f"the loss is {loss} at step {step} (learning rate {lr:.4g}); {last}; a lower optim.base_lr or a "
+                    "warm-up (optim.warmup_epochs) may be stable")  # fmt: skip
+
+
+def resume(state: TrainState, config: PretrainConfig, world: World) -> list[str]:
+    """Load the newest intact checkpoint of the run's folder, if there is one; write the resolved config.
+
+    Returns:
+        lines about checkpoints that were passed over.
+
+    Raises:
+        UserError: the checkpoint was made with settings that compute something else (each is named), or none is intact.
+    """
+    notes: list[str] = []
+    # As rank 0 sees it: a shared file system may show a new folder to some hosts a little later.
+    seen = " ".join(folder.name for folder in checkpoint.complete_checkpoints(config.run.dir))
+    for name in reversed(gather_texts(seen, world)[0].split()):
+        folder = config.run.dir / "checkpoints" / name
+        if problem := checkpoint.damage(folder, world):
+            notes.append(f"warning: {folder.name} is damaged and left alone: {problem}")
+            continue
+        refuse_changes(config, folder)
+        checkpoint.load(state, folder, world)
+        break
+    else:
+        if notes:
+            raise UserError("\n".join([*notes, f"no checkpoint of {config.run.dir} is intact; give another --run.dir"]))
     if world.is_main:
-        config.run.dir.mkdir(parents=True, exist_ok=True)
+        marker_path(config.run.dir).unlink(missing_ok=True)
         (config.run.dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     barrier(world)
+    return notes
+
+
+def refuse_changes(config: PretrainConfig, folder: Path) -> None:
+    """Compare with the settings that a checkpoint was made with.
+
+    Raises:
+        UserError: some that change what is computed differ; each is named.
+    """
+    saved: dict[str, Any] = flatten(PretrainConfig.model_validate(checkpoint.read_manifest(folder)["config"]))
+    changed = [
+        f"{name}: {saved[name]} in {folder.name}, now {value}"
+        for name, value in flatten(config).items()
+        if value != saved[name] and not name.startswith(FREE_TO_CHANGE)
+    ]
+    if changed and config.run.resume != "changed":
+        how = "give another --run.dir, these settings again, or --run.resume changed to go on all the same"
+        raise UserError("\n".join([f"{config.run.dir} holds a run with other settings; {how}:", *changed]))
 
 
 def facts_to_agree_on(config: PretrainConfig, folder: ImageFolder) -> dict[str, Any]:
     """What must be the same on every rank: settings, versions, and the list of images."""
-    per_host = ("data.root", "data.num_workers", "run.dir", "run.device")
+    per_host = ("data.root", "data.num_workers", "run.dir", "run.device", "run.resume")
     return {
         **{name: value for name, value in flatten(config).items() if name not in per_host},
         **{f"version of {name}": version for name, version in package_versions().items()},
@@ -239,9 +304,12 @@ def is_due(step: int, every: int) -> bool:
 
 
 def say_start(
-    logbook: Logbook, config: PretrainConfig, folder: ImageFolder, plan: Plan, state: TrainState, world: World
+    logbook: Logbook, config: PretrainConfig, folder: ImageFolder, plan: Plan, state: TrainState, world: World,
+    notes: list[str],
 ) -> None:
-    """Two lines: what is trained on what, and how."""
+    """Two lines: what is trained on what, and how; and what to be warned of."""
+    for note in notes:
+        logbook.say(note)
     model, optim = config.model, config.optim
     logbook.say(
         f"{model.arch} on {len(folder.paths)} images of {config.data.root}, {plan.steps_per_epoch} steps x "

@@ -60,4 +60,5 @@ def uniforms(seed: int, step: int, samples: NDArray[np.int64], stream: int, coun
     counter[2] = step >> 32
     counter[3] = np.arange(blocks, dtype=np.uint64)
     words = philox4x32(counter, (seed, stream))
-    return np.moveaxis(words, 0, -1).reshape(len(samples), 4 * blocks)[:, :count] * 2.0**-32
+    numbers = np.moveaxis(words, 0, -1).reshape(len(samples), 4 * blocks)[:, :count]
+    return numbers.astype(np.float64) * 2.0**-32

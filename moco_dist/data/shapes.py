@@ -1,7 +1,7 @@
 """A generated data set: ten shapes, and everything else in the picture is noise.
 
-Each image shows a few copies of one shape, and the shape is its class. Place, size, rotation, aspect, colour and
-texture of every copy, and the whole background, are drawn independently of the class. So pixels and colours say
+Each image shows some copies of one shape, and the shape is its class. Place, size, rotation, aspect, colour and
+texture of every copy, and the background, are drawn independently of the class. So pixels and colours say
 little of the class, while two crops of one image have hardly anything but the shape in common: which is what
 contrastive learning can find.
 """
@@ -31,29 +31,27 @@ class ShapeSettings:
         diameter: smallest and largest diameter of a copy, as a share of the image's side.
         stretch: largest change of a copy's aspect ratio: 0.2 is up to 20 % longer in one direction.
         min_contrast: least difference in brightness, in [0, 1], between a copy and what is behind it.
+        tint: spread of the background's colour around gray, in [0, 1].
         clutter: spread of colours within a background and within a copy, in [0, 1].
         noise: standard deviation of every pixel's noise, in [0, 1].
-        strokes: fewest and most random lines across the background.
         jpeg_quality: of the files.
     """
 
     image_size: int = 64
-    copies: tuple[int, int] = (2, 4)
-    diameter: tuple[float, float] = (0.3, 0.5)
+    copies: tuple[int, int] = (5, 8)
+    diameter: tuple[float, float] = (0.22, 0.3)
     stretch: float = 0.2
     min_contrast: float = 0.25
-    clutter: float = 0.25
-    tint: float = 0.2
-    saturation: float = 1.0
-    noise: float = 0.03
-    strokes: tuple[int, int] = (0, 6)
+    tint: float = 0.1
+    clutter: float = 0.02
+    noise: float = 0.06
     jpeg_quality: int = 90
 
 
 def draw_image(label: int, rng: np.random.Generator, settings: ShapeSettings) -> Image.Image:
     """One square RGB image of class `label`, an index into `SHAPES`: a function of the generator's state alone."""
     size = settings.image_size
-    pixels = _background(rng, settings)
+    pixels = _clouds(size, 0.5 + settings.tint * rng.uniform(-0.5, 0.5, 3), rng, settings.clutter)
     # Copies in one image are alike in character too: how many points a star has, how thick a ring is.
     outlines = list(SHAPES.values())[label](*rng.random(2))
     for diameter, centre in _places(rng, settings):
@@ -64,17 +62,6 @@ def draw_image(label: int, rng: np.random.Generator, settings: ShapeSettings) ->
         pixels += mask * (fill - pixels)
     pixels += settings.noise * rng.standard_normal(pixels.shape, dtype=np.float32)
     return Image.fromarray((pixels.clip(0, 1) * 255 + 0.5).astype(np.uint8))
-
-
-def _background(rng: np.random.Generator, settings: ShapeSettings) -> Pixels:
-    size = settings.image_size
-    pixels = _clouds(size, 0.5 + settings.tint * rng.uniform(-0.5, 0.5, 3), rng, settings.clutter)
-    strokes = Image.fromarray((pixels * 255).astype(np.uint8))
-    draw = ImageDraw.Draw(strokes)
-    for _ in range(rng.integers(*settings.strokes, endpoint=True)):
-        colour = tuple(rng.integers(0, 256, 3).tolist())
-        draw.line(rng.uniform(0, size, 4).tolist(), fill=colour, width=int(rng.integers(1, 3)))
-    return np.asarray(strokes, dtype=np.float32) / 255
 
 
 def _clouds(size: int, colour: Points, rng: np.random.Generator, clutter: float) -> Pixels:
@@ -88,7 +75,7 @@ def _clouds(size: int, colour: Points, rng: np.random.Generator, clutter: float)
 def _colour_apart_from(brightness: float, rng: np.random.Generator, settings: ShapeSettings) -> Points:
     """(3,) a colour whose mean differs from `brightness` by `min_contrast` at least."""
     while True:
-        colour = np.clip(rng.uniform(0, 1) + settings.saturation * rng.uniform(-0.5, 0.5, 3), 0, 1)
+        colour = np.clip(rng.uniform(0, 1) + rng.uniform(-0.5, 0.5, 3), 0, 1)
         if abs(colour.mean() - brightness) > settings.min_contrast:
             return colour
 

@@ -6,35 +6,61 @@ engine (DDP), which is not here.
 
 import contextlib
 import datetime
+import os
 from collections.abc import Iterator
+from typing import cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, Shard, init_device_mesh
 
 from moco_dist.distributed.world import World
+from moco_dist.errors import UserError
 
 
 @contextlib.contextmanager
-def process_group(world: World, timeout_seconds: float = 600) -> Iterator[None]:
-    """The default process group (NCCL on GPUs, gloo on CPU) for the length of a `with`; none in a world of one."""
-    if world.world_size == 1 or dist.is_initialized():
+def process_group(world: World, timeout_seconds: float = 600, alone_too: bool = False) -> Iterator[None]:
+    """The default process group (NCCL on GPUs, gloo on CPU) for the length of a `with`.
+
+    None in a world of one, but with `alone_too` (DeepSpeed asks for one).
+
+    Raises:
+        UserError: the other ranks cannot be reached.
+    """
+    if dist.is_initialized() or (world.world_size == 1 and not alone_too):
         yield
         return
     device = torch.device(world.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-        rank=world.rank,
-        world_size=world.world_size,
-        timeout=datetime.timedelta(seconds=timeout_seconds),
-    )
+    timeout = datetime.timedelta(seconds=timeout_seconds)
+    try:
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            store=dist.HashStore() if world.world_size == 1 else _store(world, timeout),
+            rank=world.rank,
+            world_size=world.world_size,
+            timeout=timeout,
+        )
+    except (RuntimeError, ValueError) as error:
+        address = ":".join(os.environ.get(name, name) for name in ("MASTER_ADDR", "MASTER_PORT"))
+        who = f"rank {world.rank} cannot meet the other {world.world_size - 1}"
+        raise UserError(f"{who} at {address}: {str(error).splitlines()[0]}") from error
     try:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def _store(world: World, timeout: datetime.timedelta) -> dist.Store:
+    """Where ranks find each other's addresses.
+
+    torchrun may keep its store when it restarts ranks, and with it the addresses of those that died.
+    """
+    store, _, _ = next(rendezvous("env://", world.rank, world.world_size, timeout=timeout))
+    return dist.PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
 def all_gather(x: Tensor, world: World) -> Tensor:
@@ -62,6 +88,11 @@ def all_reduce_sum(x: Tensor, world: World) -> Tensor:
     out = x.clone()
     dist.all_reduce(out)
     return out
+
+
+def start_all_reduce_max(x: Tensor) -> dist.Work | None:
+    """Begin the maximum over ranks of a CPU tensor, in place; `wait()` on it ends it. Receives 2 (W - 1)/W n bytes."""
+    return dist.all_reduce(x, dist.ReduceOp.MAX, async_op=True)
 
 
 def gather_uneven(x: Tensor, world: World) -> Tensor:
@@ -94,10 +125,15 @@ def gather_texts(text: str, world: World) -> list[str]:
     return [bytes(part.tolist()).decode() for part in gather_uneven(raw, world).split(sizes)]
 
 
-def barrier(world: World) -> None:
+def barrier(world: World, group: dist.ProcessGroup | None = None) -> None:
     """Every rank waits for the last."""
     if world.world_size > 1:
-        dist.barrier()
+        dist.barrier(group)
+
+
+def cpu_group(world: World) -> dist.ProcessGroup | None:
+    """A process group of all ranks on the CPU, for a thread of its own; None in a world of one."""
+    return cast(dist.ProcessGroup, dist.new_group(backend="gloo")) if world.world_size > 1 else None
 
 
 def as_sharded(shard: Tensor, total_rows: int, world: World) -> Tensor:
@@ -107,7 +143,7 @@ def as_sharded(shard: Tensor, total_rows: int, world: World) -> Tensor:
     """
     if world.world_size == 1:
         return shard
-    mesh = init_device_mesh(torch.device(world.device).type, (world.world_size,))
+    mesh = init_device_mesh(shard.device.type, (world.world_size,))
     shape = torch.Size((total_rows, *shard.shape[1:]))
     return DTensor.from_local(shard, mesh, [Shard(0)], shape=shape, stride=shard.stride(), run_check=False)
 

@@ -7,23 +7,24 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from moco_dist.distributed.world import World
+from moco_dist.engine import whole_state
 from moco_dist.method.precision import autocast
 
 
 class DDPEngine:
-    """Forward under autocast, backward, gradient all-reduce, optimiser step.
-
-    Attributes:
-        module: the query encoder without wrapping.
-        optimizer: its optimiser.
-        scaler: of the loss, where the encoders compute in float16.
-    """
+    """Forward under autocast, backward, gradient all-reduce, optimiser step; see `Engine`."""
 
     def __init__(
         self, module: nn.Module, optimizer: torch.optim.Optimizer, dtype: torch.dtype, world: World
     ) -> None:
         self.module, self.optimizer, self._dtype, self._world = module, optimizer, dtype, world
-        self.scaler = torch.amp.GradScaler(enabled=dtype == torch.float16)
+        # Every precision has a scaler, though only float16 needs its scale: it looks for gradients that are not finite,
+        # on the device, and such a step leaves weights and momentum as they are. It looks after the all-reduce, so
+        # all ranks skip a step or none does.
+        init_scale, growth_interval = (2.0**16, 2000) if dtype == torch.float16 else (1.0, 2**31 - 1)
+        self.scaler = torch.amp.GradScaler(
+            torch.device(world.device).type, init_scale=init_scale, growth_interval=growth_interval
+        )
         self._ddp: nn.Module = module
         if world.world_size > 1:
             # BatchNorm's running statistics are averaged when they are needed, not broadcast at every step.
@@ -38,20 +39,28 @@ class DDPEngine:
                 )
 
     def __call__(self, images: Tensor, synchronise: bool = True) -> Tensor:
-        """(N, 3, H, W) to q (N, C). `synchronise` is False for all but the last micro-batch of a step."""
+        """See `Engine`."""
         if self._world.world_size > 1:
             self._ddp.require_backward_grad_sync = synchronise  # type: ignore[assignment]
         with autocast(self._dtype, self._world.device):
             return self._ddp(images)
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradients of `loss`; with `synchronise`, their mean over ranks."""
+        """See `Engine`."""
         self.scaler.scale(loss).backward()
 
     def step(self, lr: float) -> None:
-        """One optimiser step at learning rate `lr`, and fresh gradients."""
+        """See `Engine`."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        self.scaler.unscale_(self.optimizer)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+
+    def optimizer_tensors(self) -> dict[str, Tensor]:
+        """See `Engine`."""
+        return whole_state(self.module, self.optimizer)
+
+    def load_optimizer_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Nothing to do: they are the optimiser's own."""

@@ -23,7 +23,7 @@ def small_config(**overrides):
         "optim": {"global_batch_size": 64, "base_lr": 0.1, "precision": "fp64", "epochs": 1000},
     }
     for section, settings in overrides.items():
-        values[section] = {**values[section], **settings}
+        values[section] = {**values.get(section, {}), **settings}
     return PretrainConfig.model_validate(values)
 
 
@@ -47,8 +47,8 @@ def run_program(world, config, steps, mutate=None):
     }
     gradients = []
     named = dict(state.query_encoder.named_parameters())
-    state.optimizer.register_step_pre_hook(
-        lambda *_: gradients.append({name: p.grad.clone() for name, p in named.items()})
+    engine.optimizer.register_step_pre_hook(
+        lambda *_: gradients.append({name: p.grad.clone() for name, p in named.items() if p.grad is not None})
     )
     table = images(next(state.query_encoder.parameters()).dtype)
     losses = []

@@ -1,6 +1,7 @@
 """A run that was stopped and goes on is the run that was not, on the same and on another number of ranks."""
 
 import json
+import resource
 
 import pytest
 import safetensors.torch
@@ -10,6 +11,7 @@ from moco_dist import checkpoint
 from moco_dist.data.plan import Plan
 from moco_dist.distributed.collectives import gather_uneven
 from moco_dist.errors import UserError
+from moco_dist.saver import Saver
 from moco_dist.train import build, train_step
 from tests.distributed.program import NUM_SAMPLES, images, largest_difference, small_config
 from tests.world import run
@@ -26,6 +28,7 @@ def train(world, run_dir, config, start, stop, save_at=()):
     plan, table = Plan(NUM_SAMPLES, config.optim.global_batch_size, config.run.seed), images()
     table = table.to(next(state.query_encoder.parameters()).dtype)
     losses = []
+    saver = Saver(run_dir, 2, 0, world, print)
     for step in range(start, stop):
         view_q = table[torch.from_numpy(plan.query_indices(step, world)), 0]
         view_k = table[torch.from_numpy(plan.key_indices(step, world)), 1]
@@ -33,7 +36,8 @@ def train(world, run_dir, config, start, stop, save_at=()):
         result = train_step(state, engine, config, view_q, view_k, order, 0.02, False, world)
         losses.append(gather_uneven(result.loss[None], world).mean().item())
         if state.step in save_at:
-            checkpoint.save(state, run_dir, config.model_dump(mode="json"), world, keep_last=2)
+            saver.save(state, {"config": config.model_dump(mode="json")})
+    saver.finish()
     tensors = {name: tensor.clone() for name, tensor in state.tensors().items()}
     for name in checkpoint.ENCODERS:
         tensors |= {f"{name}.{k}": v for k, v in checkpoint.averaged(getattr(state, name), world).items()}
@@ -62,11 +66,14 @@ def test_any_number_of_ranks_goes_on(tmp_path):
     assert largest_difference(tensors, expected[1]) < 1e-10
 
 
-def save_steps(world, run_dir, steps):
+def save_steps(world, run_dir, steps, keep_every_steps=0):
     config = small_config()
     state, _ = build(config, world)
+    saver = Saver(run_dir, 2, keep_every_steps, world, print)
     for state.step in steps:
-        checkpoint.save(state, run_dir, config.model_dump(mode="json"), world, keep_last=2)
+        saver.save(state, {"config": config.model_dump(mode="json")})
+    saver.finish()
+    return checkpoint.latest(run_dir).name
 
 
 def test_the_newest_are_kept_and_no_pickle_is_written(tmp_path):
@@ -77,6 +84,62 @@ def test_the_newest_are_kept_and_no_pickle_is_written(tmp_path):
     files = [file for file in kept[-1].iterdir() if file.name != checkpoint.MANIFEST]
     assert {file.suffix for file in files} == {".safetensors"}
     assert json.loads((kept[-1] / checkpoint.MANIFEST).read_text())["step"] == 30
+
+
+def test_some_are_kept_for_ever(tmp_path):
+    assert run(save_steps, 1, tmp_path, (10, 15, 20, 25, 30, 35), 10) == ["step_00000035"]
+    kept = [folder.name[-2:] for folder in checkpoint.complete_checkpoints(tmp_path)]
+    assert kept == ["10", "20", "30", "35"]
+
+
+def damage_seen(world, run_dir):
+    return checkpoint.damage(checkpoint.latest(run_dir), world)
+
+
+def test_every_byte_is_checked(tmp_path):
+    run(save_steps, 2, tmp_path, (1,))
+    assert run(damage_seen, 2, tmp_path) == ["", ""]
+    file = sorted(checkpoint.latest(tmp_path).glob("*.safetensors"))[-1]
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert all("another content" in text and file.name in text for text in run(damage_seen, 2, tmp_path))
+    file.write_bytes(content[:1000])
+    assert "1000 bytes instead of" in run(damage_seen, 1, tmp_path)[0]
+    file.unlink()
+    assert "is missing" in run(damage_seen, 3, tmp_path)[2]
+
+
+def save_on_a_full_disk(world, run_dir):
+    """A checkpoint that fits, one that does not, and one that does again."""
+    said = []
+    state, _ = build(small_config(), world)
+    saver = Saver(run_dir, 2, 0, world, said.append)
+    saver.save(state, {"config": {}})
+    saver.finish()
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if world.rank == world.world_size - 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, unlimited[1]))
+    state.step = 1
+    saver.save(state, {"config": {}})
+    with pytest.raises(UserError, match="not written: file too large"):
+        saver.finish()
+    resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    kept = [folder.name for folder in checkpoint.complete_checkpoints(run_dir)]
+    state.step = 2
+    saver.save(state, {"config": {}})
+    saver.finish()
+    return kept, said, checkpoint.latest(run_dir).name
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_full_disk_is_survived(tmp_path, world_size):
+    for kept, said, last in run(save_on_a_full_disk, world_size, tmp_path):
+        assert kept == ["step_00000000"]
+        assert len(said) == 1
+        assert "no checkpoint at step 1: file too large" in said[0]
+        assert last == "step_00000002"
+    assert not list((tmp_path / "checkpoints").glob(".*"))
 
 
 def test_a_checkpoint_without_its_manifest_is_not_one(tmp_path):

@@ -5,7 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-ALLOWED = {"distributed/collectives.py", "engine/ddp.py", "checkpoint.py"}
+ALLOWED = {
+    "distributed/collectives.py",
+    "distributed/heartbeat.py",  # talks to the store, and calls no collective
+    "engine/ddp.py",
+    "checkpoint.py",
+}
 
 
 def imported(path):

@@ -1,0 +1,69 @@
+"""Ending early on a scheduler's word: any rank may be told, all stop after the same step."""
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moco_dist.distributed.collectives import start_all_reduce_max
+from moco_dist.distributed.world import World
+
+EXIT_AT_ONCE = 143  # as SIGTERM without a handler
+CHECK_EVERY_STEPS = 4
+SAVE, STOP = 1, 2
+SAME_SIGNAL_SECONDS = 5  # schedulers and torchrun may both forward one signal
+
+
+class StopRequest:
+    """What ranks have to agree on between steps: whether to save now, or to save and stop.
+
+    SIGTERM or SIGUSR1 at any rank asks for STOP; a second one, seconds later, ends that process at once. Rank 0's
+    clock asks for SAVE. Ranks tell each other every CHECK_EVERY_STEPS steps by an all-reduce of one byte on the CPU,
+    which nobody waits for: its result is read at the next check, when it has long arrived.
+    """
+
+    def __init__(self, save_every_seconds: float, world: World) -> None:
+        self._world, self._save_every_seconds = world, save_every_seconds
+        self._saved_at = time.monotonic()
+        self._asked_at = 0.0
+        self._word = torch.zeros(1, dtype=torch.uint8)
+        self._pending: Any = None
+        for signum in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(signum, self._on_signal)
+
+    def _on_signal(self, signum: int, frame: object) -> None:
+        now = time.monotonic()
+        if self._asked_at and now - self._asked_at > SAME_SIGNAL_SECONDS:
+            os._exit(EXIT_AT_ONCE)
+        self._asked_at = self._asked_at or now
+
+    def agreed(self, step: int) -> int | None:
+        """SAVE, STOP or None after `step` steps: the same on all ranks. Called by all, after every step."""
+        if self._world.world_size > 1 and step % CHECK_EVERY_STEPS:
+            return None
+        word = self._own_word()
+        if self._world.world_size > 1:
+            previous = 0
+            if self._pending is not None:
+                self._pending.wait()
+                previous = int(self._word.item())
+            self._word.fill_(word)
+            self._pending = start_all_reduce_max(self._word)
+            word = previous
+        return word or None
+
+    def _own_word(self) -> int:
+        if self._asked_at:
+            return STOP
+        if self._world.is_main and time.monotonic() - self._saved_at > self._save_every_seconds:
+            self._saved_at = time.monotonic()
+            return SAVE
+        return 0
+
+
+def marker_path(run_dir: Path) -> Path:
+    """RUN/preempted.json: there while a run has been stopped early and not gone on. Launchers requeue by it."""
+    return run_dir / "preempted.json"

@@ -1,0 +1,154 @@
+"""DeepSpeed as the engine: ZeRO stages 0, 1 and 2 (arXiv 1910.02054). Imported only where it is chosen.
+
+Parameters stay float32 and the forward runs under our own autocast, so the mathematics is that of the other engine.
+DeepSpeed has no float64 (stage 0 refuses such gradients, stages 1 and 2 keep float32 weights), and a scaler for
+float16 would have to know its partitions: both are refused by the config.
+
+Stages 1 and 2 lay the parameters end to end in one buffer, which cannot be channels-last: convolutions rearrange their
+weights at every call there (the activations stay channels-last).
+"""
+
+import importlib
+import logging
+import os
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moco_dist.distributed.collectives import all_gather, all_reduce_sum
+from moco_dist.distributed.world import World
+from moco_dist.engine import whole_state
+from moco_dist.errors import UserError
+from moco_dist.method.precision import autocast
+from moco_dist.optim import LARS, Partition, make_momentum_buffers
+
+BUCKET_NUMBERS = 2**23  # gradients reduced at once; DeepSpeed's default would take 2 GB
+
+
+class DeepSpeedEngine:
+    """Forward, backward, gradient all-reduce and optimiser step by DeepSpeed; see `Engine`.
+
+    Needs a process group, in a world of one too.
+    """
+
+    def __init__(
+        self, module: nn.Module, optimizer: torch.optim.Optimizer, dtype: torch.dtype, zero_stage: int, world: World
+    ) -> None:
+        if dtype not in (torch.float32, torch.bfloat16):
+            raise UserError(f"engine.kind deepspeed computes in bf16 or fp32, not in {dtype}; set optim.precision")
+        self.module, self.optimizer, self._world = module, optimizer, world
+        self.scaler = torch.amp.GradScaler(torch.device(world.device).type, enabled=False)
+        module.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        self._engine = _initialise(_UnderAutocast(module, dtype, world), optimizer, zero_stage, world)
+        self._zero: Any = self._engine.optimizer if zero_stage else None
+        if self._zero is None:
+            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            return
+        make_momentum_buffers(optimizer)  # of this rank's part, which has taken the parameters' place
+        if isinstance(optimizer, LARS):
+            optimizer.partition = self._partition()
+
+    def __call__(self, images: Tensor, synchronise: bool = True) -> Tensor:
+        """See `Engine`."""
+        self._engine.set_gradient_accumulation_boundary(synchronise)
+        return self._engine(images)
+
+    def backward(self, loss: Tensor) -> None:
+        """See `Engine`. Stage 2 reduces the gradients of every micro-batch, the others those of the step."""
+        self._engine.backward(loss, scale_wrt_gas=False)
+
+    def step(self, lr: float) -> None:
+        """See `Engine`."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self._engine.step()
+
+    def optimizer_tensors(self) -> dict[str, Tensor]:
+        """See `Engine`. Stages 1 and 2: all parts in one all-gather."""
+        if self._zero is None:
+            return whole_state(self.module, self.optimizer)
+        whole = all_gather(self._momentum_of_part(), self._world)
+        return {f"{name}.momentum_buffer": piece for name, piece in self._by_name(whole).items()}
+
+    def load_optimizer_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """See `Engine`."""
+        if self._zero is None:
+            return
+        part = self._momentum_of_part()
+        whole = part.new_zeros(self._world.world_size * len(part))
+        for name, piece in self._by_name(whole).items():
+            piece.copy_(tensors[f"{name}.momentum_buffer"])
+        part.copy_(whole.chunk(self._world.world_size)[self._world.rank])
+        self._zero.refresh_fp32_params()
+
+    def _momentum_of_part(self) -> Tensor:
+        (part,) = self.optimizer.param_groups[0]["params"]
+        return self.optimizer.state[part]["momentum_buffer"]
+
+    def _places(self) -> dict[str, int]:
+        """Where in the buffer of all parameters each of them, by name, begins."""
+        (flat,) = self._zero.bit16_groups_flat
+        return {
+            name: parameter.storage_offset() - flat.storage_offset()
+            for name, parameter in self.module.named_parameters()
+        }
+
+    def _by_name(self, whole: Tensor) -> dict[str, Tensor]:
+        """Views of a vector that is laid out as the buffer of all parameters."""
+        places = self._places()
+        return {
+            name: whole[places[name] : places[name] + parameter.numel()].view(parameter.shape)
+            for name, parameter in self.module.named_parameters()
+        }
+
+    def _partition(self) -> Partition:
+        """Which parameters this rank's part holds, and where."""
+        parameters, size = list(self.module.parameters()), len(self._momentum_of_part())
+        start = self._world.rank * size
+        pieces = []
+        for number, (parameter, place) in enumerate(zip(parameters, self._places().values(), strict=True)):
+            first, last = max(place - start, 0), min(place - start + parameter.numel(), size)
+            if first < last:
+                pieces.append((number, first, last))
+        return Partition(pieces, [p.ndim > 1 for p in parameters], lambda x: all_reduce_sum(x, self._world))
+
+
+class _UnderAutocast(nn.Module):
+    """DeepSpeed switches off an autocast that is on around it."""
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype, world: World) -> None:
+        super().__init__()
+        self.module, self._dtype, self._device = module, dtype, world.device
+
+    def forward(self, images: Tensor) -> Tensor:
+        with autocast(self._dtype, self._device):
+            return self.module(images)
+
+
+def _initialise(module: nn.Module, optimizer: torch.optim.Optimizer, zero_stage: int, world: World):
+    """deepspeed.DeepSpeedEngine around `module`, quietly."""
+    device_type = torch.device(world.device).type
+    os.environ.setdefault("DS_ACCELERATOR", device_type)
+    os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise UserError(
+            f"engine.kind deepspeed: {error}; install it by pip install 'moco_dist[deepspeed]', or use engine.kind ddp"
+        ) from error
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.ERROR)
+    if device_type == "cpu":
+        # It would compile, for a minute, an all-reduce through shared memory for inference.
+        importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
+    settings = {
+        "train_micro_batch_size_per_gpu": 1,  # for its log alone
+        "zero_allow_untested_optimizer": True,
+        "gradient_clipping": 0.0,  # its default is 1
+        "zero_optimization": {
+            "stage": zero_stage, "reduce_bucket_size": BUCKET_NUMBERS, "allgather_bucket_size": BUCKET_NUMBERS
+        },
+    }  # fmt: skip
+    return deepspeed.initialize(model=module, optimizer=optimizer, config=settings, dist_init_required=False)[0]

@@ -1,0 +1,39 @@
+"""One living process writes into a run's folder."""
+
+import contextlib
+import fcntl
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+from moco_dist.distributed.world import World
+from moco_dist.errors import UserError
+
+
+@contextlib.contextmanager
+def locked(run_dir: Path, world: World) -> Iterator[None]:
+    """Rank 0 holds RUN/.lock for the length of a `with`. The kernel lets go of it however the process ends.
+
+    Raises:
+        UserError: another living process holds it, or the folder cannot be written.
+    """
+    if not world.is_main:
+        yield
+        return
+    path = run_dir / ".lock"
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"run.dir {run_dir} cannot be written: {error.strerror}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            raise UserError(f"run.dir {run_dir} is in use by {file.read().strip()}; give another --run.dir") from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on host {socket.gethostname()}")
+        file.flush()
+        yield

@@ -1,0 +1,81 @@
+"""A training that dies: SIGKILL of a chosen rank at its n-th event, wherever that is."""
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+
+from moco_dist import checkpoint
+from moco_dist.data.plan import Plan
+from moco_dist.saver import Saver
+from moco_dist.train import build, train_step
+from tests.distributed.program import NUM_SAMPLES, images, small_config
+
+STEPS, SAVE_EVERY = 8, 2
+# What counts as an event, before it and after it: collectives of the training and of the checkpoint's thread, and
+# every change that a checkpoint makes to the disk.
+PLACES = (
+    (dist, "all_gather"), (dist, "reduce_scatter_tensor"), (dist, "barrier"), (dist, "all_gather_object"),
+    (dist, "gather_object"), (dcp.HuggingFaceStorageWriter, "write_data"), (dcp.HuggingFaceStorageWriter, "finish"),
+    (shutil, "rmtree"), (Path, "mkdir"), (Path, "write_text"), (Path, "rename"),
+)  # fmt: skip
+
+
+class Events:
+    """Counts events, and kills this process at the chosen one."""
+
+    def __init__(self, kill_at: int | None) -> None:
+        self.count, self._kill_at = 0, kill_at
+
+    def watch(self, owner, name: str) -> None:
+        original = getattr(owner, name)
+
+        def watched(*args, **kwargs):
+            self.happen()
+            result = original(*args, **kwargs)
+            self.happen()
+            return result
+
+        setattr(owner, name, watched)
+
+    def happen(self) -> None:
+        self.count += 1
+        if self.count == self._kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def train(world, run_dir, kill_rank=None, kill_at=None):
+    """To the last step from the newest checkpoint; rank 0 appends (step, loss) to losses.jsonl.
+
+    Returns:
+        this rank's number of events, the step it started from, and the final state.
+    """
+    config = small_config()
+    events = Events(kill_at if world.rank == kill_rank else None)
+    for owner, name in PLACES:
+        events.watch(owner, name)
+    state, engine = build(config, world)
+    if found := checkpoint.complete_checkpoints(run_dir):
+        assert checkpoint.damage(found[-1], world) == ""
+        checkpoint.load(state, found[-1], world)
+    start = state.step
+    plan, table = Plan(NUM_SAMPLES, config.optim.global_batch_size, config.run.seed), images()
+    table = table.to(next(state.query_encoder.parameters()).dtype)
+    saver = Saver(run_dir, 2, 0, world, print)
+    for step in range(start, STEPS):
+        view_q = table[torch.from_numpy(plan.query_indices(step, world)), 0]
+        view_k = table[torch.from_numpy(plan.key_indices(step, world)), 1]
+        order = torch.from_numpy(plan.key_permutation(step))
+        result = train_step(state, engine, config, view_q, view_k, order, 0.02, False, world)
+        with (run_dir / f"losses_{world.rank}.jsonl").open("a") as file:
+            file.write(json.dumps([step, result.loss.item()]) + "\n")
+        if state.step % SAVE_EVERY == 0:
+            saver.save(state, {"config": {}})
+    saver.finish()
+    tensors = {name: tensor.clone() for name, tensor in state.tensors().items()}
+    return events.count, start, {**tensors, "queue": state.queue.keys.clone()}

@@ -1,6 +1,7 @@
 """Images on disk: which there are, their classes, and how one is read."""
 
 import os
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -11,6 +12,8 @@ from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from moco_dist.errors import UserError, nearest
+
+warnings.filterwarnings("ignore", module="PIL")  # what PIL finds odd and reads all the same: no matter for a user
 
 NO_CLASS = -1  # label of an image that lies in no class folder
 
@@ -85,14 +88,22 @@ def subset(folder: ImageFolder, max_samples: int | None) -> ImageFolder:
 
 
 def read_image(path: Path) -> Image.Image:
-    """The whole image as RGB, converted as torchvision's default loader does.
+    """The whole image as RGB, converted as torchvision's default loader does, but for pixels of 16 bits.
+
+    PIL cuts those off at 255, so that all but the darkest become white; here the upper 8 bits are taken.
 
     Raises:
-        ImageError: the file is missing, empty, truncated, damaged, or larger than PIL's limit (an attack's sign).
+        ImageError: the file is missing, empty, truncated, damaged, of 32-bit pixels (their range is not known), or
+            larger than PIL's limit (an attack's sign).
     """
     try:
         with path.open("rb") as file:
-            return Image.open(file).convert("RGB")
+            image = Image.open(file)
+            if image.mode in ("I", "F"):
+                raise ValueError("its pixels are 32-bit numbers of unknown range; save it with 8 or 16 bits")
+            if image.mode.startswith("I;16"):
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            return image.convert("RGB")
     except Exception as error:  # on damaged files PIL's decoders raise anything from OSError to struct.error
         raise ImageError(f"cannot read image {path}: {_reason(path, error)}") from error
 

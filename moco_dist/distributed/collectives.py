@@ -77,7 +77,9 @@ def reduce_scatter_sum(x: Tensor, world: World) -> Tensor:
     if world.world_size == 1:
         return x
     out = x.new_empty((x.shape[0] // world.world_size, *x.shape[1:]))
-    dist.reduce_scatter_tensor(out, x.contiguous())
+    # torch 2.15's name for it, with a warning for the older one, which is all that torch 2.11 knows
+    reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    reduce_scatter(out, x.contiguous())
     return out
 
 

@@ -1,0 +1,102 @@
+"""Pre-training, kNN, linear evaluation and report through the command line, on a few generated images."""
+
+import json
+
+import pytest
+import torch
+
+from moco_dist.cli import main
+from moco_dist.config import KnnConfig
+from moco_dist.data.prepare import prepare_shapes
+from moco_dist.distributed.world import World
+from moco_dist.evaluate import features as features_module
+from moco_dist.evaluate.features import extract
+from moco_dist.evaluate.subject import frozen, frozen_encoder, open_evaluation
+
+TINY = [
+    "--data.image-size", "32", "--data.num-workers", "0", "--model.arch", "resnet10",
+    "--model.head-hidden-dims", "[16]", "--model.bn-group-size", "4", "--moco.queue-size", "64",
+    "--optim.global-batch-size", "8", "--optim.epochs", "1", "--tracking.backend", "none",
+]  # fmt: skip
+EVALUATION = ["--data.num-workers", "0", "--tracking", "none"]
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("evaluate")
+    data = prepare_shapes(folder / "shapes", num_train=80, num_val=30)
+    assert main(["pretrain", "--data.root", str(data), "--run.dir", str(folder / "run"), *TINY]) == 0
+    return folder / "run"
+
+
+def written(run_dir, name):
+    return json.loads((run_dir / "eval" / f"{name}.json").read_text())
+
+
+def test_knn(run_dir, capsys):
+    flags = ["--encoders", "[trained, untrained, pixels]", "--neighbours", "[1, 20]", *EVALUATION]
+    assert main(["knn", "--run-dir", str(run_dir), *flags]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for line, name in zip(lines, ("trained", "untrained", "pixels"), strict=True):
+        result = written(run_dir, f"knn_{name}")
+        assert (result["num_train"], result["num_val"]) == (80, 30)
+        assert set(result["accuracy"]) == {"knn_top1_k1", "knn_top1_k20"}
+        assert line.startswith(f"{name}: knn_top1_k1 {result['accuracy']['knn_top1_k1']:.2f} %")
+    assert written(run_dir, "knn_trained")["step"] == 10
+
+
+@pytest.mark.parametrize("features", ["cached", "augmented"])
+def test_linear_and_report(run_dir, capsys, features):
+    flags = ["--features", features, "--epochs", "2", "--milestones", "[1]", "--global-batch-size", "16", *EVALUATION]
+    assert main(["linear", "--run-dir", str(run_dir), *flags]) == 0
+    result = written(run_dir, "linear_trained")
+    assert result["accuracy"]["linear_top1"] <= result["accuracy"]["linear_top5"]
+    assert [point["epoch"] for point in result["curve"]] == [1, 2]
+    capsys.readouterr()
+    assert main(["report", str(run_dir)]) == 0
+    printed = capsys.readouterr().out
+    assert f"{result['accuracy']['linear_top1']:.2f}" in printed
+    assert str(run_dir / "report" / "index.html") in printed
+
+
+def test_features_that_are_there_are_not_encoded_again(run_dir, monkeypatch):
+    monkeypatch.setattr(features_module, "CHUNK_SAMPLES", 32)
+    config = KnnConfig.model_validate({"run_dir": str(run_dir), "data": {"num_workers": 0}})
+    evaluation = open_evaluation(config, World())
+    encoder = frozen_encoder(evaluation, "trained")
+    encoded = []
+    original = features_module._encode
+
+    def counted(evaluation, encoder, folder, chunks):
+        encoded.extend(chunks)
+        return original(evaluation, encoder, folder, chunks)
+
+    monkeypatch.setattr(features_module, "_encode", counted)
+    first = extract(evaluation, encoder, "train")
+    assert encoded == [range(0, 32), range(32, 64), range(64, 80)]
+    chunks = [p for p in run_dir.glob("eval/features/*/000000032.safetensors")]
+    assert len(chunks) == 1
+    chunks[0].write_bytes(chunks[0].read_bytes()[:100])  # as an interruption, or a bad disk, leaves it
+    encoded.clear()
+    again = extract(evaluation, encoder, "train")
+    assert encoded == [range(32, 64)]
+    assert torch.equal(first.values, again.values)
+
+
+def test_a_backbone_that_changes_is_noticed(run_dir):
+    config = KnnConfig.model_validate({"run_dir": str(run_dir), "data": {"num_workers": 0}})
+    encoder = frozen_encoder(open_evaluation(config, World()), "trained")
+    with pytest.raises(RuntimeError, match="trained encoder changed"), frozen(encoder):
+        next(encoder.module.buffers()).add_(1e-3)
+
+
+@pytest.mark.parametrize("command", ["knn", "linear"])
+def test_mistakes_are_one_line(run_dir, tmp_path, capsys, command):
+    assert main([command, "--run-dir", str(tmp_path), *EVALUATION]) == 2
+    assert f"error: run_dir {tmp_path} is not the folder of a run" in capsys.readouterr().err
+    (tmp_path / "config.yaml").write_text((run_dir / "config.yaml").read_text())
+    k = ["--neighbours", "[20]"] if command == "knn" else []
+    assert main([command, "--run-dir", str(tmp_path), *k, *EVALUATION]) == 2
+    assert "has no complete checkpoint; pre-train first" in capsys.readouterr().err
+    assert main([command, "--run-dir", str(run_dir), "--data.root", str(run_dir), *EVALUATION]) == 2
+    assert capsys.readouterr().err.count("\n") == 1

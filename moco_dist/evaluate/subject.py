@@ -26,6 +26,7 @@ from moco_dist.errors import UserError
 from moco_dist.method.batch_norm import GroupedBatchNorm2d, running_statistics
 from moco_dist.method.encoder import build_encoder
 from moco_dist.method.precision import autocast, compute_dtype
+from moco_dist.weights import load_trained
 
 CALIBRATION_SAMPLES = 512  # training images that give the untrained network its BatchNorm statistics
 MAX_PIXEL_SIDE = 32
@@ -149,7 +150,7 @@ def frozen_encoder(evaluation: Evaluation, name: str) -> FrozenEncoder:
     encoder = build_encoder(pretrain.model, pretrain.run.seed)
     step = 0
     if name == "trained":
-        step = checkpoint.load_query_encoder(encoder, checkpoint.latest(evaluation.config.run_dir))
+        step = load_trained(encoder, evaluation.config.run_dir)
         if len(steps := all_gather(torch.tensor([step], device=world.device), world).unique()) > 1:
             raise UserError(f"ranks see different newest checkpoints, of steps {steps.tolist()}; is the run going on?")
     found = _of_backbone(name, step, encoder.to(world.device), evaluation)

@@ -1,0 +1,198 @@
+"""Exported weights load in the real torchvision and timm and give the same features; others' files come in."""
+
+import copy
+
+import pytest
+import safetensors.torch
+import torch
+import torchvision
+from torch import nn
+
+from moco_dist.cli import main
+from moco_dist.config import PretrainConfig
+from moco_dist.config_source import to_yaml
+from moco_dist.data.prepare import prepare_shapes
+from moco_dist.distributed.world import World
+from moco_dist.method.encoder import build_encoder
+from moco_dist.saver import Saver
+from moco_dist.train import build
+from moco_dist.weights import load_trained, read_backbone, to_detectron2
+
+
+def config_of(run_dir, arch="resnet18", **model):
+    return PretrainConfig.model_validate({
+        "run": {"dir": run_dir}, "data": {"root": "unused"}, "moco": {"queue_size": 256},
+        "model": {"arch": arch, "head_hidden_dims": [], "embedding_dim": 8, **model},
+    })  # fmt: skip
+
+
+def make_run(run_dir, **model):
+    config = config_of(run_dir, **model)
+    state, _ = build(config, World())
+    for buffer in state.query_encoder.buffers():  # statistics that a fresh network does not have
+        if buffer.is_floating_point():
+            buffer.uniform_(0.5, 1.5)
+    state.step = 7
+    saver = Saver(run_dir, 1, 0, World(), print)
+    saver.save(state, {"config": config.model_dump(mode="json")})
+    saver.finish()
+    (run_dir / "config.yaml").write_text(to_yaml(config))
+    return state.query_encoder.eval()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("weights") / "run"
+    return run_dir, make_run(run_dir)
+
+
+IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+
+
+def same_features(a, b):
+    """To 1e-6, in float64: float32 convolutions round differently by memory format."""
+    a, b = (copy.deepcopy(model).double().eval() for model in (a, b))
+    torch.testing.assert_close(a(IMAGES), b(IMAGES), atol=1e-6, rtol=1e-6)
+
+
+@torch.no_grad()
+def test_torchvision_loads_it_strictly(run, tmp_path, capsys):
+    run_dir, encoder = run
+    assert main(["export", str(run_dir), "--format", "torchvision", "--out", str(tmp_path / "w.pth")]) == 0
+    assert "strict=True" in capsys.readouterr().out
+    model = torchvision.models.resnet18()
+    model.fc = nn.Identity()
+    model.load_state_dict(torch.load(tmp_path / "w.pth", weights_only=True), strict=True)
+    same_features(model, encoder.backbone)
+
+
+@torch.no_grad()
+def test_timm_loads_it_strictly(run, tmp_path):
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    run_dir, encoder = run
+    assert main(["export", str(run_dir), "--format", "timm", "--out", str(tmp_path / "w.safetensors")]) == 0
+    model = timm.create_model("resnet18", num_classes=0, checkpoint_path=str(tmp_path / "w.safetensors"))
+    same_features(model, encoder.backbone)
+
+
+def test_detectron2_has_its_names(run, tmp_path):
+    run_dir, encoder = run
+    assert main(["export", str(run_dir), "--format", "detectron2", "--out", str(tmp_path / "w.pth")]) == 0
+    content = torch.load(tmp_path / "w.pth", weights_only=True)
+    assert content["matching_heuristics"] is True
+    assert torch.equal(content["model"]["stem.conv1.weight"], encoder.backbone.conv1.weight)
+    assert torch.equal(content["model"]["res3.0.shortcut.norm.running_var"],
+                       encoder.backbone.layer2[0].downsample[1].running_var)  # fmt: skip
+    assert torch.equal(content["model"]["res5.1.conv2.norm.bias"], encoder.backbone.layer4[1].bn2.bias)
+    assert not any("fc" in name or "layer" in name or "bn" in name for name in content["model"])
+
+
+def test_every_name_of_a_resnet50_becomes_detectron2s():
+    """ResNet-50's tensors as detectron2's model zoo lists them: stem and 16 blocks of three convolutions."""
+    names = {to_detectron2(name) for name in torchvision.models.resnet50().state_dict() if "num_batches" not in name}
+    expected = {"stem.fc.weight", "stem.fc.bias"}  # no part of an exported backbone
+    norm = ("norm.weight", "norm.bias", "norm.running_mean", "norm.running_var")
+    convs = ["stem.conv1"]
+    for stage, blocks in enumerate((3, 4, 6, 3), 2):
+        convs += [f"res{stage}.{block}.conv{i}" for block in range(blocks) for i in (1, 2, 3)]
+        convs.append(f"res{stage}.0.shortcut")
+    expected |= {f"{conv}.{part}" for conv in convs for part in ("weight", *norm)}
+    assert names == expected
+
+
+@torch.no_grad()
+def test_the_whole_encoder(run, tmp_path):
+    run_dir, encoder = run
+    out = tmp_path / "w.safetensors"
+    assert main(["export", str(run_dir), "--format", "safetensors", "--out", str(out)]) == 0
+    again = build_encoder(config_of(run_dir).model, 9)
+    again.load_state_dict(safetensors.torch.load_file(out), strict=True)
+    same_features(again, encoder)
+
+
+def lightly_names(backbone):
+    return nn.Sequential(*list(backbone.children())[:-1]).state_dict()
+
+
+NAMINGS = {
+    "the original release": lambda b: {f"module.encoder_q.{k}": v for k, v in b.state_dict().items()}
+    | {f"module.encoder_k.{k}": torch.zeros_like(v) for k, v in b.state_dict().items()},
+    "lightly": lambda b: {f"backbone.{k}": v for k, v in lightly_names(b).items()},
+    "mmselfsup": lambda b: {f"backbone.{k}": v for k, v in b.state_dict().items()} | {"neck.fc.weight": torch.ones(2)},
+    "OpenSelfSup": lambda b: {f"encoder_q.0.{k}": v for k, v in b.state_dict().items()},
+    "torchvision": lambda b: b.state_dict(),
+}
+
+
+@pytest.mark.parametrize("naming", NAMINGS)
+@torch.no_grad()
+def test_other_programs_files_come_in(naming, tmp_path):
+    torch.manual_seed(1)
+    theirs = torchvision.models.resnet18()
+    path = tmp_path / "theirs.pth.tar"
+    torch.save({"epoch": 200, "arch": "resnet18", "state_dict": NAMINGS[naming](theirs)}, path)
+    words = ["import", str(path), "--arch", "resnet18", "--data-root", str(tmp_path), "--out", str(tmp_path / "run")]
+    assert main(words) == 0
+    encoder = build_encoder(config_of(tmp_path).model, 3)
+    assert load_trained(encoder, tmp_path / "run") == 0
+    theirs.fc = nn.Identity()
+    same_features(encoder.backbone, theirs)
+
+
+def test_an_imported_backbone_is_evaluated(tmp_path, capsys):
+    torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "theirs.pth")
+    data = prepare_shapes(tmp_path / "shapes", num_train=20, num_val=10)
+    words = [str(tmp_path / "theirs.pth"), "--arch", "resnet18", "--data-root", str(data)]
+    assert main(["import", *words, "--out", str(tmp_path / "run")]) == 0
+    flags = ["--neighbours", "1", "--data.image-size", "32", "--data.num-workers", "0", "--tracking", "none"]
+    assert main(["knn", "--run-dir", str(tmp_path / "run"), *flags]) == 0
+    assert "trained: knn_top1_k1" in capsys.readouterr().out
+
+
+def test_what_was_exported_comes_in_again(run, tmp_path):
+    run_dir, encoder = run
+    for format, name in (("torchvision", "a.pth"), ("timm", "b.safetensors"), ("safetensors", "c.safetensors")):
+        assert main(["export", str(run_dir), "--format", format, "--out", str(tmp_path / name)]) == 0
+        found = read_backbone(tmp_path / name, "resnet18").tensors
+        assert all(torch.equal(found[name], value) for name, value in encoder.backbone.state_dict().items()
+                   if "num_batches" not in name), format  # fmt: skip
+
+
+class Hostile:
+    """Runs code when a careless program loads it."""
+
+    def __reduce__(self):
+        return (print, ("code of the file was run",))
+
+
+def test_mistakes_are_one_line(run, tmp_path, capsys):
+    run_dir, _ = run
+    torch.save({"state_dict": Hostile()}, tmp_path / "hostile.pth")
+    torch.save({"state_dict": torchvision.models.resnet18().state_dict()}, tmp_path / "r18.pth")
+    (tmp_path / "text.pth").write_text("no weights")
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "something").touch()
+    out, new = str(tmp_path / "out.pth"), str(tmp_path / "new")
+    make_run(tmp_path / "small", arch="resnet10", stem="cifar")
+    cases = [
+        (["export", str(run_dir), "--format", "torchvison", "--out", out], "did you mean torchvision?"),
+        (["export", str(run_dir), "--format", "timm", "--out", out], "ends in .safetensors"),
+        (["export", str(tmp_path), "--format", "torchvision", "--out", out], "is not the folder of a run"),
+        (["export", str(tmp_path / "small"), "--format", "torchvision", "--out", out], "no resnet10 with the cifar"),
+        (["import", str(tmp_path / "none.pth"), "--out", new], "is not a file"),
+        (["import", str(tmp_path / "hostile.pth"), "--out", new], "without running code of it"),
+        (["import", str(tmp_path / "text.pth"), "--out", new], "cannot be read as weights"),
+        (["import", str(tmp_path / "r18.pth"), "--arch", "resnet34", "--out", new], "holds no resnet34: layer1.2"),
+        (["import", str(tmp_path / "r18.pth"), "--arch", "resnet19", "--out", new], "did you mean resnet18?"),
+        (["import", str(tmp_path / "r18.pth"), "--arch", "resnet18", "--out", str(full)], "is not empty"),
+    ]
+    for words, expected in cases:
+        capsys.readouterr()
+        assert main(words) == 2, words
+        output = capsys.readouterr()
+        assert expected in output.err, (words, output.err)
+        assert "code of the file was run" not in output.out
+        assert output.err.count("\n") == 1, output.err
+    assert not (tmp_path / "out.pth").exists()
+    assert not (tmp_path / "new").exists()

@@ -319,7 +319,19 @@ class EvalDataConfig(Section):
     num_workers: int = setting(8, "loader processes per rank; 0 loads in the main process", ge=0, le=256)
     on_error: Literal["fail"] = setting("fail", "an evaluation counts every image: a file that cannot be read ends it")
     max_train_samples: int | None = setting(None, "use this many training images, spread evenly", gt=0)
+    label_fraction: float = setting(
+        1.0, "share of every class's training images that are used, always the same ones: 0.01 and 0.1 are customary",
+        gt=0, le=1,
+    )
     max_val_samples: int | None = setting(None, "use this many validation images, spread evenly", gt=0)
+
+
+class TransferConfig(Section):
+    """What is taken over from the pre-trained encoder."""
+
+    keep_head_layers: int = setting(
+        0, "layers of the projection head, each with its ReLU, kept below the classifier; 0 is the backbone alone", ge=0
+    )
 
 
 class EvalConfig(Section):
@@ -333,6 +345,7 @@ class EvalConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto takes CUDA where there is a GPU")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = setting("auto", "autocast of the frozen encoder")
     data: EvalDataConfig = EvalDataConfig()
+    transfer: TransferConfig = TransferConfig()
     tracking: Literal["mlflow", "none"] = setting("mlflow", "mlflow: a child of the pre-training's run")
 
 
@@ -344,6 +357,18 @@ class KnnConfig(EvalConfig):
     )
     temperature: float = setting(0.07, "of a neighbour's weight exp(cosine / temperature)", source="arXiv 1805.01978",
                                  gt=0)
+
+
+class SweepConfig(Section):
+    """Further classifiers, trained at once on the same features: one more matrix product each."""
+
+    lrs: tuple[Annotated[float, Field(gt=0)], ...] = setting((), "their learning rates; [] is no sweep")
+    weight_decays: tuple[Annotated[float, Field(ge=0)], ...] = setting(
+        (0.0,), "each rate is tried with each of them", min_length=1
+    )
+    held_out_share: float = setting(
+        0.05, "of every class's training images: they train none of these, and choose the best", gt=0, le=0.5
+    )
 
 
 class LinearConfig(EvalConfig):
@@ -364,4 +389,5 @@ class LinearConfig(EvalConfig):
     crop_scale: tuple[Probability, Probability] = setting(
         (0.08, 1.0), "augmented: random resized crop's range of the share of the area"
     )
+    sweep: SweepConfig = SweepConfig()
     seed: int = setting(0, "of the classifier's weights, the order of samples and the crops", ge=0, lt=2**31)

@@ -1,5 +1,6 @@
 """Images on disk: which there are, their classes, and how one is read."""
 
+import math
 import os
 import warnings
 from dataclasses import dataclass
@@ -83,8 +84,22 @@ def subset(folder: ImageFolder, max_samples: int | None) -> ImageFolder:
     total = len(folder.paths)
     if max_samples is None or max_samples >= total:
         return folder
-    chosen = np.arange(max_samples) * total // max_samples
-    return ImageFolder(folder.root, [folder.paths[i] for i in chosen], folder.labels[chosen], folder.classes)
+    return rows_of(folder, np.arange(max_samples) * total // max_samples)
+
+
+def rows_of(folder: ImageFolder, rows: NDArray[np.int64]) -> ImageFolder:
+    """Some of the images, in the order of `rows`; the classes stay."""
+    return ImageFolder(folder.root, [folder.paths[i] for i in rows], folder.labels[rows], folder.classes)
+
+
+def share_of_classes(labels: NDArray[np.int64], share: float, seed: list[int], leave: int = 0) -> NDArray[np.bool_]:
+    """(N,) whether each image is chosen: `share` of every class, rounded up, but at least `leave` are not."""
+    order = np.random.default_rng(seed).permutation(len(labels))
+    chosen = np.zeros(len(labels), dtype=bool)
+    for label in np.unique(labels):
+        rows = order[labels[order] == label]
+        chosen[rows[: min(len(rows) - leave, math.ceil(share * len(rows)))]] = True
+    return chosen
 
 
 def read_image(path: Path) -> Image.Image:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from moco_dist import checkpoint
 from moco_dist.config import EvalConfig, PretrainConfig
 from moco_dist.config_source import read_config
-from moco_dist.data.datasets import NO_CLASS, ImageFolder, find_images, subset
+from moco_dist.data.datasets import NO_CLASS, ImageFolder, find_images, rows_of, share_of_classes, subset
 from moco_dist.data.torchvision_loader import eval_batches
 from moco_dist.distributed.collectives import all_gather
 from moco_dist.distributed.world import World
@@ -112,6 +112,14 @@ def open_evaluation(config: EvalConfig, world: World) -> Evaluation:
     pretrain = read_config(PretrainConfig, config.run_dir / "config.yaml", [])
     data = config.data
     train, val = labelled_images(data.root or pretrain.data.root, data.max_train_samples, data.max_val_samples)
+    if data.label_fraction < 1:
+        train = rows_of(train, np.flatnonzero(share_of_classes(train.labels, data.label_fraction, [6])))
+    layers = len(pretrain.model.head_hidden_dims) + 1
+    if config.transfer.keep_head_layers > layers:
+        raise UserError(
+            f"transfer.keep_head_layers {config.transfer.keep_head_layers}: the head of {config.run_dir} has {layers} "
+            f"layer(s); 0 to {layers} can be kept"
+        )
     crop = data.image_size or pretrain.data.image_size
     dtype = compute_dtype(config.precision, world.device)
     return Evaluation(config, pretrain, train, val, data.resize or round(crop * 8 / 7), crop, dtype, world)
@@ -168,9 +176,15 @@ def frozen_copy(encoder: nn.Module, step: int, evaluation: Evaluation) -> Frozen
 
 
 def _of_backbone(name: str, step: int, encoder: nn.Module, evaluation: Evaluation) -> FrozenEncoder:
-    backbone, dim = encoder.get_submodule("backbone"), int(encoder.feature_dim)  # type: ignore[arg-type]
-    backbone.eval().requires_grad_(False)
-    return FrozenEncoder(name, step, backbone, dim, evaluation.pretrain, evaluation.dtype, evaluation.world.device)
+    """The backbone, with those layers of the head above it that the evaluation keeps."""
+    module, dim = encoder.get_submodule("backbone"), int(encoder.feature_dim)  # type: ignore[arg-type]
+    if keep := evaluation.config.transfer.keep_head_layers:
+        head = encoder.get_submodule("head")
+        assert isinstance(head, nn.Sequential)  # Linear, ReLU, ..., Linear
+        module = nn.Sequential(module, head[: 2 * keep])
+        dim = head[2 * keep - 2].out_features  # type: ignore[assignment]
+    module.eval().requires_grad_(False)
+    return FrozenEncoder(name, step, module, dim, evaluation.pretrain, evaluation.dtype, evaluation.world.device)
 
 
 def _calibrate(encoder: FrozenEncoder, evaluation: Evaluation) -> None:
@@ -217,7 +231,7 @@ def digest(module: nn.Module) -> str:
 def write_result(
     evaluation: Evaluation, kind: str, encoder: FrozenEncoder, accuracy: dict[str, float], seconds: float, **more: Any
 ) -> dict[str, Any]:
-    """Write RUN/eval/KIND_ENCODER.json on rank 0.
+    """Write RUN/eval/KIND_ENCODER.json on rank 0; with a part of the labels or of the head, under a name that says so.
 
     Args:
         evaluation: settings.
@@ -240,7 +254,9 @@ def write_result(
         **more,
     }
     if evaluation.world.is_main:
-        path = evaluation.config.run_dir / "eval" / f"{kind}_{encoder.name}.json"
+        fraction, keep = evaluation.config.data.label_fraction, evaluation.config.transfer.keep_head_layers
+        variant = (f"_labels{fraction:g}" if fraction < 1 else "") + (f"_head{keep}" if keep else "")
+        path = evaluation.config.run_dir / "eval" / f"{kind}_{encoder.name}{variant}.json"
         write_atomically(path, json.dumps(result, indent=1).encode())
     return result
 

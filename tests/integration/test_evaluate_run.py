@@ -47,16 +47,35 @@ def test_knn(run_dir, capsys):
 
 @pytest.mark.parametrize("features", ["cached", "augmented"])
 def test_linear_and_report(run_dir, capsys, features):
-    flags = ["--features", features, "--epochs", "2", "--milestones", "[1]", "--global-batch-size", "16", *EVALUATION]
+    flags = ["--features", features, "--epochs", "2", "--milestones", "[1]", "--global-batch-size", "16", *EVALUATION,
+             "--sweep.lrs", "[1, 30]", "--sweep.held-out-share", "0.2"]  # fmt: skip
     assert main(["linear", "--run-dir", str(run_dir), *flags]) == 0
     result = written(run_dir, "linear_trained")
     assert result["accuracy"]["linear_top1"] <= result["accuracy"]["linear_top5"]
     assert [point["epoch"] for point in result["curve"]] == [1, 2]
+    assert len(result["per_class"]) == 10
+    assert {recipe["lr"] for recipe in result["sweep"]} == {1, 30}
+    assert "linear_best_top1" in result["accuracy"]
     capsys.readouterr()
     assert main(["report", str(run_dir)]) == 0
     printed = capsys.readouterr().out
     assert f"{result['accuracy']['linear_top1']:.2f}" in printed
     assert str(run_dir / "report" / "index.html") in printed
+
+
+def test_a_part_of_the_labels_and_a_part_of_the_head(run_dir, capsys):
+    flags = ["--features", "cached", "--epochs", "1", "--global-batch-size", "8", *EVALUATION,
+             "--data.label-fraction", "0.25", "--transfer.keep-head-layers", "1"]  # fmt: skip
+    assert main(["linear", "--run-dir", str(run_dir), *flags]) == 0
+    assert written(run_dir, "linear_trained_labels0.25_head1")["num_train"] == 20  # 2 of the 8 of each class
+    config = KnnConfig.model_validate({"run_dir": str(run_dir), "transfer": {"keep_head_layers": 1}})
+    encoder = frozen_encoder(open_evaluation(config, World()), "trained")
+    assert encoder.dim == 16  # the first hidden layer's
+    views = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
+    assert encoder(views).shape == (2, 16)
+    assert (encoder(views) >= 0).all()  # after its ReLU
+    assert main(["knn", "--run-dir", str(run_dir), "--transfer.keep-head-layers", "3", *EVALUATION]) == 2
+    assert "has 2 layer(s); 0 to 2 can be kept" in capsys.readouterr().err
 
 
 def test_features_that_are_there_are_not_encoded_again(run_dir, monkeypatch):

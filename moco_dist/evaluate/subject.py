@@ -182,7 +182,7 @@ def _of_backbone(name: str, step: int, encoder: nn.Module, evaluation: Evaluatio
         head = encoder.get_submodule("head")
         assert isinstance(head, nn.Sequential)  # Linear, ReLU, ..., Linear
         module = nn.Sequential(module, head[: 2 * keep])
-        dim = head[2 * keep - 2].out_features  # type: ignore[assignment]
+        dim = int(head[2 * keep - 2].out_features)  # type: ignore[arg-type]
     module.eval().requires_grad_(False)
     return FrozenEncoder(name, step, module, dim, evaluation.pretrain, evaluation.dtype, evaluation.world.device)
 

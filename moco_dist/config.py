@@ -50,14 +50,50 @@ class RunConfig(Section):
     )
 
 
-class DataConfig(Section):
-    """Images on disk: a folder of class folders, or one with `train/` and `val/` of them."""
+Loader = Literal["torchvision", "dali", "ffcv"]
+OnError = Literal["fail", "skip-and-report"]
 
-    root: Path = setting(..., "ROOT/train and ROOT/val, or a folder of images alone (then there is no validation set)")
+
+class DaliConfig(Section):
+    """NVIDIA DALI's pipeline. All of it changes speed and memory only."""
+
+    decode_on: Literal["cpu", "gpu"] = setting(
+        "cpu", "gpu: DALI's mixed decoder, the hardware's where there is one; crops are then made on the GPU too"
+    )
+    hw_decoder_load: float = setting(0.65, "gpu: share of a batch for the hardware decoder", ge=0, le=1)
+    device_padding_bytes: int = setting(
+        16 * 2**20, "gpu: preallocated for each decoding thread on the device", unit="bytes", ge=0
+    )
+    host_padding_bytes: int = setting(
+        8 * 2**20, "gpu: preallocated for each decoding thread in page-locked memory", unit="bytes", ge=0
+    )
+
+
+class LoadingConfig(Section):
+    """Who decodes and crops, and how far ahead."""
+
+    num_workers: int = setting(
+        8, "loader processes per rank (0 loads in the training process); dali: threads", ge=0, le=256
+    )
+    prefetch_batches: PositiveInt = setting(
+        2, "batches ready ahead of the step: of each worker; dali: of the rank"
+    )
+    dali: DaliConfig = DaliConfig()
+
+
+class DataConfig(LoadingConfig):
+    """Images on disk: a folder of class folders, one with `train/` and `val/` of them, or a packed file."""
+
+    root: Path = setting(
+        ..., "ROOT/train and ROOT/val, a folder of images alone (then there is no validation set), or for the loader "
+        "ffcv a file written by `moco-dist data pack`"
+    )
     image_size: int = setting(224, "side of a crop", unit="pixels", source="v1 sec. 3.3", ge=8, le=1024)
-    loader: Literal["torchvision"] = setting("torchvision", "who decodes and crops")
-    num_workers: int = setting(8, "loader processes per rank; 0 loads in the training process", ge=0, le=256)
-    on_error: Literal["fail", "skip-and-report"] = setting(
+    loader: Loader = setting(
+        "torchvision", "who decodes and crops; all give the same views. torchvision: works everywhere; dali: also "
+        "decodes on the GPU; ffcv: reads one packed file"
+    )
+    on_error: OnError = setting(
         "fail", "a file that cannot be read ends the run, or its successor takes its place and it is named in the log"
     )
     max_samples: int | None = setting(None, "use this many training images, spread evenly over the set", gt=0)
@@ -307,7 +343,7 @@ ENCODERS = ("trained", "untrained", "pixels")
 Encoders = tuple[Literal["trained", "untrained", "pixels"], ...]
 
 
-class EvalDataConfig(Section):
+class EvalDataConfig(LoadingConfig):
     """Images to evaluate on."""
 
     root: Path | None = setting(None, "ROOT/train and ROOT/val; default: the run's data.root")
@@ -316,7 +352,7 @@ class EvalDataConfig(Section):
     )
     image_size: int | None = setting(None, "centre crop; default: the run's data.image_size", unit="pixels", gt=0)
     batch_size: PositiveInt = setting(256, "images a rank encodes at once", unit="samples")
-    num_workers: int = setting(8, "loader processes per rank; 0 loads in the main process", ge=0, le=256)
+    loader: Loader | None = setting(None, "who decodes and crops; default: the run's data.loader")
     on_error: Literal["fail"] = setting("fail", "an evaluation counts every image: a file that cannot be read ends it")
     max_train_samples: int | None = setting(None, "use this many training images, spread evenly", gt=0)
     label_fraction: float = setting(

@@ -18,8 +18,8 @@ from moco_dist.data.augment import apply_colours
 from moco_dist.data.batch import CropBatch
 from moco_dist.data.datasets import ImageFolder, find_images, subset
 from moco_dist.data.exchange import key_views
+from moco_dist.data.loader import pretrain_batches
 from moco_dist.data.plan import Plan
-from moco_dist.data.torchvision_loader import pretrain_batches
 from moco_dist.distributed.agreement import require_agreement
 from moco_dist.distributed.collectives import all_gather, barrier, gather_texts
 from moco_dist.distributed.stop import STOP, StopRequest, marker_path
@@ -43,8 +43,8 @@ from moco_dist.tracking import Tracker, package_versions
 
 # Settings that say where and how fast, not what is computed: they may change when a run goes on.
 FREE_TO_CHANGE = ("run.dir", "run.device", "run.stop_at_step", "run.resume", "run.peer_timeout_seconds",
-                  "data.num_workers", "data.root", "log.", "checkpoint.",
-                  "tracking.", "optim.grad_accum_steps", "engine.", "shuffle.")
+                  "data.loader", "data.num_workers", "data.prefetch_batches", "data.dali.", "data.root",
+                  "log.", "checkpoint.", "tracking.", "optim.grad_accum_steps", "engine.", "shuffle.")
 
 
 class StepResult(NamedTuple):

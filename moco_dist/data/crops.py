@@ -55,12 +55,12 @@ def is_flipped(draws: NDArray[np.float64], probability: float) -> bool:
     return bool(draws[-1] < probability)
 
 
-def centre_box(width: int, height: int, resize: int, crop: int) -> tuple[float, float, float, float]:
-    """The part of the image that a resize of the short side to `resize` and a centre crop to `crop` keep.
+def centre_resize(width: int, height: int, resize: int, crop: int) -> tuple[int, int]:
+    """(height, width) to resize an image to ahead of its centre crop, as torchvision's Resize(resize) has it.
 
-    In the image's own pixels, so that one resize of this box does both (left, top, right, bottom; fractions of a
-    pixel are meant). A crop that is larger than the resized image takes the largest central square.
+    A crop that is larger than `resize` has the short side become `crop`.
     """
-    side = min(width, height) * min(1.0, crop / resize)
-    left, top = (width - side) / 2, (height - side) / 2
-    return left, top, left + side, top + side
+    short = max(resize, crop)
+    if width <= height:
+        return int(short * height / width), short
+    return short, int(short * width / height)

@@ -1,5 +1,6 @@
 """Images on disk: which there are, their classes, and how one is read."""
 
+import io
 import math
 import os
 import warnings
@@ -103,32 +104,52 @@ def share_of_classes(labels: NDArray[np.int64], share: float, seed: list[int], l
 
 
 def read_image(path: Path) -> Image.Image:
-    """The whole image as RGB, converted as torchvision's default loader does, but for pixels of 16 bits.
+    """The whole image as RGB: `decode_image` of the file.
+
+    Raises:
+        ImageError: the file is missing, or `decode_image`'s reasons.
+    """
+    return decode_image(read_bytes(path), str(path))
+
+
+def read_bytes(path: Path) -> bytes:
+    """The content of an image file. Whatever reads whole images from disk does it here.
+
+    Raises:
+        ImageError: it cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ImageError(f"cannot read image {path}: {(error.strerror or str(error)).lower()}") from error
+
+
+def decode_image(data: bytes | memoryview, name: str) -> Image.Image:
+    """An image as RGB, converted as torchvision's default loader does, but for pixels of 16 bits.
 
     PIL cuts those off at 255, so that all but the darkest become white; here the upper 8 bits are taken.
 
+    Args:
+        data: the file's content.
+        name: the file's, for the error.
+
     Raises:
-        ImageError: the file is missing, empty, truncated, damaged, of 32-bit pixels (their range is not known), or
-            larger than PIL's limit (an attack's sign).
+        ImageError: it is empty, truncated, damaged, of 32-bit pixels (their range is not known), or larger than PIL's
+            limit (an attack's sign).
     """
     try:
-        with path.open("rb") as file:
-            image = Image.open(file)
-            if image.mode in ("I", "F"):
-                raise ValueError("its pixels are 32-bit numbers of unknown range; save it with 8 or 16 bits")
-            if image.mode.startswith("I;16"):
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            return image.convert("RGB")
+        if not data:
+            raise ValueError("the file is empty")
+        image = Image.open(io.BytesIO(data))
+        if image.mode in ("I", "F"):
+            raise ValueError("its pixels are 32-bit numbers of unknown range; save it with 8 or 16 bits")
+        if image.mode.startswith("I;16"):
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        return image.convert("RGB")
+    except Image.UnidentifiedImageError as error:
+        raise ImageError(f"cannot read image {name}: not an image") from error
     except Exception as error:  # on damaged files PIL's decoders raise anything from OSError to struct.error
-        raise ImageError(f"cannot read image {path}: {_reason(path, error)}") from error
-
-
-def _reason(path: Path, error: Exception) -> str:
-    if isinstance(error, Image.UnidentifiedImageError):
-        return "not an image" if path.stat().st_size else "the file is empty"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror.lower()
-    return str(error) or type(error).__name__
+        raise ImageError(f"cannot read image {name}: {str(error) or type(error).__name__}") from error
 
 
 def _folder_names(folder: Path) -> list[str]:

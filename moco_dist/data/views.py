@@ -6,10 +6,9 @@ from torch import Tensor
 
 from moco_dist.config import PretrainConfig
 from moco_dist.data.augment import apply_colours
-from moco_dist.data.batch import CropBatch
 from moco_dist.data.datasets import find_images, subset
+from moco_dist.data.loader import pretrain_batches
 from moco_dist.data.plan import Plan
-from moco_dist.data.torchvision_loader import ViewSteps
 from moco_dist.distributed.world import World
 
 
@@ -21,7 +20,8 @@ def view_pairs(config: PretrainConfig, count: int, step: int = 0) -> Tensor:
     """
     folder = subset(find_images(config.data.root, "train"), config.data.max_samples)
     plan = Plan(len(folder.paths), min(count, len(folder.paths)), config.run.seed)
-    batch: CropBatch = ViewSteps(folder, config, plan, World())[step]
+    alone = config.model_copy(update={"data": config.data.model_copy(update={"num_workers": 0})})
+    batch = next(pretrain_batches(folder, alone, plan, World(), step, step + 1))
     home = torch.from_numpy(np.argsort(plan.key_permutation(step)))
     mean = torch.tensor(config.augment.mean)[:, None, None]
     std = torch.tensor(config.augment.std)[:, None, None]

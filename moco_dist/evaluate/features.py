@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from moco_dist.data.datasets import ImageFolder
-from moco_dist.data.torchvision_loader import eval_batches
+from moco_dist.data.loader import eval_batches
 from moco_dist.distributed.world import World
 from moco_dist.evaluate.subject import Evaluation, FrozenEncoder, digest, write_atomically
 
@@ -112,6 +112,7 @@ def _key(evaluation: Evaluation, encoder: FrozenEncoder, split: str, folder: Ima
         "images": str(folder.root.resolve()),
         "split": split,
         "paths": hashlib.sha256("\n".join(folder.paths).encode()).hexdigest(),
+        "loader": evaluation.config.data.loader,
         "size": [evaluation.resize, evaluation.crop],
         "chunk": CHUNK_SAMPLES,
     }

@@ -94,7 +94,8 @@ def training_evaluation(config: PretrainConfig, world: World) -> Evaluation:
     Raises:
         UserError: there is no validation set, or images without a class.
     """
-    data = EvalDataConfig(num_workers=config.data.num_workers)
+    shared = ("loader", "num_workers", "prefetch_batches", "dali")
+    data = EvalDataConfig(**{name: getattr(config.data, name) for name in shared})
     num_train = min(config.log.knn_train_samples, config.data.max_samples or config.log.knn_train_samples)
     train, val = labelled_images(config.data.root, num_train, config.log.knn_val_samples)
     crop = config.data.image_size

@@ -21,15 +21,14 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from moco_dist.config import LinearConfig
 from moco_dist.data import counter_rng
 from moco_dist.data.crops import crop_box, crop_draws, is_flipped
 from moco_dist.data.datasets import rows_of
-from moco_dist.data.torchvision_loader import Crops
+from moco_dist.data.jobs import Crop, Job, row_job
+from moco_dist.data.loader import load
 from moco_dist.distributed.collectives import all_reduce_sum, gather_uneven
 from moco_dist.distributed.world import World
 from moco_dist.errors import UserError
@@ -141,28 +140,25 @@ def augmented_batches(
     evaluation: Evaluation, config: LinearConfig, encoder: FrozenEncoder, epoch: int
 ) -> Iterator[tuple[Tensor, NDArray[np.int64]]]:
     """An epoch's random resized crops and flips, each through the encoder of one rank, gathered on all."""
-    train, world, num_workers = evaluation.train, evaluation.world, config.data.num_workers
+    train, world = evaluation.train, evaluation.world
     batches = global_batches(len(train.paths), config.global_batch_size, config.seed, epoch)
     own = [batch[world.rank :: world.world_size] for batch in batches]
-    crop = functools.partial(
-        random_crop, size=evaluation.crop, scale=config.crop_scale, seed=config.seed, epoch=epoch
-    )
-    loader = DataLoader(
-        Crops(train, own, crop), batch_size=None, sampler=range(len(own)), num_workers=num_workers,
-        pin_memory=world.device != "cpu",
-    )  # fmt: skip
+    job_of = functools.partial(random_crops, own=own, scale=config.crop_scale, seed=config.seed, epoch=epoch)
+    loader = load(train, job_of, range(len(own)), evaluation.crop, evaluation.config.data, world)
     for views, batch in zip(loader, batches, strict=True):
         yield together(encoder(views), np.arange(len(batch)) % world.world_size, world), batch
 
 
-def random_crop(
-    image: Image.Image, sample: int, *, size: int, scale: tuple[float, float], seed: int, epoch: int
-) -> NDArray[np.uint8]:
-    """(size, size, 3): a random resized crop, mirrored half of the time; a function of (seed, epoch, sample)."""
-    draws = crop_draws(seed, epoch, np.array([sample]), counter_rng.STREAM_LINEAR)[0]
-    cropped = image.crop(crop_box(draws, image.width, image.height, scale))
-    pixels = np.asarray(cropped.resize((size, size), Image.Resampling.BILINEAR))
-    return pixels[:, ::-1] if is_flipped(draws, FLIP_PROBABILITY) else pixels
+def random_crops(
+    number: int, *, own: list[NDArray[np.int64]], scale: tuple[float, float], seed: int, epoch: int
+) -> Job[Tensor]:
+    """Random resized crops of a batch, mirrored half of the time; each a function of (seed, epoch, sample)."""
+    draws = crop_draws(seed, epoch, own[number], counter_rng.STREAM_LINEAR)
+
+    def crop(row: int, width: int, height: int) -> Crop:
+        return Crop(crop_box(draws[row], width, height, scale), is_flipped(draws[row], FLIP_PROBABILITY))
+
+    return row_job(own[number], crop)
 
 
 @torch.no_grad()
@@ -185,7 +181,7 @@ def standardise(train: Features, val: Features, world: World) -> None:
 def _progress_path(evaluation: Evaluation, config: LinearConfig, encoder: FrozenEncoder) -> Path:
     """A file whose name holds a hash of all that the training depends on."""
     where_and_how_fast = {"run": True, "encoders": True, "device": True, "tracking": True,
-                          "data": {"root", "num_workers", "batch_size"}}
+                          "data": {"root", "num_workers", "prefetch_batches", "dali", "batch_size"}}
     facts = [
         digest(encoder.module), str(encoder.dtype), evaluation.resize, evaluation.crop,
         hashlib.sha256("\n".join(evaluation.train.paths).encode()).hexdigest(),

@@ -19,7 +19,7 @@ from moco_dist import checkpoint
 from moco_dist.config import EvalConfig, PretrainConfig
 from moco_dist.config_source import read_config
 from moco_dist.data.datasets import NO_CLASS, ImageFolder, find_images, rows_of, share_of_classes, subset
-from moco_dist.data.torchvision_loader import eval_batches
+from moco_dist.data.loader import eval_batches
 from moco_dist.distributed.collectives import all_gather
 from moco_dist.distributed.world import World
 from moco_dist.errors import UserError
@@ -110,7 +110,8 @@ def open_evaluation(config: EvalConfig, world: World) -> Evaluation:
     if not (config.run_dir / "config.yaml").is_file():
         raise UserError(f"run_dir {config.run_dir} is not the folder of a run: it has no config.yaml")
     pretrain = read_config(PretrainConfig, config.run_dir / "config.yaml", [])
-    data = config.data
+    data = config.data.model_copy(update={"loader": config.data.loader or pretrain.data.loader})
+    config = config.model_copy(update={"data": data})
     train, val = labelled_images(data.root or pretrain.data.root, data.max_train_samples, data.max_val_samples)
     if data.label_fraction < 1:
         train = rows_of(train, np.flatnonzero(share_of_classes(train.labels, data.label_fraction, [6])))

@@ -8,8 +8,8 @@ from PIL import Image
 from moco_dist.config import PretrainConfig
 from moco_dist.data.datasets import find_images
 from moco_dist.data.exchange import key_views
+from moco_dist.data.loader import pretrain_batches
 from moco_dist.data.plan import Plan
-from moco_dist.data.torchvision_loader import pretrain_batches
 from moco_dist.distributed.agreement import require_agreement
 from moco_dist.distributed.world import World
 from moco_dist.errors import UserError

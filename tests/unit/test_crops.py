@@ -1,12 +1,14 @@
 """Boxes against torchvision's RandomResizedCrop, and the corners of its rule."""
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torchvision.transforms import RandomResizedCrop
+from PIL import Image
+from torchvision.transforms import RandomResizedCrop, Resize
 
-from moco_dist.data.crops import centre_box, crop_box, crop_draws, is_flipped
+from moco_dist.data.crops import centre_resize, crop_box, crop_draws, is_flipped
 
 
 @given(width=st.integers(1, 5000), height=st.integers(1, 5000), sample=st.integers(0, 2**31),
@@ -46,7 +48,10 @@ def test_half_of_the_views_are_flipped():
     assert not any(is_flipped(draws, 0.0) for draws in crop_draws(0, 1, np.arange(100), 1))
 
 
-def test_centre_box_is_resize_then_crop():
-    assert centre_box(512, 256, 256, 224) == (144.0, 16.0, 368.0, 240.0)
-    assert centre_box(100, 200, 32, 32) == (0.0, 50.0, 100.0, 150.0)
-    assert centre_box(64, 64, 32, 48) == (0.0, 0.0, 64.0, 64.0)
+@pytest.mark.parametrize(("width", "height"), [(500, 375), (375, 500), (300, 300), (1023, 77), (31, 400)])
+def test_centre_resize_is_torchvisions(width, height):
+    assert centre_resize(width, height, 256, 224) == Resize(256)(Image.new("RGB", (width, height))).size[::-1]
+
+
+def test_a_crop_larger_than_the_resize_has_the_short_side_fill_it():
+    assert centre_resize(64, 128, 32, 48) == (96, 48)

@@ -1,0 +1,98 @@
+"""From an image's bytes to its views, on the host.
+
+libjpeg-turbo (by simplejpeg) decodes into memory that is kept, which is twice as fast as PIL and equal to it, bit for
+bit; what it does not take (other formats, CMYK, damaged files) PIL decodes, or names the reason. Resizing is torch's
+for uint8, three to five times as fast as PIL's, and rarely more than one level of 255 from it.
+
+Where every crop of a JPEG is at least twice as large as its view, it is decoded at 1/2, 1/4 or 1/8 of its size. On
+photographs that changes views by 0.4 levels of 255 on average and 26 at most, and 3000 x 2250 pixels take 60 % of
+the time.
+"""
+
+import math
+import threading
+from collections.abc import Callable
+
+import numpy as np
+import simplejpeg
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from moco_dist.data.datasets import decode_image
+from moco_dist.data.jobs import Crop
+
+CropsFor = Callable[[int, int], list[Crop]]  # of (width, height)
+
+_scratch = threading.local()
+
+
+def cut(data: bytes | memoryview, name: str, size: int, crops_for: CropsFor) -> list[Tensor]:
+    """The views of an image.
+
+    Args:
+        data: the file's content.
+        name: the file's, for errors.
+        size: S, side of a view.
+        crops_for: the crops, once width and height are known.
+
+    Returns:
+        uint8 (3, S, S) for each crop.
+
+    Raises:
+        ImageError: it cannot be decoded.
+    """
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+        if colours in ("YCbCr", "Gray") and width * height <= 2 * (Image.MAX_IMAGE_PIXELS or math.inf):
+            crops = crops_for(int(width), int(height))
+            factor = _reduction(crops, size)
+            return cut_pixels(_decode_jpeg(data, int(width), int(height), factor), size, crops, factor)
+    except ValueError:  # no JPEG, or a damaged one: PIL knows, and says why
+        pass
+    pixels = np.array(decode_image(data, name))
+    return cut_pixels(pixels, size, crops_for(pixels.shape[1], pixels.shape[0]))
+
+
+def cut_pixels(pixels: NDArray[np.uint8], size: int, crops: list[Crop], factor: int = 1) -> list[Tensor]:
+    """The views of an image that is already decoded, (H, W, 3), at 1/`factor` of the size that the boxes are of."""
+    views = []
+    for crop in crops:
+        target = crop.resized or (size, size)
+        if factor == 1:
+            left, top, right, bottom = crop.box
+            box = torch.from_numpy(pixels[top:bottom, left:right]).permute(2, 0, 1)
+            view = F.interpolate(box[None], target, mode="bilinear", antialias=True)[0]
+        else:  # boxes between pixels are PIL's
+            left, top, right, bottom = (edge / factor for edge in crop.box)
+            resized = Image.fromarray(pixels).resize(
+                (target[1], target[0]), Image.Resampling.BILINEAR, box=(left, top, right, bottom)
+            )
+            view = torch.from_numpy(np.array(resized)).permute(2, 0, 1)
+        top, left = round((target[0] - size) / 2), round((target[1] - size) / 2)
+        view = view[:, top : top + size, left : left + size]
+        views.append(view.flip(-1) if crop.flip else view)
+    return views
+
+
+def _decode_jpeg(data: bytes | memoryview, width: int, height: int, factor: int) -> NDArray[np.uint8]:
+    """(H, W, 3) in memory of this thread's, overwritten by the next call: new pages would cost as much as decoding."""
+    rows, columns = -(-height // factor), -(-width // factor)
+    size = rows * columns * 3
+    if len(getattr(_scratch, "buffer", b"")) < size:
+        _scratch.buffer = bytearray(size)
+    return simplejpeg.decode_jpeg(
+        data, "RGB", fastdct=False, fastupsample=False, min_height=rows, min_width=columns, min_factor=factor,
+        buffer=_scratch.buffer,
+    )
+
+
+def _reduction(crops: list[Crop], size: int) -> int:
+    """1, 2, 4 or 8: how much smaller the image may be decoded, so that no crop has to be enlarged."""
+    room = min(
+        min((bottom - top) / (resized or (size, size))[0], (right - left) / (resized or (size, size))[1])
+        for (left, top, right, bottom), _, resized in crops
+    )
+    return next((factor for factor in (8, 4, 2) if room >= factor), 1)

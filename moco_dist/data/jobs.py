@@ -1,0 +1,129 @@
+"""What a rank decodes and cuts out for one batch. Every loader takes the same jobs, so all give the same views."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from moco_dist.config import OnError, PretrainConfig
+from moco_dist.data import counter_rng
+from moco_dist.data.augment import draw_colours
+from moco_dist.data.batch import CropBatch
+from moco_dist.data.crops import crop_box, crop_draws, is_flipped
+from moco_dist.data.datasets import ImageError
+from moco_dist.data.plan import Plan
+from moco_dist.distributed.world import World
+
+MAX_SUCCESSORS = 100  # unreadable files in a row before giving up
+
+T = TypeVar("T")
+
+
+class Crop(NamedTuple):
+    """How a view of S x S pixels is cut out of an image.
+
+    Attributes:
+        box: left, top, right, bottom in pixels, within the image.
+        flip: whether it is mirrored.
+        resized: (height, width) that the box is resized to, bilinear with antialiasing, no pixel outside of it
+            mattering; the view is the central S x S. None: S x S itself.
+    """
+
+    box: tuple[int, int, int, int]
+    flip: bool = False
+    resized: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Job(Generic[T]):
+    """The images of one batch and the rows of it that they fill.
+
+    Attributes:
+        samples: (D,) int64, images to decode, each once.
+        rows: for each of them the one or two rows that it gives; over all of them 0 .. R-1.
+        crop: the Crop of (row, width, height).
+        finish: makes the batch out of uint8 (R, 3, S, S) and the notes on files that were replaced.
+    """
+
+    samples: NDArray[np.int64]
+    rows: list[tuple[int, ...]]
+    crop: Callable[[int, int, int], Crop]
+    finish: Callable[[Tensor, tuple[str, ...]], T]
+
+    @property
+    def num_rows(self) -> int:
+        """R, views in the batch."""
+        return sum(map(len, self.rows))
+
+    def crops(self, image: int, width: int, height: int) -> list[Crop]:
+        """The crops of the job's `image`-th image, once its size is known."""
+        return [self.crop(row, width, height) for row in self.rows[image]]
+
+
+JobOf = Callable[[int], Job[T]]
+
+
+def view_job(step: int, config: PretrainConfig, plan: Plan, world: World) -> Job[CropBatch]:
+    """This rank's share of a step of pre-training: rows 0 .. n-1 are the queries' views, n .. 2n-1 the keys'.
+
+    A sample whose two views are both this rank's (in a world of one, or where crops travel, all of them) is decoded
+    once.
+    """
+    exchange, augment, seed = config.shuffle.exchange, config.augment, plan.seed
+    samples_q = plan.query_indices(step, world)
+    samples_encoded = plan.key_indices(step, world)
+    samples_k = samples_encoded if exchange == "loader" else samples_q
+    samples_coloured = samples_q if exchange == "all_gather" else samples_encoded
+    draws = np.vstack([
+        crop_draws(seed, step, samples_q, counter_rng.STREAM_CROP_Q),
+        crop_draws(seed, step, samples_k, counter_rng.STREAM_CROP_K),
+    ])
+    n = len(samples_q)
+    rows = {int(sample): [row] for row, sample in enumerate(samples_q)}
+    for row, sample in enumerate(samples_k):
+        rows.setdefault(int(sample), []).append(n + row)
+
+    def crop(row: int, width: int, height: int) -> Crop:
+        box = crop_box(draws[row], width, height, augment.crop_scale)
+        return Crop(box, is_flipped(draws[row], augment.flip_probability))
+
+    def finish(views: Tensor, replaced: tuple[str, ...]) -> CropBatch:
+        return CropBatch(
+            view_q=views[:n],
+            view_k=views[n:],
+            samples_q=torch.from_numpy(samples_q),
+            samples_k=torch.from_numpy(samples_k),
+            colours_q=draw_colours(augment, seed, step, samples_q, counter_rng.STREAM_COLOUR_Q),
+            colours_k=draw_colours(augment, seed, step, samples_coloured, counter_rng.STREAM_COLOUR_K),
+            replaced=replaced,
+        )
+
+    return Job(np.array(list(rows)), [tuple(r) for r in rows.values()], crop, finish)
+
+
+def row_job(samples: NDArray[np.int64], crop: Callable[[int, int, int], Crop]) -> Job[Tensor]:
+    """One view of each of `samples`, in this order."""
+    return Job(samples, [(row,) for row in range(len(samples))], crop, lambda views, _: views)
+
+
+def with_successors(
+    sample: int, total: int, on_error: OnError, attempt: Callable[[int], T],
+    replaced: list[str],
+) -> T:
+    """`attempt(sample)`; under `skip-and-report`, of the first readable image after it, and a note in `replaced`.
+
+    Raises:
+        ImageError: `attempt`'s, or 100 images in a row cannot be read.
+    """
+    for candidate in range(sample, sample + MAX_SUCCESSORS):
+        try:
+            return attempt(candidate % total)
+        except ImageError as error:
+            if on_error == "fail":
+                raise
+            replaced.append(str(error))
+    raise ImageError(f"{MAX_SUCCESSORS} images in a row cannot be read; the last: {replaced[-1]}")

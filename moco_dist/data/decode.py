@@ -45,11 +45,12 @@ def cut(data: bytes | memoryview, name: str, size: int, crops_for: CropsFor) -> 
         ImageError: it cannot be decoded.
     """
     try:
-        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+        header = simplejpeg.decode_jpeg_header(data)
+        height, width, colours = int(header[0]), int(header[1]), header[2]
         if colours in ("YCbCr", "Gray") and width * height <= 2 * (Image.MAX_IMAGE_PIXELS or math.inf):
-            crops = crops_for(int(width), int(height))
+            crops = crops_for(width, height)
             factor = _reduction(crops, size)
-            return cut_pixels(_decode_jpeg(data, int(width), int(height), factor), size, crops, factor)
+            return cut_pixels(_decode_jpeg(data, width, height, factor), size, crops, factor)
     except ValueError:  # no JPEG, or a damaged one: PIL knows, and says why
         pass
     pixels = np.array(decode_image(data, name))

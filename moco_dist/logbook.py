@@ -92,6 +92,13 @@ class Logbook:
             self._bar.write(text, file=sys.stderr if sys.stderr.isatty() else sys.stdout)
             sys.stdout.flush()
 
+    def say_of_rank(self, text: str) -> None:
+        """A line that any rank may have, with its number where there are several."""
+        if self._world.is_main:
+            self.say(text)
+        else:
+            print(f"[rank {self._world.rank}] {text}", flush=True)
+
     def exclude(self, seconds: float) -> None:
         """Time that is no training (an evaluation, a checkpoint): left out of images per second."""
         self._interval_start += seconds

@@ -96,7 +96,7 @@ def _pretrain(config: PretrainConfig, world: World, tracker: Tracker) -> Path:
             result = train_step(state, engine, config, view_q, view_k, key_order, lr, is_log_step, world)
             logbook.add(result.loss, wait_seconds)
             for file in batch.replaced:
-                logbook.say(f"replaced by its successor: {file}")
+                logbook.say_of_rank(f"replaced by its successor: {file}")
 
             asked = stop_request.agreed(state.step)
             is_save_step = is_due(state.step, config.checkpoint.every_steps) or state.step == stop or asked is not None

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from moco_dist.data.storage import read_patiently
 from moco_dist.errors import UserError, nearest
 
 warnings.filterwarnings("ignore", module="PIL")  # what PIL finds odd and reads all the same: no matter for a user
@@ -113,13 +114,13 @@ def read_image(path: Path) -> Image.Image:
 
 
 def read_bytes(path: Path) -> bytes:
-    """The content of an image file. Whatever reads whole images from disk does it here.
+    """The content of an image file, by `read_patiently`. Whatever reads whole images from disk does it here.
 
     Raises:
         ImageError: it cannot be read.
     """
     try:
-        return path.read_bytes()
+        return read_patiently(path)
     except OSError as error:
         raise ImageError(f"cannot read image {path}: {(error.strerror or str(error)).lower()}") from error
 

@@ -1,0 +1,49 @@
+"""Reading from storage that stumbles: a file server's hiccup is waited out, and told, instead of ending a run."""
+
+import errno
+import os
+import sys
+import time
+from pathlib import Path
+
+WAITS_SECONDS = (0.5, 2.0, 8.0)  # before the second, third and fourth try
+SLOW_SECONDS = 10.0  # a file that takes longer is told
+TELL_EVERY_SECONDS = 60.0  # at most one line of a process in this time
+# Answers, not hiccups: asking again would not change them. ESTALE is not among them: a path is looked up anew.
+FINAL = {errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP}
+
+_last_told = -TELL_EVERY_SECONDS
+
+
+def read_patiently(path: Path) -> bytes:
+    """The content of a file. A read error is tried again, three times within 11 seconds; errors and slowness are told.
+
+    Raises:
+        OSError: it is missing or forbidden, or has failed four times.
+    """
+    for wait_seconds in (*WAITS_SECONDS, None):
+        started = time.monotonic()
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            if error.errno in FINAL or wait_seconds is None:
+                raise
+            _tell(f"reading {path} failed ({_reason(error)}); tried again in {wait_seconds:g} s")
+            time.sleep(wait_seconds)
+            continue
+        if (seconds := time.monotonic() - started) > SLOW_SECONDS:
+            _tell(f"reading {path} took {seconds:.0f} s")
+        return content
+    raise AssertionError("the last try returns or raises")
+
+
+def _reason(error: OSError) -> str:
+    return (error.strerror or str(error)).lower()
+
+
+def _tell(text: str) -> None:
+    """A line of this process; it may be a loader's worker, of any rank."""
+    global _last_told
+    if time.monotonic() - _last_told >= TELL_EVERY_SECONDS:
+        _last_told = time.monotonic()
+        print(f"[rank {os.environ.get('RANK', '0')}] warning: {text}", file=sys.stderr, flush=True)

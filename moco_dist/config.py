@@ -110,13 +110,22 @@ RECIPES: dict[str, dict[str, Any]] = {
         "jitter_probability": 0.8,
         "blur_probability": 0.5,
     },
+    "simclr": {
+        "crop_scale": (0.08, 1.0),
+        "jitter": (0.8, 0.8, 0.8, 0.2),
+        "jitter_probability": 0.8,
+        "blur_probability": 0.5,
+    },
 }
 
 
 class AugmentConfig(Section):
-    """How a view is made. `recipe` sets jitter and blur; any of them may be given instead."""
+    """How a view is made. `recipe` sets crops, jitter and blur; any of them may be given instead."""
 
-    recipe: Literal["v1", "v2"] = setting("v2", "v1: MoCo's; v2: aug+, with blur", source="v2 sec. 3")
+    recipe: Literal["v1", "v2", "simclr"] = setting(
+        "v2", "v1: MoCo's; v2: aug+, with blur; simclr: twice the jitter, smaller crops",
+        source="v2 sec. 3; arXiv 2002.05709, app. A",
+    )
     crop_scale: tuple[Probability, Probability] = setting(
         (0.2, 1.0), "random resized crop: range of the share of the area", source="v1 sec. 3.3"
     )
@@ -175,8 +184,18 @@ class MocoConfig(Section):
     """The dictionary and the loss."""
 
     queue_size: int = setting(65536, "K, keys in the queue", unit="keys", source="v1 sec. 3.3", gt=0)
+    symmetric: bool = setting(
+        False, "each view is query and key in turn: twice the work a step, and two keys a sample for the queue",
+        source="arXiv 2104.02057",
+    )
     momentum: float = setting(0.999, "m, of the key encoder's moving average", source="v1 eq. (2)", ge=0, lt=1)
     temperature: float = setting(0.2, "tau", source="v2 Table 2; v1 uses 0.07", ge=0.01, le=10)
+
+
+class SimclrConfig(Section):
+    """method simclr: the negatives are the batch itself, through one encoder, end to end."""
+
+    temperature: float = setting(0.1, "tau of NT-Xent", source="arXiv 2002.05709, sec. 5.1", ge=0.01, le=10)
 
 
 class OptimConfig(Section):
@@ -283,9 +302,14 @@ class PretrainConfig(Section):
 
     run: RunConfig
     data: DataConfig
+    method: Literal["moco", "simclr"] = setting(
+        "moco", "moco: a queue of keys from a momentum encoder; simclr: end to end, for comparison",
+        source="v2; arXiv 2002.05709",
+    )
     augment: AugmentConfig = AugmentConfig()
     model: ModelConfig = ModelConfig()
     moco: MocoConfig = MocoConfig()
+    simclr: SimclrConfig = SimclrConfig()
     optim: OptimConfig = OptimConfig()
     engine: EngineConfig = EngineConfig()
     shuffle: ShuffleConfig = ShuffleConfig()

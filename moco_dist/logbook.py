@@ -125,3 +125,19 @@ def _as_line(row: dict[str, Any], stop: int) -> str:
         ]
     parts += [f"kNN {row['knn_top1']:.2f} %"] if "knn_top1" in row else []
     return "  ".join(parts)
+
+
+def read_log(run_dir: Path) -> list[dict[str, Any]]:
+    """log.jsonl as one row a step, in order; empty where there is none.
+
+    A resumed run logs some steps twice (the last counts); a line that was cut short when the run was stopped is left
+    out.
+    """
+    path, rows = run_dir / "log.jsonl", {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        rows.setdefault(row["step"], {}).update(row)
+    return [rows[step] for step in sorted(rows)]

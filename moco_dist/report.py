@@ -1,11 +1,9 @@
 """What a run came to: an accuracy table as text, and one self-contained page with curves and pictures.
 
-Reads the run's folder and evaluates nothing: log.jsonl, config.yaml and eval/*.json are all it knows. matplotlib and
-jinja2 are imported where they are used, so that a training does not wait for them.
+Reads the run's folder and evaluates nothing: log.jsonl, config.yaml and eval/*.json are all it knows. jinja2 is
+imported where it is used, so that a training does not wait for it.
 """
 
-import base64
-import io
 import json
 import math
 import re
@@ -15,20 +13,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from moco_dist.charts import Picture, chart, png_uri
 from moco_dist.config import DataConfig, PretrainConfig, RunConfig
 from moco_dist.config_source import flatten, leaf_fields, read_config
+from moco_dist.logbook import read_log
 from moco_dist.tracking import package_versions, without_credentials
 
 ROWS = {"pixels": "raw pixels", "untrained": "untrained", "trained": "pre-trained"}
 EVALUATIONS = {"knn": "kNN", "linear": "linear"}
 MISSING = "–"
 THUMBNAIL_PIXELS = 128
-# Mid-tones that can be read on white and on black.
-GRAY, COLOURS = "#808080", ("#2f86c9", "#d9822b", "#3a9d5d")
 
 
 @dataclass(frozen=True)
@@ -46,14 +43,6 @@ class NeighbourRow:
     query_label: str
     neighbours: tuple[Path, ...]
     neighbour_labels: tuple[str, ...]
-
-
-class Picture(NamedTuple):
-    """An image inside the page: a data URI (None: the file cannot be read), what it shows, and a line below it."""
-
-    uri: str | None
-    alt: str
-    caption: str = ""
 
 
 class AccuracyTable(NamedTuple):
@@ -98,7 +87,7 @@ def write_report(run_dir: Path, view_pairs: Tensor | None = None, neighbours: li
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     config = read_config(PretrainConfig, run_dir / "config.yaml", [])
-    rows = _read_log(run_dir)
+    rows = read_log(run_dir)
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
@@ -107,7 +96,7 @@ def write_report(run_dir: Path, view_pairs: Tensor | None = None, neighbours: li
         name=run_dir.resolve().name,
         summary=_summary(config, rows),
         table=_accuracies(run_dir),
-        curves=_curves(rows, _evaluations(run_dir), config.moco.queue_size),
+        curves=_curves(rows, evaluations(run_dir), config.moco.queue_size),
         view_pairs=[] if view_pairs is None else _pair_pictures(view_pairs),
         view_size=0 if view_pairs is None else view_pairs.shape[-1],
         neighbours=[_neighbour_pictures(row) for row in neighbours or []],
@@ -120,14 +109,14 @@ def write_report(run_dir: Path, view_pairs: Tensor | None = None, neighbours: li
     return path
 
 
-def _evaluations(run_dir: Path) -> dict[tuple[str, str], dict[str, Any]]:
+def evaluations(run_dir: Path) -> dict[tuple[str, str], dict[str, Any]]:
     """(`knn` or `linear`, encoder) to what RUN/eval has of it."""
     paths = {(kind, e): run_dir / "eval" / f"{kind}_{e}.json" for kind in EVALUATIONS for e in ROWS}
     return {key: json.loads(p.read_text(encoding="utf-8")) for key, p in paths.items() if p.is_file()}
 
 
 def _accuracies(run_dir: Path) -> AccuracyTable:
-    found = _evaluations(run_dir)
+    found = evaluations(run_dir)
     names = {name for (kind, _), result in found.items() if kind == "knn" for name in result["accuracy"]}
     # k = 20 is where MoCo v2 on ImageNet is best; one k for all rows, or they could not be compared.
     knn = "knn_top1_k20" if "knn_top1_k20" in names or not names else min(names, key=_k)
@@ -167,20 +156,6 @@ def _notes(found: dict[tuple[str, str], dict[str, Any]]) -> list[str]:
     if len(found) < len(ROWS) * len(EVALUATIONS):
         notes.append(f"{MISSING}: not evaluated (moco-dist knn, moco-dist linear)")
     return notes
-
-
-def _read_log(run_dir: Path) -> list[dict[str, Any]]:
-    """log.jsonl as one row a step, in order. A resumed run logs some steps twice (the last counts); a line that was
-    cut short when the run was stopped is left out.
-    """
-    path, rows = run_dir / "log.jsonl", {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        rows.setdefault(row["step"], {}).update(row)
-    return [rows[step] for step in sorted(rows)]
 
 
 def _summary(config: PretrainConfig, rows: list[dict[str, Any]]) -> list[str]:
@@ -226,44 +201,8 @@ def _curves(
         series = {label: points for label, points in series.items() if points[0]}
         if series:
             last_x = last_step if x_label == "step" else max(x[-1] for x, _ in series.values())
-            pictures.append(_chart(title, x_label, last_x, series, reference))
+            pictures.append(chart(title, x_label, last_x, series, reference))
     return pictures
-
-
-def _chart(
-    title: str,
-    x_label: str,
-    last_x: float,
-    series: dict[str, tuple[list[float], list[float]]],
-    reference: tuple[float, str] | None,
-) -> Picture:
-    """One small line chart on a transparent ground, for light and dark pages; x from 0 to `last_x`, the same for all
-    of a kind. y begins at 0, or shows the reference line.
-    """
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import EngFormatter, MaxNLocator
-
-    figure = Figure(figsize=(4.2, 2.5), dpi=160, layout="constrained")
-    axes = figure.subplots()
-    for (label, (x, y)), colour in zip(series.items(), COLOURS, strict=False):
-        axes.plot(x, y, label=label, color=colour, linewidth=1.6, marker="o" if len(x) < 12 else "", markersize=3.5)
-    if reference is not None:
-        axes.axhline(reference[0], color=GRAY, linestyle="--", linewidth=1, label=reference[1])
-    if len(axes.lines) > 1:
-        axes.legend(frameon=False, fontsize=8, labelcolor=GRAY)
-    axes.set_xlabel(x_label, fontsize=8, color=GRAY)
-    axes.set_xlim(-0.02 * last_x, 1.02 * last_x)
-    if reference is None:
-        axes.set_ylim(bottom=0)
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.tick_params(labelsize=8, colors=GRAY)
-    axes.grid(color=GRAY, alpha=0.25, linewidth=0.6)
-    axes.spines[:].set_visible(False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", transparent=True)
-    last = ", ".join(f"{label} {y[-1]:.4g}" for label, (_, y) in series.items())
-    return Picture(_data_uri(buffer), f"{title}: at the end {last}", title)
 
 
 def _pair_pictures(view_pairs: Tensor) -> list[tuple[Picture, Picture]]:
@@ -271,7 +210,7 @@ def _pair_pictures(view_pairs: Tensor) -> list[tuple[Picture, Picture]]:
         view_pairs = (view_pairs * 255).round().clamp(0, 255).to(torch.uint8)
     pixels = view_pairs.permute(0, 1, 3, 4, 2).cpu().numpy()
     return [
-        (Picture(_png(q), f"query view of sample {i + 1}"), Picture(_png(k), f"key view of sample {i + 1}"))
+        (Picture(png_uri(q), f"query view of sample {i + 1}"), Picture(png_uri(k), f"key view of sample {i + 1}"))
         for i, (q, k) in enumerate(pixels)
     ]
 
@@ -293,17 +232,7 @@ def _thumbnail(path: Path) -> str | None:
     except OSError:
         return None  # moved since the evaluation: the labels still say something
     small.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
-    return _png(np.asarray(small))
-
-
-def _png(pixels: NDArray[np.uint8]) -> str:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, format="png")
-    return _data_uri(buffer)
-
-
-def _data_uri(png: io.BytesIO) -> str:
-    return f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode('ascii')}"
+    return png_uri(np.asarray(small))
 
 
 def _settings(config: PretrainConfig) -> list[dict[str, Any]]:
@@ -313,8 +242,8 @@ def _settings(config: PretrainConfig) -> list[dict[str, Any]]:
     return [
         {
             "name": name,
-            "value": without_credentials(_shown(value)),
-            "default": "required" if fields[name].is_required() else _shown(default[name]),
+            "value": without_credentials(shown(value)),
+            "default": "required" if fields[name].is_required() else shown(default[name]),
             "differs": value != default[name],
             "text": fields[name].description or "",
         }
@@ -322,5 +251,5 @@ def _settings(config: PretrainConfig) -> list[dict[str, Any]]:
     ]
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)

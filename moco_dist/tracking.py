@@ -76,7 +76,7 @@ class Tracker:
         run_dir = config.run.dir
         uri = _absolute(config.tracking.uri or _default_uri(run_dir))
         try:
-            client = _client(uri)
+            client = client_of(uri)
             run = _resumed_run(client, run_dir) or _new_run(client, config, uri)
             tags = {f"version.{name}": version for name, version in package_versions().items()}
             tags |= {"world_size": str(world.world_size), "num_nodes": str(world.num_nodes), "device": world.device}
@@ -104,7 +104,7 @@ class Tracker:
             command: `knn` or `linear`.
             encoder: what gave the features.
         """
-        found = None if config.tracking == "none" else _saved_run(config.run_dir)
+        found = None if config.tracking == "none" else saved_run(config.run_dir)
         if found is None:
             return cls()
         client, uri, parent = found
@@ -120,7 +120,7 @@ class Tracker:
     @classmethod
     def reopen(cls, run_dir: Path) -> "Tracker":
         """The run of the pre-training in `run_dir`, to add to it; its status stays as it is."""
-        found = _saved_run(run_dir)
+        found = saved_run(run_dir)
         if found is None:
             return cls()
         client, uri, run = found
@@ -196,6 +196,14 @@ class Tracker:
             self._monitor.start()
 
 
+def page_of(run_dir: Path) -> str:
+    """The run's page on its MLflow server; "" where it has none."""
+    saved = _read_saved(run_dir)
+    if saved is None or not saved["tracking_uri"].startswith("http"):
+        return ""
+    return f"{saved['tracking_uri'].rstrip('/')}/#/experiments/{saved['experiment_id']}/runs/{saved['run_id']}"
+
+
 def ui_command(run_dir: Path) -> str:
     """The shell command that opens the run in MLflow: its web server for a database, else the server's page."""
     saved = _read_saved(run_dir)
@@ -203,8 +211,7 @@ def ui_command(run_dir: Path) -> str:
         return "not tracked (--tracking.backend none)"
     uri = _uri_of(run_dir, saved)
     if uri.startswith("http"):
-        page = f"{saved['tracking_uri'].rstrip('/')}/#/experiments/{saved['experiment_id']}/runs/{saved['run_id']}"
-        return f"python -m webbrowser {shlex.quote(page)}"
+        return f"python -m webbrowser {shlex.quote(page_of(run_dir))}"
     return f"mlflow ui --backend-store-uri {shlex.quote(without_credentials(uri))}"
 
 
@@ -228,7 +235,12 @@ def _absolute(uri: str) -> str:
     return f"{SQLITE}{Path(uri.removeprefix(SQLITE)).resolve()}" if uri.startswith(SQLITE) else uri
 
 
-def _client(uri: str) -> "MlflowClient":
+def client_of(uri: str) -> "MlflowClient":
+    """An MLflow client that does not talk.
+
+    Raises:
+        UserError: mlflow is not installed.
+    """
     for name, value in MLFLOW_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     try:
@@ -277,7 +289,7 @@ def _resumed_run(client: "MlflowClient", run_dir: Path) -> "Run | None":
     return None if run.info.lifecycle_stage == "deleted" else run
 
 
-def _saved_run(run_dir: Path) -> "tuple[MlflowClient, str, Run] | None":
+def saved_run(run_dir: Path) -> "tuple[MlflowClient, str, Run] | None":
     """Client, URI and run of the pre-training in `run_dir`; None where it was not tracked, or with a warning."""
     saved = _read_saved(run_dir)
     if saved is None:
@@ -286,7 +298,7 @@ def _saved_run(run_dir: Path) -> "tuple[MlflowClient, str, Run] | None":
     try:
         if uri.startswith(SQLITE) and not Path(uri.removeprefix(SQLITE)).is_file():
             raise FileNotFoundError("the database is gone")
-        client = _client(uri)
+        client = client_of(uri)
         return client, uri, client.get_run(saved["run_id"])
     except Exception as error:
         _say(f"{_reason(error)}; going on without it", uri)

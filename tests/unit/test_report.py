@@ -190,7 +190,7 @@ def test_curves_are_those_that_were_logged(run_dir):
 def test_a_log_that_was_cut_short_and_resumed(run_dir):
     whole = "".join(json.dumps(row) + "\n" for row in (_row(50), _row(100, loss=9.0), _row(150, loss=9.0)))
     (run_dir / "log.jsonl").write_text(whole + '{"step": 200, "lo\n' + json.dumps(_row(100, loss=5.5)) + "\n")
-    rows = report._read_log(run_dir)
+    rows = report.read_log(run_dir)
     assert [(row["step"], row["loss"]) for row in rows] == [(50, 7.95), (100, 5.5), (150, 9.0)]
 
 
@@ -204,7 +204,7 @@ def test_the_loss_is_drawn_with_its_chance_level(run_dir, monkeypatch):
         references[title] = reference
         return report.Picture(None, title)
 
-    monkeypatch.setattr(report, "_chart", chart)
+    monkeypatch.setattr(report, "chart", chart)
     write_report(run_dir)
     level, label = references["loss (InfoNCE)"]
     assert level == pytest.approx(math.log(1024))

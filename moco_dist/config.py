@@ -338,6 +338,12 @@ def size_problems(config: PretrainConfig, world_size: int) -> list[str]:
             f"optim.global_batch_size {batch} is not a multiple of {unit} "
             f"= {world_size} rank(s) x optim.grad_accum_steps {accum} x model.bn_group_size {group}; {allowed}"
         )
+    if config.method == "simclr":
+        if accum > 1:
+            problems.append(
+                f"optim.grad_accum_steps {accum}: method simclr needs the whole batch at once, its negatives; 1 works"
+            )
+        return problems
     if queue < batch:
         problems.append(
             f"moco.queue_size {queue} holds less than one batch (optim.global_batch_size {batch}); "

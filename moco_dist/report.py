@@ -96,7 +96,7 @@ def write_report(run_dir: Path, view_pairs: Tensor | None = None, neighbours: li
         name=run_dir.resolve().name,
         summary=_summary(config, rows),
         table=_accuracies(run_dir),
-        curves=_curves(rows, evaluations(run_dir), config.moco.queue_size),
+        curves=_curves(rows, evaluations(run_dir), config),
         view_pairs=[] if view_pairs is None else _pair_pictures(view_pairs),
         view_size=0 if view_pairs is None else view_pairs.shape[-1],
         neighbours=[_neighbour_pictures(row) for row in neighbours or []],
@@ -163,7 +163,8 @@ def _summary(config: PretrainConfig, rows: list[dict[str, Any]]) -> list[str]:
     summary = [
         f"{model.arch} on {config.data.root}",
         f"{optim.epochs} epochs, batch {optim.global_batch_size}",
-        f"K {config.moco.queue_size:,}, m {config.moco.momentum:g}, τ {config.moco.temperature:g}",
+        f"K {config.moco.queue_size:,}, m {config.moco.momentum:g}, τ {config.moco.temperature:g}"
+        if config.method == "moco" else f"SimCLR, τ {config.simclr.temperature:g}",
     ]
     trained = [row for row in rows if "epoch" in row]
     if trained:
@@ -173,7 +174,7 @@ def _summary(config: PretrainConfig, rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _curves(
-    rows: list[dict[str, Any]], found: dict[tuple[str, str], dict[str, Any]], queue_size: int
+    rows: list[dict[str, Any]], found: dict[tuple[str, str], dict[str, Any]], config: PretrainConfig
 ) -> list[Picture]:
     """The charts of what was logged, and of the linear classifiers' training; none for what was not."""
 
@@ -185,10 +186,12 @@ def _curves(
         points = [p for p in found.get(("linear", encoder), {}).get("curve") or [] if "top1" in p]
         return [p["epoch"] for p in points], [p["top1"] for p in points]
 
-    chance = math.log(queue_size + 1)
+    is_moco = config.method == "moco"
+    chance = math.log(config.moco.queue_size + 1 if is_moco else 2 * config.optim.global_batch_size - 1)
+    formula = "ln(K + 1)" if is_moco else "ln(2B − 1)"
     last_step = rows[-1]["step"] if rows else 0
     charts = [
-        ("loss (InfoNCE)", "step", {"loss": logged("loss")}, (chance, f"chance: ln(K + 1) = {chance:.2f}")),
+        ("loss (InfoNCE)", "step", {"loss": logged("loss")}, (chance, f"chance: {formula} = {chance:.2f}")),
         ("learning rate", "step", {"lr": logged("lr")}, None),
         ("contrastive accuracy, %", "step", {f"top-{k}": logged(f"contrastive_top{k}") for k in (1, 5)}, None),
         ("kNN top-1 during training, %", "step", {"kNN": logged("knn_top1")}, None),

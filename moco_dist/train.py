@@ -36,6 +36,7 @@ from moco_dist.method.infonce import contrastive_accuracy, exchange, info_nce
 from moco_dist.method.momentum import key_encoder_of, momentum_update
 from moco_dist.method.precision import autocast, compute_dtype
 from moco_dist.method.queue import Queue
+from moco_dist.method.simclr import batch_accuracy, simclr_step
 from moco_dist.optim import build_optimizer, learning_rate, learning_rate_formula
 from moco_dist.provenance import git_state
 from moco_dist.saver import Saver
@@ -145,6 +146,8 @@ def train_step(
         is_log_step: whether to look at the embeddings.
         world: this process.
     """
+    if config.method == "simclr":
+        return _simclr(state, engine, config, view_q, view_k, key_order, lr, is_log_step, world)
     temperature, accum = config.moco.temperature, config.optim.grad_accum_steps
     momentum_update(state.query_encoder, state.key_encoder, config.moco.momentum)  # before the keys are made
     keys = encode_keys(state, config, view_k, world)
@@ -168,6 +171,20 @@ def train_step(
     return StepResult(loss_sum / accum, scalars)
 
 
+def _simclr(
+    state: TrainState, engine: Engine, config: PretrainConfig, view_q: Tensor, view_k: Tensor, key_order: Tensor,
+    lr: float, is_log_step: bool, world: World,
+) -> StepResult:
+    """`train_step` of the method to compare with."""
+    loss, z_q, z_k = simclr_step(engine, view_q, view_k, key_order, config.simclr.temperature, lr, world)
+    scalars = {}
+    if is_log_step:
+        top1, top5, first = batch_accuracy(z_q, z_k, key_order, world)
+        scalars = {"contrastive_top1": top1, "contrastive_top5": top5, "embedding_std": spread(first)}
+    state.step += 1
+    return StepResult(loss, scalars)
+
+
 @torch.no_grad()
 def encode_keys(state: TrainState, config: PretrainConfig, view_k: Tensor, world: World) -> Tensor:
     """(B/W, C) keys of the shuffled batch, all micro-batches of the step, before the first loss."""
@@ -181,14 +198,15 @@ def encode_keys(state: TrainState, config: PretrainConfig, view_k: Tensor, world
 
 
 def monitor(q_all: Tensor, k_all: Tensor, accum: int, queue: Queue, world: World) -> dict[str, Tensor]:
-    """Of the last micro-batch: contrastive accuracy in percent, and the embeddings' spread over the sphere.
-
-    The spread is their standard deviation times sqrt(C): 1 when they fill the sphere, 0 when they have collapsed.
-    """
+    """Of the last micro-batch: contrastive accuracy in percent, and the embeddings' spread over the sphere."""
     positives = k_all.view(world.world_size, accum, -1, k_all.shape[1])[:, -1].flatten(0, 1)  # in q_all's order
     top1, top5 = contrastive_accuracy(q_all, positives, queue.keys, world)
-    spread = q_all.std(dim=0).mean() * q_all.shape[1] ** 0.5
-    return {"contrastive_top1": top1, "contrastive_top5": top5, "embedding_std": spread}
+    return {"contrastive_top1": top1, "contrastive_top5": top5, "embedding_std": spread(q_all)}
+
+
+def spread(embeddings: Tensor) -> Tensor:
+    """Standard deviation of (N, C) unit vectors times sqrt(C): 1 when they fill the sphere, 0 when they collapsed."""
+    return embeddings.std(dim=0).mean() * embeddings.shape[1] ** 0.5
 
 
 def build(config: PretrainConfig, world: World) -> tuple[TrainState, Engine]:
@@ -196,8 +214,10 @@ def build(config: PretrainConfig, world: World) -> tuple[TrainState, Engine]:
     dtype = compute_dtype(config.optim.precision, world.device)
     weights_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     query_encoder = build_encoder(config.model, config.run.seed).to(world.device, weights_dtype)
-    key_encoder = key_encoder_of(query_encoder)
-    queue = Queue(config.moco.queue_size, config.model.embedding_dim, config.run.seed, world, weights_dtype)
+    is_moco = config.method == "moco"
+    key_encoder = key_encoder_of(query_encoder) if is_moco else query_encoder  # SimCLR's only one
+    queue_size = config.moco.queue_size if is_moco else 0
+    queue = Queue(queue_size, config.model.embedding_dim, config.run.seed, world, weights_dtype)
     optimizer = build_optimizer(query_encoder, config.optim)
     if config.engine.kind == "deepspeed":
         from moco_dist.engine.deepspeed import DeepSpeedEngine
@@ -317,14 +337,18 @@ def say_start(
         f"{torch.device(world.device).type}, {compute_dtype(optim.precision, world.device)}"
     )
     going_on = f"goes on at step {state.step}" if state.step else "starts"
+    moco = config.moco
+    method = f"SimCLR, tau {config.simclr.temperature}"
+    if config.method == "moco":
+        method = f"K {moco.queue_size}, m {moco.momentum}, tau {moco.temperature}"
     logbook.say(
-        f"{going_on}: {learning_rate_formula(optim)}, K {config.moco.queue_size}, m {config.moco.momentum}, "
-        f"tau {config.moco.temperature}, BN over {model.bn_group_size}; run folder {config.run.dir}"
+        f"{going_on}: {learning_rate_formula(optim)}, {method}, BN over {model.bn_group_size}; "
+        f"run folder {config.run.dir}"
     )
 
-    if config.moco.queue_size > len(folder.paths):
+    if config.method == "moco" and moco.queue_size > len(folder.paths):
         logbook.say(
-            f"warning: moco.queue_size {config.moco.queue_size} is larger than the data set ({len(folder.paths)}): "
+            f"warning: moco.queue_size {moco.queue_size} is larger than the data set ({len(folder.paths)}): "
             "older keys of the very same image are among its negatives, and the loss pushes them away"
         )
 

@@ -63,7 +63,7 @@ def test_the_resolved_config_reads_back_equal(tmp_path):
         (["--moco.temperature", ".nan"], "moco.temperature: nan is not a finite number"),
         (["--data.image-size", "fast"], "data.image_size: 'fast' is not a valid integer"),
         (["--augment.crop-scale", "[1.0, 0.2]"], "crop_scale (1.0, 0.2) is not a range"),
-        (["--augment.recipe", "v3"], "augment.recipe: 'v3' is not one of 'v1' or 'v2'"),
+        (["--augment.recipe", "v3"], "augment.recipe: 'v3' is not one of 'v1', 'v2' or 'simclr'"),
         (["--optim.global-batch-size", "100"], "96 and 128 are"),
         (["--optim.global-batch-size", "16"], "32 is the smallest that is"),
         (["--moco.queue-size", "64"], "256 is the smallest that works"),

@@ -34,9 +34,9 @@ from moco_dist.method.batch_norm import set_micro_batch
 from moco_dist.method.encoder import build_encoder
 from moco_dist.method.infonce import contrastive_accuracy, exchange, info_nce
 from moco_dist.method.momentum import key_encoder_of, momentum_update
+from moco_dist.method.ntxent import batch_accuracy, nt_xent
 from moco_dist.method.precision import autocast, compute_dtype
 from moco_dist.method.queue import Queue
-from moco_dist.method.simclr import batch_accuracy, simclr_step
 from moco_dist.optim import build_optimizer, learning_rate, learning_rate_formula
 from moco_dist.provenance import git_state
 from moco_dist.saver import Saver
@@ -175,14 +175,21 @@ def _simclr(
     state: TrainState, engine: Engine, config: PretrainConfig, view_q: Tensor, view_k: Tensor, key_order: Tensor,
     lr: float, is_log_step: bool, world: World,
 ) -> StepResult:
-    """`train_step` of the method to compare with."""
-    loss, z_q, z_k = simclr_step(engine, view_q, view_k, key_order, config.simclr.temperature, lr, world)
+    """`train_step` of SimCLR (arXiv 2002.05709, Algorithm 1), for comparison: end to end, the batch its own dictionary.
+
+    The second views come shuffled over the BN groups, as MoCo's keys do, so that an encoder cannot tell a pair by the
+    statistics that it shares (SimCLR itself normalises over all devices, sec. 2.2, and names the shuffle as another).
+    """
+    z_q, z_k = engine(torch.cat([view_q, view_k])).chunk(2)
+    loss = nt_xent(z_q, z_k, key_order, config.simclr.temperature, world)
+    engine.backward(loss)
+    engine.step(lr)
     scalars = {}
     if is_log_step:
-        top1, top5, first = batch_accuracy(z_q, z_k, key_order, world)
+        top1, top5, first = batch_accuracy(z_q.detach(), z_k.detach(), key_order, world)
         scalars = {"contrastive_top1": top1, "contrastive_top5": top5, "embedding_std": spread(first)}
     state.step += 1
-    return StepResult(loss, scalars)
+    return StepResult(loss.detach(), scalars)
 
 
 @torch.no_grad()

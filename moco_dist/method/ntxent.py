@@ -39,6 +39,27 @@ def nt_xent(z_q: Tensor, z_k: Tensor, key_order: Tensor, temperature: float, wor
     return F.cross_entropy(logits, positives)
 
 
+@torch.no_grad()
+def batch_accuracy(z_q: Tensor, z_k: Tensor, key_order: Tensor, world: World) -> tuple[Tensor, Tensor, Tensor]:
+    """Percent of first views whose own second view is the nearest of the batch (top-1) or among five; for log steps.
+
+    Args:
+        z_q: (N, C) this rank's first views.
+        z_k: (N, C) its second views, of the shuffled batch.
+        key_order: int64 (B,).
+        world: this process.
+
+    Returns:
+        top-1, top-5 and all ranks' first views (B, C). Receives (W - 1) 2NC numbers.
+    """
+    first, shuffled = all_gather(torch.stack([z_q, z_k], dim=1), world).unbind(1)
+    similarity = first @ shuffled.T
+    positive = similarity.gather(1, torch.empty_like(key_order).index_copy_(
+        0, key_order, torch.arange(len(key_order), device=key_order.device))[:, None])  # fmt: skip
+    above = (similarity > positive).sum(1)
+    return 100 * (above < 1).float().mean(), 100 * (above < 5).float().mean(), first
+
+
 class _Gather(torch.autograd.Function):
     """All ranks' rows; the gradient of a row is the sum of what all ranks found for it."""
 

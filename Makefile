@@ -27,6 +27,8 @@ lint: $(STAMP)
 $(STAMP): pyproject.toml
 	test -d .venv || $(PYTHON) -m venv .venv
 	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --editable ".[dev]"
+	if pkg-config --exists opencv4 libturbojpeg 2>/dev/null; then $(BIN)/pip install --quiet --editable ".[ffcv]"; \
+	else echo "tests against the ffcv package are skipped: it needs apt-get install libopencv-dev libturbojpeg0-dev pkg-config"; fi
 	touch $@
 
 clean:

@@ -13,9 +13,9 @@ EXIT_MISTAKE = 2  # a mistake in what the user gave
 EXIT_INTERRUPTED = 130  # Ctrl-C
 
 COMMANDS = {  # name: its arguments, what it does, the function in moco_dist.commands
-    "pretrain": ("[CONFIG.yaml] [--section.key VALUE ...]", "pre-train an encoder by MoCo v2", "pretrain:main"),
-    "knn": ("[CONFIG.yaml] --run-dir DIR [--key VALUE ...]", "nearest-neighbour accuracy of a run", "evaluate:knn"),
-    "linear": ("[CONFIG.yaml] --run-dir DIR [--key VALUE ...]", "linear evaluation of a run", "evaluate:linear"),
+    "pretrain": ("[CONFIG.yaml ...] [--section.key VALUE ...]", "pre-train an encoder by MoCo v2", "pretrain:main"),
+    "knn": ("[CONFIG.yaml ...] --run-dir DIR [--key VALUE ...]", "nearest-neighbour accuracy of a run", "evaluate:knn"),
+    "linear": ("[CONFIG.yaml ...] --run-dir DIR [--key VALUE ...]", "linear evaluation of a run", "evaluate:linear"),
     "report": ("RUN_DIR", "accuracy table, and a page with pictures and curves", "report:main"),
     "compare": ("RUN_DIR ... | --experiment NAME", "several runs side by side; registers the best", "compare:main"),
     "export": ("RUN_DIR --format FORMAT --out FILE", "weights for torchvision, timm, detectron2", "weights:export"),

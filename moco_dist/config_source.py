@@ -7,6 +7,7 @@ the defaults.
 import argparse
 import json
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
@@ -19,13 +20,19 @@ from moco_dist.errors import UserError, nearest
 Config = TypeVar("Config", bound=BaseModel)
 
 
-def read_config(schema: type[Config], path: Path | None, flags: list[str]) -> Config:
-    """The config of `schema` from the YAML file `path` (if any) with `flags` over it.
+def read_config(
+    schema: type[Config], path: Path | None, flags: list[str], overlays: Sequence[Path] = ()
+) -> Config:
+    """The config of `schema` from the YAML file `path` (if any), with `overlays` over it and `flags` over all.
+
+    A setting of an overlay takes the place of the same setting; those that it does not have stay as they are.
 
     Raises:
         UserError: one line per mistake (unknown key or flag, wrong type, out of range, sizes that do not fit).
     """
     values = read_yaml(path) if path else {}
+    for overlay in overlays:
+        values = _over(values, read_yaml(overlay))
     fields = leaf_fields(schema)
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for name in fields:
@@ -74,6 +81,15 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"config file {path} holds a {type(values).__name__}; a mapping of settings is expected")
     return values
+
+
+def _over(values: dict[str, Any], overlay: dict[str, Any]) -> dict[str, Any]:
+    """`overlay` over `values`, section by section."""
+    merged = dict(values)
+    for name, value in overlay.items():
+        both_sections = isinstance(value, dict) and isinstance(values.get(name), dict)
+        merged[name] = _over(values[name], value) if both_sections else value
+    return merged
 
 
 def to_yaml(config: BaseModel) -> str:

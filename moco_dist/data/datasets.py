@@ -18,6 +18,7 @@ from moco_dist.errors import UserError, nearest
 
 warnings.filterwarnings("ignore", module="PIL")  # what PIL finds odd and reads all the same: no matter for a user
 
+PACKED_SUFFIX = ".beton"  # of a file that `moco-dist data pack` wrote
 NO_CLASS = -1  # label of an image that lies in no class folder
 
 
@@ -49,12 +50,16 @@ def find_images(root: Path, split: Literal["train", "val"]) -> ImageFolder:
     Labels of `val` are those of `train`, even where `val` lacks some of the classes.
 
     Args:
-        root: the data set's folder.
+        root: the data set's folder, or a packed file.
         split: `train` or `val`.
 
     Raises:
         UserError: there is no such folder, no image in it, or `val` has a class that `train` lacks.
     """
+    if root.suffix == PACKED_SUFFIX:
+        from moco_dist.data.ffcv_loader import packed_images  # which builds on this module
+
+        return packed_images(root, split)
     if not root.is_dir():
         raise UserError(f"data root {root} is not a folder{nearest(root.name, _folder_names(root.parent))}")
     train, val = root / "train", root / "val"
@@ -114,7 +119,7 @@ def read_image(path: Path) -> Image.Image:
 
 
 def read_bytes(path: Path) -> bytes:
-    """The content of an image file, by `read_patiently`. Whatever reads whole images from disk does it here.
+    """The content of an image file, by `read_patiently`. Whole images are read nowhere else, but inside DALI.
 
     Raises:
         ImageError: it cannot be read.

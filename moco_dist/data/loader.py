@@ -11,11 +11,13 @@ from torch import Tensor
 from moco_dist.config import DataConfig, EvalDataConfig, PretrainConfig
 from moco_dist.data.batch import CropBatch
 from moco_dist.data.crops import centre_resize
-from moco_dist.data.datasets import ImageFolder
+from moco_dist.data.datasets import PACKED_SUFFIX, ImageFolder
+from moco_dist.data.ffcv_loader import PackedFile
 from moco_dist.data.jobs import Crop, Job, JobOf, row_job, view_job
 from moco_dist.data.plan import Plan
 from moco_dist.data.torchvision_loader import Files, batches_from_workers
 from moco_dist.distributed.world import World
+from moco_dist.errors import UserError
 
 T = TypeVar("T")
 
@@ -66,6 +68,20 @@ def load(
         UserError: the loader is not installed, or does not read this kind of data; while batches are taken, an
             ImageError names a file that cannot be read.
     """
+    is_packed = folder.root.parent.suffix == PACKED_SUFFIX
+    if is_packed and data.loader != "ffcv":
+        raise UserError(f"{folder.root.parent} is a packed file, which data.loader ffcv reads, not {data.loader}")
+    if data.loader == "ffcv":
+        if not is_packed:
+            raise UserError(
+                f"data.loader ffcv reads a packed file, and {folder.root} is a folder; "
+                "moco-dist data pack FOLDER FILE.beton makes one"
+            )
+        return batches_from_workers(PackedFile(folder), job_of, numbers, size, data, world)
+    if data.loader == "dali":
+        from moco_dist.data.dali_loader import batches_from_dali
+
+        return batches_from_dali(folder, job_of, numbers, size, data, world)
     return batches_from_workers(Files(folder), job_of, numbers, size, data, world)
 
 

@@ -7,7 +7,9 @@ function of (seed, step) alone. So any number of workers gives the same pixels, 
 from collections.abc import Iterator
 from typing import Generic, Protocol, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -27,6 +29,9 @@ class Source(Protocol):
         """How many there are."""
         ...
 
+    def announce(self, samples: NDArray[np.int64]) -> None:
+        """These are read next."""
+
     def cut(self, sample: int, size: int, crops_for: CropsFor) -> list[Tensor]:
         """The views of one of them, as `decode.cut`."""
         ...
@@ -40,6 +45,9 @@ class Files:
 
     def __len__(self) -> int:
         return len(self.folder.paths)
+
+    def announce(self, samples: NDArray[np.int64]) -> None:
+        """These are read next."""
 
     def cut(self, sample: int, size: int, crops_for: CropsFor) -> list[Tensor]:
         """The views of one of them, as `decode.cut`."""
@@ -58,6 +66,7 @@ class Batches(Dataset[T], Generic[T]):
         job = self.job_of(number)
         views = torch.empty(job.num_rows, 3, self.size, self.size, dtype=torch.uint8)
         replaced: list[str] = []
+        self.source.announce(job.samples)
         for i, sample in enumerate(job.samples):
 
             def attempt(candidate: int, i: int = i) -> list[Tensor]:

@@ -4,10 +4,12 @@ from pathlib import Path
 
 import pytest
 
+from moco_dist.commands.configured import config_or_help
 from moco_dist.config import AugmentConfig, KnnConfig, LinearConfig, PretrainConfig, size_problems
 from moco_dist.config_source import flatten, help_text, leaf_fields, read_config, to_yaml
 from moco_dist.errors import UserError
 
+OVERLAYS = sorted([*Path("configs").glob("*_dali.yaml"), *Path("configs").glob("*_ffcv.yaml")])
 NEEDED = ["--run.dir", "r", "--data.root", "d"]
 
 
@@ -115,7 +117,7 @@ def test_help_shows_every_setting_with_its_default(schema):
     assert "source:" in text
 
 
-@pytest.mark.parametrize("path", sorted(Path("configs").glob("*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted({*Path("configs").glob("*.yaml")} - {*OVERLAYS}), ids=lambda path: path.name)
 def test_configs_are_valid_and_say_what_they_are(path):
     header = path.read_text().split("\n\n")[0]
     for item in ("Command:", "Hardware:", "Hours:", "Expected:"):
@@ -124,3 +126,20 @@ def test_configs_are_valid_and_say_what_they_are(path):
         read_config(LinearConfig, path, ["--run-dir", "r"])
     else:
         read_config(PretrainConfig, path, [])
+
+
+def test_later_files_go_over_earlier_ones_and_flags_over_all(tmp_path):
+    (tmp_path / "base.yaml").write_text("run: {dir: r}\ndata: {root: a, image_size: 64}\noptim: {epochs: 7}\n")
+    (tmp_path / "over.yaml").write_text("data: {root: b, loader: ffcv}\n")
+    words = [str(tmp_path / "base.yaml"), str(tmp_path / "over.yaml"), "--optim.epochs", "9"]
+    config = config_or_help("pretrain", PretrainConfig, words)
+    assert config is not None
+    assert (str(config.data.root), config.data.loader, config.data.image_size) == ("b", "ffcv", 64)
+    assert config.optim.epochs == 9
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda path: path.name)
+def test_overlays_fit_their_configs(overlay):
+    base, _, loader = overlay.stem.rpartition("_")
+    config = config_or_help("pretrain", PretrainConfig, [f"configs/{base}.yaml", str(overlay)])
+    assert config is not None and config.data.loader == loader

@@ -1,0 +1,162 @@
+"""FFCV's file format (.beton, version 2): many images in one file, as JPEG or raw pixels.
+
+Source: ffcv 1.0.2 (github.com/libffcv/ffcv), `types.py`, `fields/` and `writer.py`. Read and written here without the
+package, which is needed neither for packing nor for loading: its writer hangs when a worker dies and encodes every
+JPEG anew, its loader hangs on an exception, compiles for up to a minute in every process, and takes all of a
+process's torch threads. FFCV's own loader reads these files, and files that FFCV wrote are read here.
+
+A file is: header; descriptions of the fields; one record a sample; the data, in pages that no image crosses unless
+it is larger than one; the table of (sample, place, size) of all data.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moco_dist.errors import UserError
+
+VERSION = 2
+PAGE_BYTES = 8 * 2**20  # FFCV's default
+JPEG, RAW = 0, 1
+
+_HEADER = np.dtype(
+    [("version", "<u2"), ("num_fields", "<u2"), ("page_size", "<u4"), ("num_samples", "<u8"), ("table_at", "<u8")],
+    align=True,
+)
+_FIELD = np.dtype([("type_id", "<u1"), ("name", "<u1", 16), ("arguments", "<u1", 1024)], align=True)
+_TABLE = np.dtype([("sample", "<u8"), ("at", "<u8"), ("size", "<u8")])
+_IMAGE = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("at", "<u8")])
+_BYTES = np.dtype([("at", "<u8"), ("size", "<u8")])
+# type_id to record; the fields that FFCV's users write beside these are refused.
+_FLOAT_ID, _INT_ID, _IMAGE_ID, _BYTES_ID = range(4)
+_RECORDS = {_FLOAT_ID: np.dtype("<f8"), _INT_ID: np.dtype("<i8"), _IMAGE_ID: _IMAGE, _BYTES_ID: _BYTES}
+_OUR_FIELDS = {"image": _IMAGE_ID, "label": _INT_ID, "path": _BYTES_ID}
+
+
+@dataclass(frozen=True)
+class Beton:
+    """An open file.
+
+    Attributes:
+        content: uint8 (bytes of the file,), a map into the page cache: processes of a machine share it.
+        mode: (N,) JPEG or RAW.
+        width, height: (N,) pixels.
+        start, size: (N,) where in `content` an image is, in bytes.
+        names: of the samples, SPLIT/CLASS/FILE; made up for files that have none.
+    """
+
+    content: NDArray[np.uint8]
+    mode: NDArray[np.uint8]
+    width: NDArray[np.int64]
+    height: NDArray[np.int64]
+    start: NDArray[np.int64]
+    size: NDArray[np.int64]
+    names: list[str]
+
+
+def read_beton(path: Path) -> Beton:
+    """Open a file. Takes about two seconds a million images.
+
+    Raises:
+        UserError: it is missing, no .beton file, incomplete, or without images and labels.
+    """
+    try:
+        content = np.memmap(path, np.uint8, mode="c")  # private: pixels can be handed to torch, which wants to write
+        header = content[: _HEADER.itemsize].view(_HEADER)[0]
+        if header["version"] != VERSION:
+            raise ValueError(f"version {header['version']}, not {VERSION}")
+        at, count = _HEADER.itemsize, int(header["num_fields"])
+        fields = content[at : at + count * _FIELD.itemsize].view(_FIELD)
+        kinds = [int(field["type_id"]) for field in fields]
+        names = [field["name"].tobytes().rstrip(b"\0").decode() for field in fields]
+        record = np.dtype([("", _RECORDS[kind]) for kind in kinds], align=True)
+        at += count * _FIELD.itemsize
+        records = content[at : at + int(header["num_samples"]) * record.itemsize].view(record)
+        table = content[int(header["table_at"]) :].view(_TABLE)
+        if not len(records) or not len(table):
+            raise ValueError("incomplete")
+        columns = {name: records[f"f{i}"] for i, name in enumerate(names)}
+        images = columns[names[kinds.index(_IMAGE_ID)]]
+        order = np.argsort(table["at"], kind="stable")
+        starts = table["at"][order]
+        size = table["size"][order][np.searchsorted(starts, images["at"])]
+        texts = columns.get("path")
+        if texts is None:
+            labels = columns["label"] if "label" in columns else columns[names[kinds.index(_INT_ID)]]
+            paths = [f"train/{label}/{i:08d}" for i, label in enumerate(labels.tolist())]
+        else:
+            view = memoryview(content.data)
+            places = zip(texts["at"].tolist(), texts["size"].tolist(), strict=True)
+            paths = [bytes(view[a : a + n]).decode("utf-8", "surrogateescape") for a, n in places]
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {(error.strerror or str(error)).lower()}") from error
+    except (ValueError, KeyError, IndexError) as error:
+        raise UserError(
+            f"{path} is not a whole file of images and labels ({error}); moco-dist data pack SOURCE {path} writes one"
+        ) from error
+    width, height, start = (images[name].astype(np.int64) for name in ("width", "height", "at"))
+    return Beton(content, np.array(images["mode"]), width, height, start, size.astype(np.int64), paths)
+
+
+class BetonWriter:
+    """Writes a file, image by image. Use it in a `with`; what was not closed has no valid header.
+
+    Args:
+        file: to write to, opened in binary.
+        max_samples: how many records to leave room for.
+    """
+
+    def __init__(self, file: BinaryIO, max_samples: int) -> None:
+        self._record = np.dtype([("", _RECORDS[kind]) for kind in _OUR_FIELDS.values()], align=True)
+        self._records_at = _HEADER.itemsize + len(_OUR_FIELDS) * _FIELD.itemsize
+        self._file, self._page = file, -(-(self._records_at + max_samples * self._record.itemsize) // PAGE_BYTES)
+        self._at = self._page * PAGE_BYTES
+        self._table: list[tuple[int, int, int]] = []
+        self._images: list[tuple[int, int, int, int]] = []
+        self._labels: list[int] = []
+        self._names: list[bytes] = []
+
+    def add(self, name: str, label: int, mode: int, width: int, height: int, data: bytes | memoryview) -> None:
+        """Append an image: `data` is a JPEG file or width x height x 3 pixels."""
+        size = len(data)
+        if self._at // PAGE_BYTES != (self._at + size - 1) // PAGE_BYTES and self._at % PAGE_BYTES:
+            self._at = (self._at // PAGE_BYTES + 1) * PAGE_BYTES
+        self._file.seek(self._at)
+        self._file.write(data)
+        self._table.append((len(self._images), self._at, size))
+        self._images.append((mode, width, height, self._at))
+        self._labels.append(label)
+        self._names.append(name.encode("utf-8", "surrogateescape"))
+        self._at += size
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None):
+        if kind is None:
+            self._finish()
+
+    def _finish(self) -> None:
+        records = np.zeros(len(self._images), self._record)
+        records["f0"] = np.array(self._images, _IMAGE)
+        records["f1"] = self._labels
+        for i, name in enumerate(self._names):
+            records["f2"][i] = (self._at, len(name))
+            self._table.append((i, self._at, len(name)))
+            self._at += len(name)
+        self._file.seek(self._at - sum(map(len, self._names)))
+        self._file.write(b"".join(self._names))
+        self._file.write(np.array(self._table, _TABLE).tobytes())
+        self._file.seek(self._records_at)
+        self._file.write(records.tobytes())
+        fields = np.zeros(len(_OUR_FIELDS), _FIELD)
+        for field, (name, kind) in zip(fields, _OUR_FIELDS.items(), strict=True):
+            field["type_id"] = kind
+            field["name"][: len(name)] = np.frombuffer(name.encode(), np.uint8)
+        header = np.array([(VERSION, len(_OUR_FIELDS), PAGE_BYTES, len(records), self._at)], _HEADER)
+        self._file.seek(0)
+        self._file.write(header.tobytes() + fields.tobytes())

@@ -17,6 +17,7 @@ COMMANDS = {  # name: its arguments, what it does, the function in moco_dist.com
     "knn": ("[CONFIG.yaml ...] --run-dir DIR [--key VALUE ...]", "nearest-neighbour accuracy of a run", "evaluate:knn"),
     "linear": ("[CONFIG.yaml ...] --run-dir DIR [--key VALUE ...]", "linear evaluation of a run", "evaluate:linear"),
     "report": ("RUN_DIR", "accuracy table, and a page with pictures and curves", "report:main"),
+    "reproduce": ("TABLE [--scale full|small]", "the paper's tables, beside what was published", "reproduce:main"),
     "compare": ("RUN_DIR ... | --experiment NAME", "several runs side by side; registers the best", "compare:main"),
     "export": ("RUN_DIR --format FORMAT --out FILE", "weights for torchvision, timm, detectron2", "weights:export"),
     "import": ("FILE --arch ARCH --out RUN_DIR", "a backbone of another program, to evaluate", "weights:import_"),

@@ -34,7 +34,8 @@ def test_every_row_is_a_config_that_loads(table, scale, tmp_path):
 
 def test_the_temperatures_are_those_of_the_paper(capsys):
     lines = [line for line in planned("temperature", capsys) if " pretrain " in line]
-    assert [float(line.split("--moco.temperature ")[1].split()[0]) for line in lines] == 2 * [0.07, 0.1, 0.2, 0.3, 0.4, 0.5]
+    taus = [float(line.split("--moco.temperature ")[1].split()[0]) for line in lines]
+    assert taus == 2 * [0.07, 0.1, 0.2, 0.3, 0.4, 0.5]
     assert [row.published for row in TABLES["temperature"]][:3] == [60.6, 60.7, 59.0]
 
 

@@ -179,7 +179,7 @@ def as_markdown(jobs: list[Job], scale: str) -> str:
     if scale == "small":
         lines += [
             "",
-            "Published: ResNet-50 on ImageNet. Ours: a small network on small pictures for a few epochs: the order can be "
+            "Published: ResNet-50 on ImageNet. Ours: a small network on small pictures: the order can be "
             "compared, the numbers cannot.",
         ]
     return "\n".join(lines) + "\n"

@@ -14,15 +14,18 @@ RANKS = 2
 
 def main() -> int:
     """Prepare, pre-train, evaluate, report; stops at the first step that fails, with its exit status."""
-    from launchers.local import torchrun
+    from launchers.torchrun import torchrun
+
+    def ranks(command: list[str]) -> int:
+        return torchrun(["--standalone", "--nproc-per-node", str(RANKS), "-m", "moco_dist", *command])
 
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // RANKS)))
     encoders = ["--encoders", "[pixels, untrained, trained]", "--data.num-workers", "0"]
     steps = [
         ("1/4  data", lambda: moco_dist(["data", "prepare", "shapes", "--out", str(DATA)])),
-        ("2/4  pre-training on 2 ranks", lambda: torchrun(RANKS, ["pretrain", "configs/demo.yaml"])),
-        ("3/4  kNN", lambda: torchrun(RANKS, ["knn", "--run-dir", str(RUN), *encoders])),
-        ("3/4  linear", lambda: torchrun(RANKS, ["linear", "configs/demo_linear.yaml", *encoders])),
+        ("2/4  pre-training on 2 ranks", lambda: ranks(["pretrain", "configs/demo.yaml"])),
+        ("3/4  kNN", lambda: ranks(["knn", "--run-dir", str(RUN), *encoders])),
+        ("3/4  linear", lambda: ranks(["linear", "configs/demo_linear.yaml", *encoders])),
         ("4/4  report", lambda: moco_dist(["report", str(RUN)])),
     ]
     started = time.monotonic()

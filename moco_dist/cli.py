@@ -22,6 +22,7 @@ COMMANDS = {  # name: its arguments, what it does, the function in moco_dist.com
     "export": ("RUN_DIR --format FORMAT --out FILE", "weights for torchvision, timm, detectron2", "weights:export"),
     "import": ("FILE --arch ARCH --out RUN_DIR", "a backbone of another program, to evaluate", "weights:import_"),
     "data": ("prepare NAME --out DIR", "get or check a data set", "data:main"),
+    "launch": ("local|torchrun|slurm|kubernetes CONFIG.yaml ...", "start it where it should run", "launch:main"),
 }
 FOOTER = """
 moco-dist COMMAND --help shows every setting. On several GPUs or hosts: torchrun ... -m moco_dist COMMAND ...

@@ -4,6 +4,7 @@ A loader is a map from a number to a batch: an item of the torch data set below 
 function of (seed, step) alone. So any number of workers gives the same pixels, and resuming is starting at `step`.
 """
 
+import signal
 from collections.abc import Iterator
 from typing import Generic, Protocol, TypeVar
 
@@ -90,5 +91,15 @@ def batches_from_workers(
             num_workers=data.num_workers,
             pin_memory=world.device != "cpu",
             prefetch_factor=data.prefetch_batches if data.num_workers else None,
+            worker_init_fn=_leave_signals_to_the_rank,
         )
     )
+
+
+def _leave_signals_to_the_rank(worker: int) -> None:
+    """Slurm and torchrun signal a rank's whole process group; its last steps still need their batches.
+
+    A worker ends when its rank closes the loader, or is gone.
+    """
+    for signum in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(signum, signal.SIG_IGN)

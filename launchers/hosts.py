@@ -1,0 +1,36 @@
+"""Hosts without a scheduler: torchrun on this machine, or on each of several."""
+
+from launchers.job import Job, Size
+from moco_dist.config import setting
+from moco_dist.errors import UserError
+
+DEFAULT_PORT = 29500
+
+
+class LocalOptions(Size):
+    """`moco-dist launch local`: this machine."""
+
+
+class TorchrunOptions(Size):
+    """`moco-dist launch torchrun`: the same command on every host."""
+
+    head: str = setting("localhost", "the host where all meet, as HOST or HOST:PORT")
+
+
+def torchrun_words(job: Job, options: Size) -> list[str]:
+    """What `python -m launchers.torchrun`, or torchrun itself, is given on every host.
+
+    Raises:
+        UserError: several hosts without a place to meet.
+    """
+    words = ["--nnodes", str(job.size.nodes), "--nproc-per-node", str(job.size.ranks_per_node)]
+    if job.size.nodes == 1:
+        words.append("--standalone")
+    elif isinstance(options, TorchrunOptions) and options.head != "localhost":
+        head = options.head if ":" in options.head else f"{options.head}:{DEFAULT_PORT}"
+        words += ["--rdzv-backend", "c10d", "--rdzv-endpoint", head, "--rdzv-id", job.name]
+    elif isinstance(options, TorchrunOptions):
+        raise UserError(f"{job.size.nodes} nodes need --head HOST[:PORT]: one of them, by the name all others know")
+    else:
+        raise UserError(f"launch local is one machine; for {job.size.nodes} nodes: launch torchrun, slurm, kubernetes")
+    return [*words, "-m", "moco_dist", *job.words]

@@ -1,0 +1,133 @@
+"""What is to be run, checked before anybody is asked to run it."""
+
+import itertools
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from moco_dist.config import LinearConfig, PretrainConfig, Section, setting, size_problems
+from moco_dist.config_source import leaf_fields, read_config
+from moco_dist.errors import UserError, nearest
+
+MAX_NAME_LENGTH = 40  # Kubernetes puts it into host names, with a suffix
+
+
+class Size(Section):
+    """How many hosts and GPUs. 0 GPUs a host: one rank a host, on its CPU."""
+
+    nodes: int = setting(1, "hosts", ge=1)
+    gpus_per_node: int = setting(1, "GPUs, and ranks, of each host; 0: one rank on CPU", ge=0)
+
+    @property
+    def ranks_per_node(self) -> int:
+        """Processes of one host."""
+        return max(1, self.gpus_per_node)
+
+    @property
+    def world_size(self) -> int:
+        """Processes in all."""
+        return self.nodes * self.ranks_per_node
+
+
+@dataclass(frozen=True)
+class Job:
+    """One `moco-dist` command of known size.
+
+    Attributes:
+        words: the command without `moco-dist`: pretrain CONFIG.yaml --section.key VALUE ...
+        run_dir: folder of the run.
+        num_workers: loader processes of each rank.
+        size: hosts and GPUs.
+    """
+
+    words: tuple[str, ...]
+    run_dir: Path
+    num_workers: int
+    size: Size
+
+    @property
+    def name(self) -> str:
+        """The last part of the run's folder, in the letters that every scheduler takes."""
+        letters = re.sub(r"[^a-z0-9]+", "-", self.run_dir.name.lower()).strip("-")[:MAX_NAME_LENGTH].strip("-")
+        return letters if letters[:1].isalpha() else f"run-{letters}".strip("-")
+
+    @property
+    def cpus_per_gpu(self) -> int:
+        """One for each loader process of a rank, and one for itself."""
+        return self.num_workers + 1
+
+
+def pretraining(config_file: Path, flags: list[str], size: Size) -> tuple[Job, PretrainConfig]:
+    """A pre-training.
+
+    Raises:
+        UserError: a setting is wrong, or the sizes do not fit `size`; one line each.
+    """
+    config = read_config(PretrainConfig, config_file, flags)
+    if problems := size_problems(config, size.world_size):
+        raise UserError("\n".join(problems))
+    words = ("pretrain", str(config_file), *flags)
+    return Job(words, config.run.dir, config.data.num_workers, size), config
+
+
+def linear_evaluation(config_file: Path, run_dir: Path, size: Size) -> Job:
+    """The linear evaluation of the run in `run_dir`, on one host.
+
+    Raises:
+        UserError: a setting is wrong.
+    """
+    flags = ["--run-dir", str(run_dir)]
+    config = read_config(LinearConfig, config_file, flags)
+    one_node = Size(nodes=1, gpus_per_node=size.gpus_per_node)
+    if config.global_batch_size < one_node.world_size:
+        raise UserError(f"{config_file}: global_batch_size {config.global_batch_size} is less than one sample a GPU")
+    return Job(("linear", str(config_file), *flags), run_dir, config.data.num_workers, one_node)
+
+
+def sweep(config_file: Path, flags: list[str], axes: list[str], size: Size) -> list[tuple[Job, PretrainConfig]]:
+    """A pre-training for every combination of `axes`, each with a folder of its own beside run.dir.
+
+    Args:
+        config_file: the YAML file.
+        flags: settings over it.
+        axes: `section.key=VALUE,VALUE,...` each; values with commas of their own are written as a YAML list.
+        size: of each.
+
+    Raises:
+        UserError: an axis is not of this form, or a setting is wrong.
+    """
+    if not axes:
+        return [pretraining(config_file, flags, size)]
+    known = leaf_fields(PretrainConfig)
+    columns = []
+    for axis in axes:
+        key, equals, values = axis.partition("=")
+        if not equals or not values or key == "run.dir":
+            raise UserError(f"--sweep {axis!r} is not of the form section.key=VALUE,VALUE (run.seed=0,1,2)")
+        if key.replace("-", "_") not in known:
+            raise UserError(f"--sweep {key} is not a setting{nearest(key, known)}")
+        columns.append([(key, value) for value in re.split(r",(?![^\[]*\])", values)])
+    _, base = pretraining(config_file, flags, size)
+    jobs = []
+    for choice in itertools.product(*columns):
+        suffix = "_".join(f"{key.rsplit('.', 1)[-1]}{re.sub('[^A-Za-z0-9.-]+', '-', value)}" for key, value in choice)
+        run_dir = base.run.dir.with_name(f"{base.run.dir.name}_{suffix}")
+        chosen = [word for key, value in choice for word in (f"--{key.replace('_', '-')}", value)]
+        jobs.append(pretraining(config_file, [*flags, *chosen, "--run.dir", str(run_dir)], size))
+    if len({job.run_dir for job, _ in jobs}) < len(jobs):
+        raise UserError(f"--sweep {' '.join(axes)} names a combination twice")
+    return jobs
+
+
+def path_problems(config: PretrainConfig) -> list[str]:
+    """What is not on this machine and should be, where the hosts share its file system."""
+    problems = []
+    root, run_dir = config.data.root, config.run.dir.absolute()
+    if not root.exists():
+        siblings = [path.name for path in root.parent.glob("*")]
+        problems.append(f"data.root {root} does not exist{nearest(root.name, siblings)}")
+    parent = next(folder for folder in (run_dir, *run_dir.parents) if folder.exists())
+    if not (parent.is_dir() and os.access(parent, os.W_OK)):
+        problems.append(f"run.dir {config.run.dir} cannot be made: {parent} cannot be written")
+    return problems

@@ -1,0 +1,107 @@
+"""Kubernetes: a manifest of everything a run needs but its two volume claims, and its creation."""
+
+import subprocess
+from pathlib import PurePosixPath
+from typing import Literal
+from urllib.parse import urlsplit
+
+from launchers.job import Job, Size
+from launchers.render import render
+from moco_dist.config import PretrainConfig, setting
+from moco_dist.config_source import to_yaml
+from moco_dist.errors import UserError
+
+DATA, RUNS = "/data", "/runs"  # where the claims are, in a container
+CONFIG = "/etc/moco-dist/config.yaml"
+SHM_GIB_PER_GPU = 2  # 8 loaders, two prefetched batches each, of 32 samples with two views of 224 px: 0.2 GB; x 10
+
+
+class KubernetesOptions(Size):
+    """`moco-dist launch kubernetes`: what a pod is made of."""
+
+    image: str = setting(..., "container image, built from the Dockerfile", min_length=1)
+    form: Literal["trainjob", "indexed-job"] = setting(
+        "trainjob", "trainjob: Kubeflow Trainer v2; indexed-job: Kubernetes alone, no operator"
+    )
+    namespace: str = setting("default", "of all that is made", pattern="^[a-z0-9]([-a-z0-9]*[a-z0-9])?$")
+    queue: str | None = setting(None, "Kueue's local queue; default: none")
+    data_claim: str = setting("data", f"PersistentVolumeClaim seen as {DATA}, read only", min_length=1)
+    runs_claim: str = setting("runs", f"PersistentVolumeClaim seen as {RUNS}; several pods write to it", min_length=1)
+    mlflow_secret: str | None = setting(
+        None, "Secret with MLFLOW_TRACKING_URI, and MLFLOW_TRACKING_USERNAME and _PASSWORD; default: none"
+    )
+    cpus_per_gpu: int | None = setting(None, "CPU cores for each rank; default: its loader processes and one", gt=0)
+    memory_gib_per_gpu: int = setting(16, "host memory for each rank, shared memory included", unit="GiB", gt=2)
+
+
+def manifest(job: Job, config: PretrainConfig, options: KubernetesOptions) -> str:
+    """The manifest, as YAML.
+
+    Raises:
+        UserError: a path that no volume has, or a password that everybody could read.
+    """
+    if problems := _problems(config):
+        raise UserError("\n".join(problems))
+    size = job.size
+    cpus_per_gpu = options.cpus_per_gpu or job.cpus_per_gpu
+    return render(
+        f"{options.form.replace('-', '_')}.yaml",
+        title=f"moco-dist pretrain on {size.nodes} pod(s) x {size.ranks_per_node} "
+        f"{'GPU' if size.gpus_per_node else 'CPU'} rank(s)",
+        plain=options.form == "indexed-job",
+        name=job.name,
+        size=size,
+        args=["python", "-m", "launchers.torchrun", "-m", "moco_dist", "pretrain", CONFIG],
+        config_yaml=to_yaml(config).rstrip("\n"),
+        cpus_per_node=cpus_per_gpu * size.ranks_per_node,
+        memory_gib=options.memory_gib_per_gpu * size.ranks_per_node,
+        shm_gib=SHM_GIB_PER_GPU * size.ranks_per_node,
+        **options.model_dump(include={"namespace", "image", "queue", "data_claim", "runs_claim", "mlflow_secret"}),
+    )
+
+
+def _problems(config: PretrainConfig) -> list[str]:
+    problems = []
+    for name, path, volume in (("data.root", config.data.root, DATA), ("run.dir", config.run.dir, RUNS)):
+        inside = PurePosixPath(path.as_posix())
+        if ".." in inside.parts or not inside.is_relative_to(volume) or str(inside) == RUNS:
+            problems.append(
+                f"{name} {path} is not in {volume}, where the claim is in a container; --{name} {volume}/{path.name} is"
+            )
+    if config.tracking.uri and urlsplit(config.tracking.uri).password:
+        problems.append("tracking.uri has a password, which would stand in a ConfigMap; give --mlflow-secret NAME")
+    return problems
+
+
+def submit(job: Job, text: str, options: KubernetesOptions) -> list[str]:
+    """Give the manifest to the cluster that kubectl is set up for.
+
+    Returns:
+        what to tell the user.
+
+    Raises:
+        UserError: kubectl is missing, or it or the cluster refuses.
+    """
+    try:
+        done = subprocess.run(["kubectl", "create", "-f", "-"], input=text, capture_output=True, text=True, check=False)
+    except FileNotFoundError as error:
+        raise UserError("kubectl is not here; install it, or take the manifest of --dry-run") from error
+    if done.returncode:
+        again = f"; kubectl delete -f of the same manifest makes room for {job.name}" if "exists" in done.stderr else ""
+        raise UserError(f"kubectl: {' '.join(done.stderr.split())}{again}")
+    return [*done.stdout.splitlines(), *how_to(job, options)]
+
+
+def how_to(job: Job, options: KubernetesOptions) -> list[str]:
+    """How to follow, stop and resume a run."""
+    kind, label = ("job", f"app={job.name}")
+    if options.form == "trainjob":
+        kind, label = "trainjob", f"jobset.sigs.k8s.io/jobset-name={job.name}"
+    of = f"--namespace {options.namespace}"
+    parts = {"job": "service", "trainjob": "trainingruntime"}[kind]
+    delete = f"kubectl delete {of} {kind}/{job.name} {parts}/{job.name} configmap/{job.name}-config"
+    return [
+        f"follow:  kubectl logs {of} --follow --prefix --selector {label}",
+        f"stop:    {delete}    (it saves first)",
+        f"resume:  the same command again, after `stop`; it goes on from the newest checkpoint in {job.run_dir}",
+    ]

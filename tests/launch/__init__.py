@@ -1,0 +1,1 @@
+"""Launchers on real parts: torchrun, Slurm and pods on several hosts of one machine."""

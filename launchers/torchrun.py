@@ -102,8 +102,9 @@ def interface_problem(variable: str, value: str, interfaces: Iterable[str]) -> s
     exact = variable == "GLOO_SOCKET_IFNAME" or value.startswith("=")
     names = value.removeprefix("=").split(",") if value and not value.startswith("^") else []
     for name in names:
-        if not any(name == known if exact else known.startswith(name) for known in interfaces):
-            return f"{variable}={value}: this host has no {name}, but {', '.join(interfaces)}{nearest(name, interfaces)}"
+        if not any(own == name if exact else own.startswith(name) for own in interfaces):
+            known = ", ".join(interfaces)
+            return f"{variable}={value}: this host has no {name}, but {known}{nearest(name, interfaces)}"
     return None
 
 

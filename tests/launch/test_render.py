@@ -1,0 +1,203 @@
+"""What `launch --dry-run` prints: compared with launchers/examples, and with what Slurm, bash and Kubernetes read."""
+
+import os
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from launchers.job import Job, Size
+from launchers.kubernetes import KubernetesOptions, how_to
+from launchers.slurm import SlurmOptions, limit_hours, script
+from moco_dist.cli import main
+from moco_dist.commands.launch import take_apart
+from moco_dist.config import PretrainConfig
+from moco_dist.config_source import read_config
+from moco_dist.errors import UserError
+from tests.launch.schemas import problems
+
+CONFIG = "configs/mocov2_r50_200ep.yaml"
+SIZE = "--nodes 2 --gpus-per-node 4"
+PODS = f"kubernetes {CONFIG} {SIZE} --image registry.example/moco-dist:0.1.0 --data.root /data/imagenet"
+EXAMPLES = {  # the files in launchers/examples, and the command that each is made by
+    "pretrain.sbatch": f"slurm {CONFIG} {SIZE} --hours 24 --partition gpu --python python",
+    "five_seeds.sbatch": f"slurm {CONFIG} {SIZE} --hours 24 --python python --sweep run.seed=0,1,2,3,4",
+    "trainjob.yaml": f"{PODS} --run.dir /runs/mocov2_r50_200ep --queue research --mlflow-secret mlflow",
+    "indexed_job.yaml": f"{PODS} --run.dir /runs/mocov2_r50_200ep --mlflow-secret mlflow --form indexed-job",
+}
+
+
+def launch(capsys, *words):
+    status = main(["launch", *words])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_examples_are_what_is_rendered(name, capsys):
+    """MOCO_DIST_WRITE_EXAMPLES=1 writes them anew."""
+    status, text, _ = launch(capsys, *EXAMPLES[name].split(), "--dry-run")
+    assert status == 0
+    path = Path("launchers/examples") / name
+    if "MOCO_DIST_WRITE_EXAMPLES" in os.environ:
+        path.write_text(text)
+    assert text == path.read_text()
+
+
+def test_the_docs_name_every_example_and_its_command():
+    page = " ".join(Path("docs/launch.md").read_text().replace("\\\n", " ").split())
+    for name, command in EXAMPLES.items():
+        assert f"launchers/examples/{name}" in page
+        assert f"moco-dist launch {command} --dry-run" in page, name
+
+
+@pytest.mark.parametrize("name", [name for name in EXAMPLES if name.endswith("sbatch")])
+def test_scripts_are_bash(name):
+    done = subprocess.run(["bash", "-n", f"launchers/examples/{name}"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", [name for name in EXAMPLES if name.endswith("yaml")])
+def test_manifests_have_the_real_schema(name):
+    documents = list(yaml.safe_load_all(Path("launchers/examples", name).read_text()))
+    assert [problem for document in documents for problem in problems(document)] == []
+    config = yaml.safe_load(documents[0]["data"]["config.yaml"])
+    assert PretrainConfig.model_validate(config).optim.global_batch_size == 256
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "where"),
+    [
+        ("backoffLimitPerIndex: 20", "backoffLimitPerIdx: 20", "backoffLimitPerIdx"),
+        ("numNodes: 2", "numNodes: two", "numNodes"),
+        ("runtimeRef:", "runtimeReff:", "runtimeReff"),
+        ("mountPath: /dev/shm", "mountpath: /dev/shm", "mountpath"),
+        ("action: FailJobSet", "actionn: FailJobSet", "actionn"),
+        ("clusterIP: None", "clusterIP: [None]", "clusterIP"),
+        ("parallelism: 2", 'parallelism: "2"', "parallelism"),
+    ],
+)
+def test_the_schemas_find_mistakes(old, new, where):
+    """Or the test above would say nothing."""
+    texts = [Path("launchers/examples", name).read_text() for name in ("trainjob.yaml", "indexed_job.yaml")]
+    text = next(text for text in texts if old in text)
+    found = [p for document in yaml.safe_load_all(text.replace(old, new)) for p in problems(document)]
+    assert any(where in problem for problem in found), found
+
+
+NASTY = "a b';$(touch pwned) `x` \"q\" %j \\ é"
+
+
+def test_no_value_of_a_user_is_read_by_the_shell(tmp_path):
+    words = ("pretrain", f"{NASTY}.yaml", "--data.root", NASTY, "--run.dir", "$HOME/*")
+    job = Job(words, tmp_path / NASTY, 0, Size(nodes=2, gpus_per_node=4))
+    text = script([job], SlurmOptions(nodes=2, gpus_per_node=4, account="me; rm -rf /"))
+    lines = [line for line in text.splitlines() if line.startswith(("run_dir=", "command="))]
+    shown = "printf '%s\\n' \"$run_dir\" \"${command[@]}\""
+    done = subprocess.run(["bash", "-c", "\n".join([*lines, shown])], capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout.splitlines() == [str(tmp_path / NASTY), *words]
+    assert list(tmp_path.iterdir()) == []
+    options = [shlex.split(line.removeprefix("#SBATCH ")) for line in text.splitlines() if line.startswith("#SBATCH")]
+    assert ["--account=me; rm -rf /"] in options
+    with pytest.raises(UserError, match="line break"):
+        script([job], SlurmOptions(account="me\n#SBATCH --uid=0"))
+
+
+def test_a_manifest_keeps_values_in_their_place(capsys):
+    status, text, _ = launch(
+        capsys, "kubernetes", CONFIG, "--image", 'x" #{{ \\', "--gpus-per-node", "0", "--run.dir", "/runs/a: {b",
+        "--data.root", "/data/x", "--data-claim", "c}}", "--dry-run",
+    )  # fmt: skip
+    assert status == 0
+    config, *_, train_job = yaml.safe_load_all(text)
+    assert train_job["spec"]["trainer"]["image"] == 'x" #{{ \\'
+    assert yaml.safe_load(config["data"]["config.yaml"])["run"]["dir"] == "/runs/a: {b"
+    assert "c}}" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["slrum", CONFIG], "local, torchrun, slurm, kubernetes are possible; did you mean slurm?"),
+        (["slurm"], "launch needs a config file"),
+        (["slurm", "configs/nothing.yaml"], "config file configs/nothing.yaml does not exist"),
+        (["slurm", CONFIG, "--nodes", "3", "--gpus-per-node", "8"], "optim.global_batch_size 256 is not a multiple of 768"),
+        (["slurm", CONFIG, "--nodes", "0"], "nodes: 0"),
+        (["slurm", CONFIG, "--partitoin", "gpu"], "unknown flag --partitoin; did you mean --partition?"),
+        (["slurm", CONFIG, "--optim.epohcs", "3"], "unknown flag --optim.epohcs; did you mean --optim.epochs?"),
+        (["slurm", CONFIG, "--data.root", "no/such"], "data.root no/such does not exist"),
+        (["slurm", CONFIG, "--then", "knn", "x"], "--then is followed by `linear`"),
+        (["slurm", CONFIG, "--sweep", "run.sed=1,2"], "--sweep run.sed is not a setting; did you mean run.seed?"),
+        (["slurm", CONFIG, "--sweep", "run.seed=1,1"], "names a combination twice"),
+        (["slurm", CONFIG, "--sweep", "optim.global_batch_size=256,100"], "global_batch_size 100 is not a multiple of"),
+        (["local", CONFIG, "--sweep", "run.seed=1,2"], "--sweep and --then are Slurm's"),
+        (["local", CONFIG, "--nodes", "2", "--data.root", "."], "launch local is one machine"),
+        (["torchrun", CONFIG, "--nodes", "2", "--data.root", "."], "2 nodes need --head HOST[:PORT]"),
+        (["kubernetes", CONFIG], "image is required"),
+        (["kubernetes", CONFIG, "--image", "x"], "data.root data/imagenet is not in /data, where the claim is"),
+        (["kubernetes", CONFIG, "--image", "x", "--data.root", "/data/a", "--run.dir", "/runs/a/../../b"], "not in /runs"),
+        (["kubernetes", CONFIG, "--image", "x", "--data.root", "/data/a", "--run.dir", "/runs/a", "--tracking.uri",
+          "http://me:hunter2@mlflow"], "tracking.uri has a password"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_told_before_anything_is_started(words, line, capsys):
+    status, out, err = launch(capsys, *words)
+    assert status == 2
+    assert line in err
+    assert "hunter2" not in err
+    assert out == ""
+
+
+def test_a_dry_run_takes_paths_that_are_not_here(capsys):
+    status, out, err = launch(capsys, "slurm", CONFIG, "--data.root", "no/such", "--dry-run")
+    assert status == 0
+    assert "warning: data.root no/such does not exist" in err
+    assert "--data.root no/such" in out
+
+
+def test_every_combination_of_a_sweep_has_its_own_folder(capsys):
+    axes = ["--sweep", "run.seed=0,1", "--sweep", "moco.temperature=0.1,0.2", "--sweep", "model.head_hidden_dims=[],[64,64]"]
+    status, out, _ = launch(capsys, "slurm", CONFIG, *axes, "--dry-run")
+    assert status == 0
+    assert "#SBATCH --array=0-7" in out
+    folders = re.findall(r"run_dir=(\S+)", out)
+    assert len(set(folders)) == 8
+    assert "runs/mocov2_r50_200ep_seed0_temperature0.1_head_hidden_dims-64-64-" in folders
+    for words in re.findall(r"command=\((.*)\)", out):
+        _, config, *flags = shlex.split(words)
+        assert str(read_config(PretrainConfig, Path(config), flags).run.dir) in folders
+
+
+def test_words_go_to_whom_they_are_for():
+    words = ["c.yaml", "--nodes", "2", "--optim.epochs=3", "--dry-run", "--then", "linear", "l.yaml", "--run.dir", "x",
+             "--sweep", "run.seed=0,1"]  # fmt: skip
+    request = take_apart(words)
+    assert (request.config_file, request.then, request.dry_run) == (Path("c.yaml"), Path("l.yaml"), True)
+    assert request.options == ["--nodes", "2"]
+    assert request.settings == ["--optim.epochs=3", "--run.dir", "x"]
+    assert request.axes == ["run.seed=0,1"]
+
+
+def test_torchrun_on_hosts_is_one_command_for_all(capsys):
+    words = [CONFIG, *SIZE.split(), "--head", "node1"]
+    status, out, _ = launch(capsys, "torchrun", *words, "--dry-run")
+    assert status == 0
+    assert out == (
+        "python -m launchers.torchrun --nnodes 2 --nproc-per-node 4 --rdzv-backend c10d --rdzv-endpoint node1:29500 "
+        f"--rdzv-id mocov2-r50-200ep -m moco_dist pretrain {CONFIG}\n"
+    )
+
+
+@pytest.mark.parametrize(("text", "hours"), [("infinite", None), ("2-00:00:00", 48), ("30:00", 0.5), ("01:30:00", 1.5)])
+def test_time_limits_of_partitions(text, hours):
+    assert limit_hours(text) == hours
+
+
+@pytest.mark.parametrize("folder", ["runs/A_b.c", "/x/123", "runs/ÄÖ", "runs/" + "y" * 80])
+def test_names_are_such_that_every_scheduler_takes_them(folder):
+    job = Job(("pretrain",), Path(folder), 0, Size())
+    assert re.fullmatch(r"[a-z]([-a-z0-9]{0,43}[a-z0-9])?", job.name), job.name
+    assert any(job.name in line for line in how_to(job, KubernetesOptions(image="x")))

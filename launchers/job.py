@@ -3,6 +3,7 @@
 import itertools
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,16 +59,16 @@ class Job:
         return self.num_workers + 1
 
 
-def pretraining(config_file: Path, flags: list[str], size: Size) -> tuple[Job, PretrainConfig]:
-    """A pre-training.
+def pretraining(config_files: Sequence[Path], flags: list[str], size: Size) -> tuple[Job, PretrainConfig]:
+    """A pre-training; later files go over earlier ones, and flags over all.
 
     Raises:
         UserError: a setting is wrong, or the sizes do not fit `size`; one line each.
     """
-    config = read_config(PretrainConfig, config_file, flags)
+    config = read_config(PretrainConfig, config_files[0], flags, config_files[1:])
     if problems := size_problems(config, size.world_size):
         raise UserError("\n".join(problems))
-    words = ("pretrain", str(config_file), *flags)
+    words = ("pretrain", *map(str, config_files), *flags)
     return Job(words, config.run.dir, config.data.num_workers, size), config
 
 
@@ -85,12 +86,14 @@ def linear_evaluation(config_file: Path, run_dir: Path, size: Size) -> Job:
     return Job(("linear", str(config_file), *flags), run_dir, config.data.num_workers, one_node)
 
 
-def sweep(config_file: Path, flags: list[str], axes: list[str], size: Size) -> list[tuple[Job, PretrainConfig]]:
+def sweep(
+    config_files: Sequence[Path], flags: list[str], axes: list[str], size: Size
+) -> list[tuple[Job, PretrainConfig]]:
     """A pre-training for every combination of `axes`, each with a folder of its own beside run.dir.
 
     Args:
-        config_file: the YAML file.
-        flags: settings over it.
+        config_files: YAML files.
+        flags: settings over them.
         axes: `section.key=VALUE,VALUE,...` each; values with commas of their own are written as a YAML list.
         size: of each.
 
@@ -98,7 +101,7 @@ def sweep(config_file: Path, flags: list[str], axes: list[str], size: Size) -> l
         UserError: an axis is not of this form, or a setting is wrong.
     """
     if not axes:
-        return [pretraining(config_file, flags, size)]
+        return [pretraining(config_files, flags, size)]
     known = leaf_fields(PretrainConfig)
     columns = []
     for axis in axes:
@@ -108,13 +111,13 @@ def sweep(config_file: Path, flags: list[str], axes: list[str], size: Size) -> l
         if key.replace("-", "_") not in known:
             raise UserError(f"--sweep {key} is not a setting{nearest(key, known)}")
         columns.append([(key, value) for value in re.split(r",(?![^\[]*\])", values)])
-    _, base = pretraining(config_file, flags, size)
+    _, base = pretraining(config_files, flags, size)
     jobs = []
     for choice in itertools.product(*columns):
         suffix = "_".join(f"{key.rsplit('.', 1)[-1]}{re.sub('[^A-Za-z0-9.-]+', '-', value)}" for key, value in choice)
         run_dir = base.run.dir.with_name(f"{base.run.dir.name}_{suffix}")
         chosen = [word for key, value in choice for word in (f"--{key.replace('_', '-')}", value)]
-        jobs.append(pretraining(config_file, [*flags, *chosen, "--run.dir", str(run_dir)], size))
+        jobs.append(pretraining(config_files, [*flags, *chosen, "--run.dir", str(run_dir)], size))
     if len({job.run_dir for job, _ in jobs}) < len(jobs):
         raise UserError(f"--sweep {' '.join(axes)} names a combination twice")
     return jobs

@@ -24,7 +24,9 @@ class SlurmOptions(Size):
         unit="hours", gt=0,
     )
     cpus_per_gpu: int | None = setting(None, "CPU cores for each rank; default: its loader processes and one", gt=0)
-    sbatch: tuple[str, ...] = setting((), "more #SBATCH options: --sbatch=--mem=0, or --sbatch='[--mem=0, --constraint=h100]'")
+    sbatch: tuple[str, ...] = setting(
+        (), "more #SBATCH options: --sbatch=--mem=0, or --sbatch='[--mem=0, --constraint=h100]'"
+    )
     python: str = setting(sys.executable, "Python on the hosts; default: the one that runs this")
 
 

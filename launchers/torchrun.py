@@ -15,9 +15,8 @@ import time
 from argparse import Namespace
 from collections.abc import Iterable
 
-from moco_dist.errors import UserError, nearest
+from moco_dist.errors import UnreachableError, UserError, nearest
 
-EXIT_UNAVAILABLE = 69  # EX_UNAVAILABLE: other hosts cannot be reached; starting again may help
 EXIT_INTERRUPTED = 130
 SHUTDOWN_SECONDS = 90  # what ranks have to save in after a SIGTERM, of the 120 that schedulers give
 TELL_AFTER_SECONDS = 10
@@ -59,7 +58,7 @@ def torchrun(words: list[str]) -> int:
         return error.exit_status
     except (RendezvousError, DistError, TimeoutError) as error:
         _say(why_not_met(error, args))
-        return EXIT_UNAVAILABLE
+        return UnreachableError.exit_status
     return 0
 
 

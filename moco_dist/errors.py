@@ -13,6 +13,12 @@ class UserError(ValueError):
     exit_status = 2
 
 
+class UnreachableError(UserError):
+    """Other hosts cannot be reached: of the network or of a host that is gone, so starting again may help."""
+
+    exit_status = 69  # EX_UNAVAILABLE
+
+
 class Preempted(Exception):
     """A scheduler asked, all ranks have agreed, and the run is saved: run the same command to go on."""
 

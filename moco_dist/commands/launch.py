@@ -1,5 +1,6 @@
 """`moco-dist launch`: shows or starts what runs on one machine, on several, under Slurm or in Kubernetes."""
 
+import itertools
 import shlex
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from moco_dist.config import PretrainConfig
 from moco_dist.config_source import help_text, read_config
 from moco_dist.errors import UserError, nearest
 
-USAGE = """usage: moco-dist launch local|torchrun|slurm|kubernetes CONFIG.yaml [options] [--section.key VALUE ...]
+USAGE = """usage: moco-dist launch local|torchrun|slurm|kubernetes CONFIG.yaml ... [options] [--section.key VALUE ...]
 
 Checks the config against the number of hosts and GPUs, then starts the pre-training, and says how to follow, stop and
 resume it. Flags with a dot are the pre-training's settings.
@@ -35,7 +36,7 @@ OPTIONS = {
 class Request(NamedTuple):
     """The command line, taken apart."""
 
-    config_file: Path
+    config_files: list[Path]
     options: list[str]
     settings: list[str]
     axes: list[str]
@@ -58,7 +59,7 @@ def main(words: list[str]) -> int:
     if where != "slurm" and (request.axes or request.then):
         raise UserError("--sweep and --then are Slurm's: moco-dist launch slurm ...")
     options = read_config(OPTIONS[where], None, request.options)
-    pairs = sweep(request.config_file, request.settings, request.axes, options)
+    pairs = sweep(request.config_files, request.settings, request.axes, options)
     jobs = [job for job, _ in pairs]
     if where == "kubernetes":
         return _kubernetes(jobs[0], pairs[0][1], options, request.dry_run)
@@ -75,9 +76,10 @@ def take_apart(words: list[str]) -> Request:
     Raises:
         UserError: a word is nobody's, or a flag lacks its value.
     """
-    if not words or words[0].startswith("-"):
+    files = [Path(word) for word in itertools.takewhile(lambda word: not word.startswith("-"), words)]
+    rest = words[len(files) :]
+    if not files:
         raise UserError("launch needs a config file: moco-dist launch WHERE CONFIG.yaml ...")
-    config_file, *rest = words
     options, settings, axes = [], [], []
     then, dry_run = None, False
     rest.reverse()
@@ -98,7 +100,7 @@ def take_apart(words: list[str]) -> Request:
             target.append(word)
             if word.startswith("--") and "=" not in word and rest:
                 target.append(rest.pop())
-    return Request(Path(config_file), options, settings, axes, then, dry_run)
+    return Request(files, options, settings, axes, then, dry_run)
 
 
 def _check_paths(config: PretrainConfig, dry_run: bool) -> None:

@@ -17,7 +17,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, Shard, init_device_mesh
 
 from moco_dist.distributed.world import World
-from moco_dist.errors import UserError
+from moco_dist.errors import UnreachableError
 
 
 @contextlib.contextmanager
@@ -27,7 +27,7 @@ def process_group(world: World, timeout_seconds: float = 600, alone_too: bool = 
     None in a world of one, but with `alone_too` (DeepSpeed asks for one).
 
     Raises:
-        UserError: the other ranks cannot be reached.
+        UnreachableError: the other ranks cannot be reached.
     """
     if dist.is_initialized() or (world.world_size == 1 and not alone_too):
         yield
@@ -47,7 +47,7 @@ def process_group(world: World, timeout_seconds: float = 600, alone_too: bool = 
     except (RuntimeError, ValueError) as error:
         address = ":".join(os.environ.get(name, name) for name in ("MASTER_ADDR", "MASTER_PORT"))
         who = f"rank {world.rank} cannot meet the other {world.world_size - 1}"
-        raise UserError(f"{who} at {address}: {str(error).splitlines()[0]}") from error
+        raise UnreachableError(f"{who} at {address}: {str(error).splitlines()[0]}") from error
     try:
         yield
     finally:

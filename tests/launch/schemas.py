@@ -1,4 +1,4 @@
-"""The API's own schemas, without a cluster: Kubernetes' of `kubernetes-validate`, Trainer's of `kubeflow-trainer-api`."""
+"""The APIs' own schemas, without a cluster: of `kubernetes-validate`, and for Trainer of `kubeflow-trainer-api`."""
 
 import functools
 from typing import Any

@@ -108,12 +108,12 @@ def test_no_value_of_a_user_is_read_by_the_shell(tmp_path):
 
 def test_a_manifest_keeps_values_in_their_place(capsys):
     status, text, _ = launch(
-        capsys, "kubernetes", CONFIG, "--image", 'x" #{{ \\', "--gpus-per-node", "0", "--run.dir", "/runs/a: {b",
+        capsys, "kubernetes", CONFIG, "--image", 'x"{{\\', "--gpus-per-node", "0", "--run.dir", "/runs/a: {b",
         "--data.root", "/data/x", "--data-claim", "c}}", "--dry-run",
     )  # fmt: skip
     assert status == 0
     config, *_, train_job = yaml.safe_load_all(text)
-    assert train_job["spec"]["trainer"]["image"] == 'x" #{{ \\'
+    assert train_job["spec"]["trainer"]["image"] == 'x"{{\\'
     assert yaml.safe_load(config["data"]["config.yaml"])["run"]["dir"] == "/runs/a: {b"
     assert "c}}" in text
 
@@ -124,7 +124,7 @@ def test_a_manifest_keeps_values_in_their_place(capsys):
         (["slrum", CONFIG], "local, torchrun, slurm, kubernetes are possible; did you mean slurm?"),
         (["slurm"], "launch needs a config file"),
         (["slurm", "configs/nothing.yaml"], "config file configs/nothing.yaml does not exist"),
-        (["slurm", CONFIG, "--nodes", "3", "--gpus-per-node", "8"], "optim.global_batch_size 256 is not a multiple of 768"),
+        (["slurm", CONFIG, "--nodes", "3", "--gpus-per-node", "8"], "global_batch_size 256 is not a multiple of 768"),
         (["slurm", CONFIG, "--nodes", "0"], "nodes: 0"),
         (["slurm", CONFIG, "--partitoin", "gpu"], "unknown flag --partitoin; did you mean --partition?"),
         (["slurm", CONFIG, "--optim.epohcs", "3"], "unknown flag --optim.epohcs; did you mean --optim.epochs?"),
@@ -138,7 +138,7 @@ def test_a_manifest_keeps_values_in_their_place(capsys):
         (["torchrun", CONFIG, "--nodes", "2", "--data.root", "."], "2 nodes need --head HOST[:PORT]"),
         (["kubernetes", CONFIG], "image is required"),
         (["kubernetes", CONFIG, "--image", "x"], "data.root data/imagenet is not in /data, where the claim is"),
-        (["kubernetes", CONFIG, "--image", "x", "--data.root", "/data/a", "--run.dir", "/runs/a/../../b"], "not in /runs"),
+        (["kubernetes", CONFIG, "--image", "x", "--data.root", "/data/a", "--run.dir", "/runs/../b"], "not in /runs"),
         (["kubernetes", CONFIG, "--image", "x", "--data.root", "/data/a", "--run.dir", "/runs/a", "--tracking.uri",
           "http://me:hunter2@mlflow"], "tracking.uri has a password"),
     ],
@@ -159,8 +159,9 @@ def test_a_dry_run_takes_paths_that_are_not_here(capsys):
 
 
 def test_every_combination_of_a_sweep_has_its_own_folder(capsys):
-    axes = ["--sweep", "run.seed=0,1", "--sweep", "moco.temperature=0.1,0.2", "--sweep", "model.head_hidden_dims=[],[64,64]"]
-    status, out, _ = launch(capsys, "slurm", CONFIG, *axes, "--dry-run")
+    axes = ["run.seed=0,1", "moco.temperature=0.1,0.2", "model.head_hidden_dims=[],[64,64]"]
+    sweeps = [word for axis in axes for word in ("--sweep", axis)]
+    status, out, _ = launch(capsys, "slurm", CONFIG, *sweeps, "--dry-run")
     assert status == 0
     assert "#SBATCH --array=0-7" in out
     folders = re.findall(r"run_dir=(\S+)", out)
@@ -172,10 +173,11 @@ def test_every_combination_of_a_sweep_has_its_own_folder(capsys):
 
 
 def test_words_go_to_whom_they_are_for():
-    words = ["c.yaml", "--nodes", "2", "--optim.epochs=3", "--dry-run", "--then", "linear", "l.yaml", "--run.dir", "x",
-             "--sweep", "run.seed=0,1"]  # fmt: skip
+    words = ["c.yaml", "over.yaml", "--nodes", "2", "--optim.epochs=3", "--dry-run", "--then", "linear", "l.yaml",
+             "--run.dir", "x", "--sweep", "run.seed=0,1"]  # fmt: skip
     request = take_apart(words)
-    assert (request.config_file, request.then, request.dry_run) == (Path("c.yaml"), Path("l.yaml"), True)
+    assert request.config_files == [Path("c.yaml"), Path("over.yaml")]
+    assert (request.then, request.dry_run) == (Path("l.yaml"), True)
     assert request.options == ["--nodes", "2"]
     assert request.settings == ["--optim.epochs=3", "--run.dir", "x"]
     assert request.axes == ["run.seed=0,1"]

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from moco_dist.tracking import package_versions
+from moco_dist.provenance import package_versions
 
 FOLDER = Path(__file__).parent / "results"
 

@@ -4,6 +4,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from tqdm import tqdm
 
 from moco_dist.distributed.collectives import all_reduce_sum
 from moco_dist.distributed.world import World
+from moco_dist.lines import LineFile
 from moco_dist.tracking import Tracker
 
 
@@ -22,32 +24,56 @@ class Logbook:
     Only rank 0 writes. Times are wall-clock seconds of this process.
     """
 
-    def __init__(self, run_dir: Path, tracker: Tracker, world: World, start: int, stop: int) -> None:
+    def __init__(
+        self, run_dir: Path, tracker: Tracker, world: World, start: int, stop: int, pending_losses: Sequence[float] = ()
+    ) -> None:
+        """Go on with the log of a run.
+
+        Args:
+            run_dir: RUN; rows of log.jsonl after `start`, which an earlier process wrote before it died, are cut off.
+            tracker: gets every row too.
+            world: this process.
+            start: steps done so far.
+            stop: the last one.
+            pending_losses: `pending_losses` of the checkpoint that the run goes on from.
+        """
         self._world, self._tracker, self._stop = world, tracker, stop
-        self._file = (run_dir / "log.jsonl").open("a", encoding="utf-8") if world.is_main else None
+        self._file = LineFile(run_dir / "log.jsonl") if world.is_main else None
+        if self._file is not None:
+            self._file.truncate(_end_of_step(self._file.path, start))
         self._bar = tqdm(
             total=stop, initial=start, unit="step", disable=not (world.is_main and sys.stderr.isatty()), leave=False
         )
-        self._step, self._interval_start = start, time.perf_counter()
+        self._step, self._timed_from, self._interval_start = start - len(pending_losses), start, time.perf_counter()
         self._wait_seconds = 0.0
-        self._losses: list[Tensor] = []
+        self._problem = ""
+        self._on_device: list[Tensor] = []
+        self._losses = list(pending_losses)
 
     def add(self, loss: Tensor, wait_seconds: float) -> None:
         """One step's loss (this rank's mean, left on the device) and how long its batch was waited for."""
-        self._losses.append(loss)
+        self._on_device.append(loss)
         self._wait_seconds += wait_seconds
         self._bar.update()
+
+    def pending_losses(self) -> list[float]:
+        """Losses since the last `write`, means over ranks, equal on all of them. Called by all ranks.
+
+        A checkpoint keeps them, so that the first interval after a resume is that of the run that was not stopped.
+        """
+        if self._on_device:
+            losses = all_reduce_sum(torch.stack(self._on_device), self._world) / self._world.world_size
+            self._losses += losses.tolist()
+            self._on_device.clear()
+        return list(self._losses)
 
     def first_not_finite(self) -> tuple[int, float] | None:
         """The first step (from 0) since the last `write` whose loss on any rank is not finite; and that loss.
 
         Called by all ranks; the same answer on all of them.
         """
-        if not self._losses:
-            return None
-        losses = all_reduce_sum(torch.stack(self._losses), self._world).tolist()
-        bad = (i for i, loss in enumerate(losses) if not math.isfinite(loss))
-        return next(((self._step + i, losses[i]) for i in bad), None)
+        bad = ((i, loss) for i, loss in enumerate(self.pending_losses()) if not math.isfinite(loss))
+        return next(((self._step + i, loss) for i, loss in bad), None)
 
     def write(self, step: int, epoch: float, lr: float, batch_size: int, scalars: dict[str, Tensor]) -> None:
         """Close the interval at `step` (steps done so far). Called by all ranks.
@@ -57,32 +83,35 @@ class Logbook:
             epoch: epochs done.
             lr: the last step's learning rate.
             batch_size: global; for images per second (source images, two views each).
-            scalars: () tensors, equal on all ranks; taken to the host together with the losses.
+            scalars: () tensors, equal on all ranks; taken to the host together.
         """
-        loss = all_reduce_sum(torch.stack(self._losses).mean(), self._world) / self._world.world_size
-        values = torch.stack([loss, *(value.to(loss) for value in scalars.values())]).tolist()
+        losses = self.pending_losses()
+        values = torch.stack([value.double() for value in scalars.values()]).tolist() if scalars else []
         elapsed = time.perf_counter() - self._interval_start
-        steps = step - self._step
+        steps = step - self._timed_from
         row = {
             "step": step,
             "epoch": round(epoch, 4),
-            "loss": values[0],
+            "loss": math.fsum(losses) / len(losses),
             "lr": lr,
-            **dict(zip(scalars, values[1:], strict=True)),
+            **dict(zip(scalars, values, strict=True)),
             "images_per_second": steps * batch_size / elapsed,
             "data_wait_share": self._wait_seconds / elapsed,
             "eta_seconds": elapsed / steps * (self._stop - step),
         }
         self.record(row)
-        self._step, self._interval_start, self._wait_seconds = step, time.perf_counter(), 0.0
+        self._step = self._timed_from = step
+        self._interval_start, self._wait_seconds = time.perf_counter(), 0.0
         self._losses.clear()
 
     def record(self, row: dict[str, Any]) -> None:
         """One line of log.jsonl, of the tracker and for a person. `row` has `step`."""
         if self._file is None:
             return
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        problem = self._file.append(json.dumps(row))
+        if problem and not self._problem:
+            self.say(f"warning: {self._file.path} cannot be written: {problem}; going on, and trying again")
+        self._problem = problem
         self._tracker.log_metrics(row["step"], {k: v for k, v in row.items() if k != "step"})
         self.say(_as_line(row, self._stop))
 
@@ -108,6 +137,17 @@ class Logbook:
         self._bar.close()
         if self._file is not None:
             self._file.close()
+
+
+def _end_of_step(log: Path, step: int) -> int:
+    """Where in log.jsonl the rows up to `step` end: rows are in order."""
+    end = 0
+    with log.open("rb") as file:
+        for line in file:
+            if json.loads(line)["step"] > step:
+                break
+            end += len(line)
+    return end
 
 
 def _as_line(row: dict[str, Any], stop: int) -> str:

@@ -20,7 +20,8 @@ from moco_dist.charts import Picture, chart, png_uri
 from moco_dist.config import DataConfig, PretrainConfig, RunConfig
 from moco_dist.config_source import flatten, leaf_fields, read_config
 from moco_dist.logbook import read_log
-from moco_dist.tracking import package_versions, without_credentials
+from moco_dist.provenance import package_versions
+from moco_dist.tracking import without_credentials
 
 ROWS = {"pixels": "raw pixels", "untrained": "untrained", "trained": "pre-trained"}
 EVALUATIONS = {"knn": "kNN", "linear": "linear"}

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moco_dist import checkpoint
 from moco_dist.checkpoint import TrainState
-from moco_dist.config import PretrainConfig, size_problems
+from moco_dist.config import PretrainConfig
 from moco_dist.config_source import flatten, read_config, to_yaml
 from moco_dist.data.augment import apply_colours
 from moco_dist.data.batch import CropBatch
@@ -28,7 +28,6 @@ from moco_dist.engine import Engine
 from moco_dist.engine.ddp import DDPEngine
 from moco_dist.errors import Preempted, UserError
 from moco_dist.evaluate.knn import knn_during_training
-from moco_dist.lock import locked
 from moco_dist.logbook import Logbook
 from moco_dist.method.batch_norm import set_micro_batch
 from moco_dist.method.encoder import build_encoder
@@ -38,9 +37,9 @@ from moco_dist.method.ntxent import batch_accuracy, nt_xent
 from moco_dist.method.precision import autocast, compute_dtype
 from moco_dist.method.queue import Queue
 from moco_dist.optim import build_optimizer, learning_rate, learning_rate_formula
-from moco_dist.provenance import git_state
+from moco_dist.provenance import git_state, package_versions
 from moco_dist.saver import Saver
-from moco_dist.tracking import Tracker, package_versions
+from moco_dist.tracking import Tracker, without_credentials
 
 # Settings that say where and how fast, not what is computed: they may change when a run goes on.
 FREE_TO_CHANGE = ("run.dir", "run.device", "run.stop_at_step", "run.resume", "run.peer_timeout_seconds",
@@ -62,29 +61,22 @@ def pretrain(config: PretrainConfig, world: World, tracker: Tracker) -> Path:
         the folder of the last checkpoint.
 
     Raises:
-        UserError: sizes do not fit this world, the data cannot be read, or the folder holds another run.
+        UserError: the data cannot be read, or the folder holds another run.
     """
-    if problems := size_problems(config, world.world_size):
-        raise UserError("\n".join(problems))
-    with locked(config.run.dir, world):
-        return _pretrain(config, world, tracker)
-
-
-def _pretrain(config: PretrainConfig, world: World, tracker: Tracker) -> Path:
     stop_request = StopRequest(config.checkpoint.every_seconds, world)
     folder = subset(find_images(config.data.root, "train"), config.data.max_samples)
     plan = Plan(len(folder.paths), config.optim.global_batch_size, config.run.seed)
     require_agreement(facts_to_agree_on(config, folder), world)
     state, engine = build(config, world)
     run_dir = config.run.dir
-    notes = resume(state, config, world)
+    notes, pending_losses = resume(state, config, world)
     total_steps = config.optim.epochs * plan.steps_per_epoch
     stop = min(total_steps, config.run.stop_at_step or total_steps)
-    logbook = Logbook(run_dir, tracker, world, state.step, stop)
+    logbook = Logbook(run_dir, tracker, world, state.step, stop, pending_losses)
     say_start(logbook, config, folder, plan, state, world, notes)
     keep_every_steps = config.checkpoint.keep_every_epochs * plan.steps_per_epoch
     saver = Saver(run_dir, config.checkpoint.keep_last, keep_every_steps, world, logbook.say)
-    facts = {"config": config.model_dump(mode="json"), "versions": package_versions(), "git": git_state()}
+    facts = {"config": without_secrets(config).model_dump(mode="json"), "versions": package_versions(), "git": git_state()}
     dtype = compute_dtype(config.optim.precision, world.device)
 
     try:
@@ -115,7 +107,7 @@ def _pretrain(config: PretrainConfig, world: World, tracker: Tracker) -> Path:
                 logbook.record({"step": state.step, "knn_top1": knn_top1})
                 logbook.exclude(time.perf_counter() - started)
             if is_save_step:
-                saver.save(state, facts)
+                saver.save(state, {**facts, "pending_losses": logbook.pending_losses()})
                 logbook.exclude(saver.stall_seconds)
             if asked == STOP and state.step != stop:
                 saver.finish()
@@ -267,16 +259,17 @@ def require_finite(logbook: Logbook, config: PretrainConfig, plan: Plan) -> None
                     "warm-up (optim.warmup_epochs) may be stable")  # fmt: skip
 
 
-def resume(state: TrainState, config: PretrainConfig, world: World) -> list[str]:
+def resume(state: TrainState, config: PretrainConfig, world: World) -> tuple[list[str], list[float]]:
     """Load the newest intact checkpoint of the run's folder, if there is one; write the resolved config.
 
     Returns:
-        lines about checkpoints that were passed over.
+        lines about checkpoints that were passed over, and the losses of the log interval that was under way.
 
     Raises:
         UserError: the checkpoint was made with settings that compute something else (each is named), or none is intact.
     """
     notes: list[str] = []
+    pending_losses: list[float] = []
     # As rank 0 sees it: a shared file system may show a new folder to some hosts a little later.
     seen = " ".join(folder.name for folder in checkpoint.complete_checkpoints(config.run.dir))
     for name in reversed(gather_texts(seen, world)[0].split()):
@@ -286,15 +279,23 @@ def resume(state: TrainState, config: PretrainConfig, world: World) -> list[str]
             continue
         refuse_changes(config, folder)
         checkpoint.load(state, folder, world)
+        pending_losses = checkpoint.read_manifest(folder).get("pending_losses", [])
         break
     else:
         if notes:
             raise UserError("\n".join([*notes, f"no checkpoint of {config.run.dir} is intact; give another --run.dir"]))
     if world.is_main:
         marker_path(config.run.dir).unlink(missing_ok=True)
-        (config.run.dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+        (config.run.dir / "config.yaml").write_text(to_yaml(without_secrets(config)), encoding="utf-8")
     barrier(world)
-    return notes
+    return notes, pending_losses
+
+
+def without_secrets(config: PretrainConfig) -> PretrainConfig:
+    """The config as files may hold it: a user and password in tracking.uri are left out."""
+    uri = config.tracking.uri
+    tracking = config.tracking.model_copy(update={"uri": without_credentials(uri) if uri else uri})
+    return config.model_copy(update={"tracking": tracking})
 
 
 def refuse_changes(config: PretrainConfig, folder: Path) -> None:

@@ -1,7 +1,8 @@
 """`moco-dist pretrain`."""
 
 from moco_dist.commands.configured import config_or_help
-from moco_dist.config import PretrainConfig
+from moco_dist.config import PretrainConfig, size_problems
+from moco_dist.errors import UserError
 
 
 def main(words: list[str]) -> int:
@@ -15,12 +16,16 @@ def main(words: list[str]) -> int:
     from moco_dist.distributed.collectives import process_group
     from moco_dist.distributed.heartbeat import Heartbeat
     from moco_dist.distributed.world import world_from_env
+    from moco_dist.lock import locked
     from moco_dist.tracking import Tracker
 
     world = world_from_env(config.run.device)
+    if problems := size_problems(config, world.world_size):
+        raise UserError("\n".join(problems))
     with (
         process_group(world, alone_too=config.engine.kind == "deepspeed"),
         Heartbeat(world, config.run.peer_timeout_seconds),
+        locked(config.run.dir, world),
         Tracker.for_pretraining(config, world) as tracker,
     ):
         last = train.pretrain(config, world, tracker)

@@ -1,0 +1,218 @@
+"""What the program tells MLflow, as records of a journal."""
+
+import importlib.util
+import json
+import secrets
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+from tqdm import tqdm
+
+from moco_dist.config import EvalConfig, PretrainConfig
+from moco_dist.config_source import flatten
+from moco_dist.distributed.world import World
+from moco_dist.errors import Preempted, UserError
+from moco_dist.provenance import package_versions
+from moco_dist.tracking.outbox import Outbox
+from moco_dist.tracking.remote import RemoteRun, reason
+from moco_dist.tracking.server import (
+    absolute, default_uri, read_saved, require_known_scheme, uri_of, without_credentials,
+)  # fmt: skip
+
+PRETRAIN = "pretrain.jsonl"
+
+
+class Tracker:
+    """One MLflow run; without an outbox, a tracker that does nothing.
+
+    A context manager: leaving it ends the run as FINISHED, as KILLED after Ctrl-C or when preempted (then with the
+    tag `preempted`), as FAILED after any other error.
+    """
+
+    def __init__(self, outbox: Outbox | None = None, run_dir: Path = Path(), ends_run: bool = True) -> None:
+        self._outbox, self._run_dir, self._ends_run = outbox, run_dir, ends_run
+        self._last_step: dict[str, int] = {}
+        if outbox is not None:
+            for record in outbox.records():
+                self._remember(record)
+            outbox.start()
+
+    @classmethod
+    def for_pretraining(cls, config: PretrainConfig, world: World) -> "Tracker":
+        """The run of a pre-training: the one that RUN/mlflow.json names, if the server has it; else a new one.
+
+        The server is not waited for. Points that an earlier process has told already are not told again.
+
+        Args:
+            config: its settings are the run's parameters; `tracking` says where.
+            world: this process; only rank 0 tracks.
+
+        Raises:
+            UserError: mlflow is not installed, the URI is of no kind that it knows, or the record is damaged.
+        """
+        if not world.is_main or config.tracking.backend == "none":
+            return cls()
+        run_dir = config.run.dir
+        uri = absolute(config.tracking.uri or default_uri(run_dir))
+        require_known_scheme(uri)
+        _require_mlflow()
+        remote = RemoteRun(run_dir / "mlflow.json", uri, watches_system=True)
+        outbox = Outbox(run_dir / "mlflow" / PRETRAIN, remote, _say_of(uri))
+        remote.save()
+        tags = {f"version.{name}": version for name, version in package_versions().items()}
+        tags |= {"world_size": str(world.world_size), "num_nodes": str(world.num_nodes), "device": world.device}
+        if next(outbox.records(), None) is None:
+            # A server keeps artifacts itself; with a bare database they would land in the working directory.
+            is_server = uri.startswith(("http", "databricks"))
+            artifacts = None if is_server else (run_dir.resolve().parent / "mlflow-artifacts").as_uri()
+            name = run_dir.resolve().name
+            outbox.put(_begin(name, {}, config) | {"experiment": config.tracking.experiment, "artifacts": artifacts})
+        outbox.put({"set_tags": {**tags, "preempted": "false"}, "status": "RUNNING"})
+        return cls(outbox, run_dir)
+
+    @classmethod
+    def for_evaluation(cls, config: EvalConfig, command: str, encoder: str) -> "Tracker":
+        """A new child of the pre-training's run; does nothing where that was not tracked.
+
+        Args:
+            config: its settings are the child's parameters; `run_dir` is the folder of the pre-training.
+            command: `knn` or `linear`.
+            encoder: what gave the features.
+        """
+        if config.tracking == "none":
+            return cls()
+        begin = _begin(f"{command} {encoder}", {"evaluation": command, "encoder": encoder}, config)
+        return cls._beside(config.run_dir, begin, ends_run=True)
+
+    @classmethod
+    def reopen(cls, run_dir: Path) -> "Tracker":
+        """The run of the pre-training in `run_dir`, to add to it; its status stays as it is."""
+        return cls._beside(run_dir, {"key": secrets.token_hex(8), "in_parent": True, "tags": {}}, ends_run=False)
+
+    @classmethod
+    def _beside(cls, run_dir: Path, begin: dict[str, Any], ends_run: bool) -> "Tracker":
+        """A journal of its own beside that of the pre-training, which may be running."""
+        saved = read_saved(run_dir / "mlflow.json")
+        if saved is None:
+            return cls()
+        _require_mlflow()
+        outbox = _outbox(run_dir, f"{begin['key']}.jsonl", uri_of(run_dir, saved))
+        outbox.put(begin)
+        return cls(outbox, run_dir, ends_run)
+
+    def __enter__(self) -> "Tracker":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
+        if isinstance(error, Preempted) and self._outbox is not None:
+            self._outbox.put({"set_tags": {"preempted": "true"}})
+        was_stopped = kind is not None and issubclass(kind, KeyboardInterrupt | Preempted)
+        self.finish("FINISHED" if kind is None else "KILLED" if was_stopped else "FAILED")
+
+    def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Numbers of an optimiser step; returns at once.
+
+        After a rewind to an older checkpoint, steps are done again: those that were told are not told twice.
+        """
+        if self._outbox is None:
+            return
+        new = {name: float(value) for name, value in metrics.items() if step > self._last_step.get(name, -1)}
+        if new:
+            record = {"metrics": new, "step": step, "time_ms": _now_ms()}
+            self._remember(record)
+            self._outbox.put(record)
+
+    def log_artifact(self, path: Path, folder: str) -> None:
+        """A copy of a file into `folder` of the run's artifacts; returns at once."""
+        if self._outbox is not None:
+            self._outbox.put({"artifact": str(path.resolve()), "folder": folder})
+
+    def finish(self, status: str) -> None:
+        """Wait for what is on its way, at most FINISH_SECONDS, and end the run.
+
+        Args:
+            status: FINISHED, FAILED or KILLED.
+        """
+        outbox, self._outbox = self._outbox, None
+        if outbox is None:
+            return
+        if self._ends_run:
+            outbox.put({"status": status, "time_ms": _now_ms()})
+        if not outbox.finish():
+            tqdm.write(f"warning: MLflow does not have all of this; deliver it by: moco-dist sync {self._run_dir}",
+                       file=sys.stderr)  # fmt: skip
+        elif outbox.path.name != PRETRAIN:
+            _remove(outbox.path)
+
+    def _remember(self, record: dict[str, Any]) -> None:
+        for name in record.get("metrics", ()):
+            self._last_step[name] = max(record["step"], self._last_step.get(name, -1))
+
+
+def sync(run_dir: Path) -> tuple[list[str], list[str]]:
+    """Deliver what MLflow has not got of a run and its evaluations.
+
+    Returns:
+        lines about what was done, and about what could not be.
+
+    Raises:
+        UserError: the run is not tracked, or mlflow is not installed.
+    """
+    saved = read_saved(run_dir / "mlflow.json")
+    if saved is None:
+        what = "is not tracked: it has no mlflow.json" if run_dir.is_dir() else "does not exist"
+        raise UserError(f"run folder {run_dir} {what}")
+    _require_mlflow()
+    uri = uri_of(run_dir, saved)
+    done, undone = [], []
+    journals = (run_dir / "mlflow").glob("*.jsonl")
+    for path in sorted(journals, key=lambda path: (path.name != PRETRAIN, path.stat().st_mtime)):
+        outbox = _outbox(run_dir, path.name, uri)
+        name = path.relative_to(run_dir)
+        if outbox.is_busy:
+            done.append(f"{name} is being delivered by another process")
+            continue
+        count = outbox.unsent_bytes()
+        try:
+            while outbox.send_next():
+                pass
+            done.append(f"{name}: {count} bytes delivered" if count else f"{name}: all was delivered before")
+        except Exception as error:
+            undone.append(f"MLflow at {without_credentials(uri)}: {reason(error)}; {name} waits")
+        if outbox.finish() and path.name != PRETRAIN:
+            _remove(path)
+    return done, undone
+
+
+def _outbox(run_dir: Path, name: str, uri: str) -> Outbox:
+    path, record = run_dir / "mlflow" / name, run_dir / "mlflow.json"
+    remote = RemoteRun(record, uri) if name == PRETRAIN else RemoteRun(path.with_suffix(".json"), uri, record)
+    return Outbox(path, remote, _say_of(uri))
+
+
+def _begin(name: str, tags: dict[str, str], config: BaseModel) -> dict[str, Any]:
+    texts = {k: v if isinstance(v, str) else json.dumps(v) for k, v in flatten(config).items()}
+    params = {name: without_credentials(text) for name, text in texts.items()}
+    return {"key": secrets.token_hex(8), "name": name, "tags": tags, "params": params}
+
+
+def _remove(journal: Path) -> None:
+    journal.unlink(missing_ok=True)
+    journal.with_suffix(".json").unlink(missing_ok=True)
+
+
+def _require_mlflow() -> None:
+    if importlib.util.find_spec("mlflow") is None:
+        raise UserError("mlflow is not installed; pip install mlflow, or go on without it: --tracking.backend none")
+
+
+def _now_ms() -> int:
+    return int(time.time() * 1000)
+
+
+def _say_of(uri: str):
+    return lambda text: tqdm.write(f"warning: MLflow at {without_credentials(uri)}: {text}", file=sys.stderr)

@@ -76,7 +76,8 @@ def pretrain(config: PretrainConfig, world: World, tracker: Tracker) -> Path:
     say_start(logbook, config, folder, plan, state, world, notes)
     keep_every_steps = config.checkpoint.keep_every_epochs * plan.steps_per_epoch
     saver = Saver(run_dir, config.checkpoint.keep_last, keep_every_steps, world, logbook.say)
-    facts = {"config": without_secrets(config).model_dump(mode="json"), "versions": package_versions(), "git": git_state()}
+    kept = without_secrets(config).model_dump(mode="json")
+    facts = {"config": kept, "versions": package_versions(), "git": git_state()}
     dtype = compute_dtype(config.optim.precision, world.device)
 
     try:

@@ -1,7 +1,14 @@
 """What every test runs under."""
 
+import os
+import subprocess
+
+import psutil
 import pytest
 import torch
+
+from moco_dist.data.prepare import prepare_shapes
+from tests.faults.processes import command
 
 
 def pytest_collection_modifyitems(items):
@@ -16,3 +23,30 @@ def pytest_collection_modifyitems(items):
 def one_thread():
     """Two cores are shared by the ranks that tests start."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory):
+    """80 pictures to train on and 20 more."""
+    return prepare_shapes(tmp_path_factory.mktemp("data") / "shapes", num_train=80, num_val=20)
+
+
+@pytest.fixture
+def start(tiny_data):
+    """A function as `processes.command`, without `data`, that starts it with its output in a pipe."""
+    started = []
+
+    def start_one(*args, **more) -> subprocess.Popen:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        words = command(tiny_data, *args, **more)
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        started.append(subprocess.Popen(words, env=environment, **pipes))
+        return started[-1]
+
+    yield start_one
+    for process in started:
+        if process.poll() is None:
+            for child in [*psutil.Process(process.pid).children(recursive=True), process]:
+                child.kill()
+        if not process.stdout.closed:
+            process.communicate()

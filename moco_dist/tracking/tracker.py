@@ -20,7 +20,12 @@ from moco_dist.provenance import package_versions
 from moco_dist.tracking.outbox import Outbox
 from moco_dist.tracking.remote import RemoteRun, reason
 from moco_dist.tracking.server import (
-    absolute, default_uri, read_saved, require_known_scheme, uri_of, without_credentials,
+    absolute,
+    default_uri,
+    read_saved,
+    require_known_scheme,
+    uri_of,
+    without_credentials,
 )  # fmt: skip
 
 PRETRAIN = "pretrain.jsonl"

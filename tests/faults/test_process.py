@@ -1,83 +1,14 @@
 """The real command under torchrun: told to stop, frozen, killed, diverging, started twice."""
 
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
-import psutil
 import pytest
 
-from moco_dist.data.prepare import prepare_shapes
+from tests.faults.processes import losses, rank_processes, wait_for_step
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
-TINY = [
-    "--data.image-size", "32", "--data.num-workers", "0", "--model.arch", "resnet10",
-    "--model.head-hidden-dims", "[16]", "--model.bn-group-size", "4", "--moco.queue-size", "64",
-    "--optim.global-batch-size", "8", "--optim.epochs", "100", "--log.every-steps", "2",
-    "--tracking.backend", "none", "--run.peer-timeout-seconds", "4",
-]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return prepare_shapes(tmp_path_factory.mktemp("data") / "shapes", num_train=80, num_val=20)
-
-
-def command(data: Path, run_dir: Path, *flags: str, ranks: int = 2, torchrun: tuple[str, ...] = ()) -> list[str]:
-    """`moco-dist pretrain` as a user starts it."""
-    words = [sys.executable, "-m"]
-    if ranks > 1:
-        words += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *torchrun, "-m"]
-    return [*words, "moco_dist", "pretrain", "--data.root", str(data), "--run.dir", str(run_dir), *TINY, *flags]
-
-
-@pytest.fixture
-def start(data):
-    """A function as `command`, without `data`, that starts it with its output in a pipe."""
-    started = []
-
-    def start_one(*args, **more) -> subprocess.Popen:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        words = command(data, *args, **more)
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        started.append(subprocess.Popen(words, env=environment, **pipes))
-        return started[-1]
-
-    yield start_one
-    for process in started:
-        if process.poll() is None:
-            for child in [*psutil.Process(process.pid).children(recursive=True), process]:
-                child.kill()
-        if not process.stdout.closed:
-            process.communicate()
-
-
-def steps_logged(run_dir: Path) -> int:
-    log = run_dir / "log.jsonl"
-    lines = log.read_text().splitlines() if log.is_file() else []
-    return json.loads(lines[-1])["step"] if lines else 0
-
-
-def wait_for_step(process: subprocess.Popen, run_dir: Path, step: int) -> None:
-    while steps_logged(run_dir) < step:
-        assert process.poll() is None, process.stdout.read()
-        time.sleep(0.05)
-
-
-def rank_processes(process: subprocess.Popen) -> list[psutil.Process]:
-    """The ranks under a torchrun, in order."""
-    ranks = [p for p in psutil.Process(process.pid).children() if "moco_dist" in " ".join(p.cmdline())]
-    return sorted(ranks, key=lambda p: int(p.environ()["RANK"]))
-
-
-def losses(run_dir: Path) -> dict[int, float]:
-    rows = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
-    return {row["step"]: row["loss"] for row in rows}
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])

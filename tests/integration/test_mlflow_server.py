@@ -10,9 +10,11 @@ import urllib.request
 
 import pytest
 
+from moco_dist.cli import main
 from moco_dist.config import LinearConfig, PretrainConfig
 from moco_dist.distributed.world import World
 from moco_dist.tracking import Tracker
+from tests.faults.processes import steps_logged, wait_for_step
 
 pytest.importorskip("mlflow")
 pytestmark = pytest.mark.slow
@@ -53,6 +55,12 @@ class Server:
             break
         self.stop()
         pytest.fail(f"mlflow server did not start:\n{(self.folder / 'server.log').read_text()}")
+
+    def kill(self):
+        """As a crash."""
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        self.process = None
 
     def stop(self):
         """End the server and its workers: it is the leader of a process group of its own."""
@@ -101,8 +109,8 @@ def _history(client, run_id, name):
     return [(point.step, point.value) for point in client.get_metric_history(run_id, name)]
 
 
-def test_runs_on_a_server(server, tmp_path, monkeypatch, capsys):
-    """A pre-training with credentials in its URI, resumed, with an evaluation; then the server dies."""
+def test_runs_on_a_server(server, tmp_path):
+    """A pre-training with credentials in its URI, resumed, with an evaluation; then its run is deleted."""
     from mlflow import MlflowClient
 
     run_dir, uri = tmp_path / "runs" / "first", server.uri.replace("//", "//someone:hunter2@")
@@ -141,20 +149,41 @@ def test_runs_on_a_server(server, tmp_path, monkeypatch, capsys):
     assert client.download_artifacts(parent.info.run_id, "report/index.html", str(tmp_path))
     assert sorted(p.name for p in run_dir.parent.iterdir()) == ["first"]
 
-    capsys.readouterr()
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    with Tracker.for_pretraining(_config(run_dir, uri), World()) as tracker:
-        server.stop()
-        for step in range(201, 211):
-            tracker.log_metrics(step, {"loss": 0.0})
-    error = capsys.readouterr().err
-    assert len(error.splitlines()) == 1
-    assert f"MLflow at {server.uri}: it does not answer" in error
-
-    server.start()  # the server is back, without that run: a new one begins
-    monkeypatch.delenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES")
-    client.delete_run(saved["run_id"])
-    (run_dir / "mlflow.json").write_text(json.dumps(saved | {"run_id": "0" * 32}))
+    client.delete_run(saved["run_id"])  # then a new run gets all of the journal
     with Tracker.for_pretraining(_config(run_dir, uri), World()):
         pass
-    assert json.loads((run_dir / "mlflow.json").read_text())["run_id"] not in (saved["run_id"], "0" * 32)
+    anew = json.loads((run_dir / "mlflow.json").read_text())["run_id"]
+    assert anew != saved["run_id"]
+    assert _history(client, anew, "loss") == points
+
+
+def test_a_server_that_is_killed_and_restarted_during_a_run(server, tmp_path, start):
+    """The training neither ends nor waits; it is killed itself while the server is down, and goes on."""
+    from mlflow import MlflowClient
+
+    run_dir = tmp_path / "run"
+    flags = ["--tracking.backend", "mlflow", "--tracking.uri", server.uri, "--checkpoint.every-steps", "10",
+             "--log.every-steps", "2"]  # fmt: skip
+    first = start(run_dir, *flags, ranks=1)
+    wait_for_step(first, run_dir, 6)
+    server.kill()
+    wait_for_step(first, run_dir, steps_logged(run_dir) + 26)
+    first.kill()
+    assert "it does not answer; going on, and keeping what it misses in" in first.communicate()[0]
+    before = steps_logged(run_dir)
+
+    second = start(run_dir, *flags, "--run.stop-at-step", str(before + 60), ranks=1)
+    wait_for_step(second, run_dir, before + 4)
+    server.start()
+    output = second.communicate()[0]
+    assert second.returncode == 0, output
+    if "moco-dist sync" in output:  # it ended within a pause
+        assert main(["sync", str(run_dir)]) == 0
+
+    saved = json.loads((run_dir / "mlflow.json").read_text())
+    client = MlflowClient(server.uri)
+    rows = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(2, before + 61, 2))
+    assert _history(client, saved["run_id"], "loss") == [(row["step"], row["loss"]) for row in rows]
+    assert client.get_run(saved["run_id"]).info.status == "FINISHED"
+    assert len(client.search_runs([saved["experiment_id"]])) == 1

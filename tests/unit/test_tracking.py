@@ -9,11 +9,13 @@ import threading
 
 import pytest
 
+from moco_dist.cli import main
 from moco_dist.config import KnnConfig, PretrainConfig
 from moco_dist.config_source import flatten
 from moco_dist.distributed.world import World
-from moco_dist.errors import UserError
+from moco_dist.errors import Preempted, UserError
 from moco_dist.tracking import Tracker, ui_command, without_credentials
+from moco_dist.tracking.outbox import Outbox
 
 pytest.importorskip("mlflow")
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")  # MLflow's own
@@ -92,6 +94,14 @@ def _history(run_dir, name):
     return [(point.step, point.value) for point in history]
 
 
+def _wait_until_sent(tracker):
+    for _ in range(600):
+        if tracker._outbox.unsent_bytes() == 0:
+            return
+        threading.Event().wait(0.05)
+    raise TimeoutError
+
+
 def test_a_pretraining_is_recorded(runs, tmp_path):
     picture = tmp_path / "picture.txt"
     picture.write_text("pixels")
@@ -130,9 +140,10 @@ def test_a_resumed_pretraining_goes_on_in_the_same_run(runs):
         raise KeyboardInterrupt
     first = _saved(runs / "a")
     with Tracker.for_pretraining(_config(runs / "a", experiment="ignored"), World()) as tracker:
+        _wait_until_sent(tracker)
         assert _run(runs / "a").info.status == "RUNNING"
         tracker.log_metrics(2, {"loss": 2.0})
-    assert _saved(runs / "a") == first
+    assert _saved(runs / "a")["run_id"] == first["run_id"]
     assert _history(runs / "a", "loss") == [(1, 3.0), (2, 2.0)]
     assert _run(runs / "a").info.status == "FINISHED"
 
@@ -227,74 +238,138 @@ def test_a_reopened_run_keeps_its_status(runs, tmp_path):
 
 
 def test_a_step_does_not_wait_and_order_is_kept(runs, monkeypatch):
+    from mlflow import MlflowClient
+
+    log_batch, released = MlflowClient.log_batch, threading.Event()
+
+    def slow(*args, **kwargs):
+        assert released.wait(60)
+        log_batch(*args, **kwargs)
+
+    monkeypatch.setattr(MlflowClient, "log_batch", slow)
     with Tracker.for_pretraining(_config(runs / "a"), World()) as tracker:
-        log_batch, released = tracker._client.log_batch, threading.Event()
-
-        def slow(*args, **kwargs):
-            assert released.wait(60)
-            log_batch(*args, **kwargs)
-
-        monkeypatch.setattr(tracker._client, "log_batch", slow)
         for step in range(5):
             tracker.log_metrics(step, {"loss": step})
-        assert _history(runs / "a", "loss") == []  # the server has nothing yet, and we are here
+        assert _saved(runs / "a")["run_id"] == ""  # the server has nothing yet, and we are here
         released.set()
     assert _history(runs / "a", "loss") == [(step, step) for step in range(5)]
 
 
-def test_an_outage_is_one_warning_and_the_training_goes_on(runs, monkeypatch, capsys):
+def test_an_outage_is_told_once_and_nothing_is_lost_or_doubled(runs, monkeypatch, capsys):
+    """The server fails five times, twice after it has taken what it was sent."""
+    from mlflow import MlflowClient
+
+    log_batch, failures = MlflowClient.log_batch, iter(["before", "after", "before", "after", "before"])
+
+    def flaky(self, run_id, metrics=(), **more):
+        failure = next(failures, None) if metrics else None
+        if failure != "before":
+            log_batch(self, run_id, metrics, **more)
+        if failure:
+            raise OSError(f"no way to {SECRET_URI}/api. And more")
+
+    monkeypatch.setattr(MlflowClient, "log_batch", flaky)
+    monkeypatch.setattr(Outbox, "_wait", lambda *_: None)
     with Tracker.for_pretraining(_config(runs / "a"), World()) as tracker:
-        log_batch = tracker._client.log_batch
-
-        def flaky(run_id, metrics):
-            if metrics[0].step in (1, 2, 3, 6, 7):
-                raise OSError(f"no way to {SECRET_URI}/api. And more")
-            log_batch(run_id, metrics)
-
-        monkeypatch.setattr(tracker._client, "log_batch", flaky)
         for step in range(9):
             tracker.log_metrics(step, {"loss": step})
-    warnings = capsys.readouterr().err.splitlines()
-    assert len(warnings) == 2  # two outages
-    for line in warnings:
-        assert "warning" in line
-        assert "no way to http://127.0.0.1:1/api" in line
-        assert "hunter2" not in line
-    assert [step for step, _ in _history(runs / "a", "loss")] == [0, 4, 5, 8]
+        _wait_until_sent(tracker)
+    first, second = capsys.readouterr().err.splitlines()
+    assert "no way to http://127.0.0.1:1/api; going on, and keeping what it misses in" in first
+    assert "answers again" in second
+    assert _history(runs / "a", "loss") == [(step, step) for step in range(9)]
     assert _run(runs / "a").info.status == "FINISHED"
 
 
-def test_a_server_that_is_not_there(tmp_path):
-    with pytest.raises(UserError) as caught:
-        Tracker.for_pretraining(_config(tmp_path / "a", uri=SECRET_URI), World())
-    message = str(caught.value)
-    assert "http://127.0.0.1:1 " in message
-    assert "does not answer" in message
-    assert "--tracking.backend none" in message
-    assert "hunter2" not in message
-    assert "\n" not in message
-    assert not (tmp_path / "a").exists()
+def test_steps_that_are_done_again_are_not_told_again(runs):
+    """Killed at step 50 with a checkpoint at 30, and on another number of ranks the numbers differ a little."""
+    with pytest.raises(ValueError, match="killed"), Tracker.for_pretraining(_config(runs / "a"), World()) as tracker:
+        for step in range(10, 60, 10):
+            tracker.log_metrics(step, {"loss": 1 / step})
+        tracker.log_metrics(40, {"knn_top1": 5.0})
+        raise ValueError("killed")
+    with Tracker.for_pretraining(_config(runs / "a"), World()) as tracker:
+        for step in range(40, 80, 10):
+            tracker.log_metrics(step, {"loss": 1 / step + 1e-9})
+            tracker.log_metrics(step, {"knn_top1": 5.0})
+    expected = [(step, 1 / step + (1e-9 if step > 50 else 0)) for step in range(10, 80, 10)]
+    assert _history(runs / "a", "loss") == expected
+    assert [step for step, _ in _history(runs / "a", "knn_top1")] == [40, 50, 60, 70]
 
 
-@pytest.mark.parametrize("uri", ["nonsense://x", "some/folder"])
-def test_a_uri_that_mlflow_cannot_use(tmp_path, uri):
-    with pytest.raises(UserError, match=rf"{uri} cannot be used: .*--tracking\.backend none$"):
-        Tracker.for_pretraining(_config(tmp_path / "a", uri=uri), World())
+def test_what_is_refused_for_good_does_not_hold_up_the_rest(runs, capsys):
+    with Tracker.for_pretraining(_config(runs / "a"), World()) as tracker:
+        tracker.log_metrics(1, {"loss": 1.0})
+        tracker.log_metrics(2, {"lo*ss": 1.0})
+        tracker.log_metrics(3, {"loss": 3.0})
+    assert _history(runs / "a", "loss") == [(1, 1.0), (3, 3.0)]
+    assert "left out, since MLflow refuses it" in capsys.readouterr().err
 
 
-def test_a_server_that_is_gone_after_the_training_is_a_warning(tmp_path, capsys):
-    run_dir = tmp_path / "a"
-    run_dir.mkdir()
-    saved = {"tracking_uri": "http://127.0.0.1:1", "experiment_id": "1", "run_id": "2"}
-    (run_dir / "mlflow.json").write_text(json.dumps(saved))
+def test_a_preempted_run_says_so_until_it_goes_on(runs):
+    with pytest.raises(Preempted), Tracker.for_pretraining(_config(runs / "a"), World()):
+        raise Preempted(7)
+    run = _run(runs / "a")
+    assert (run.info.status, run.data.tags["preempted"]) == ("KILLED", "true")
+    with Tracker.for_pretraining(_config(runs / "a"), World()):
+        pass
+    run = _run(runs / "a")
+    assert (run.info.status, run.data.tags["preempted"]) == ("FINISHED", "false")
+
+
+def test_a_server_that_is_never_there_and_a_sync_later(runs, tmp_path, monkeypatch, capsys):
+    """A whole run, resumed once, an evaluation and a report; then the database is where the server should have been."""
+    run_dir = runs / "a"
+    page = tmp_path / "index.html"
+    page.write_text("page")
+    config = _config(run_dir, uri=SECRET_URI, experiment="late")
+    with pytest.raises(KeyboardInterrupt), Tracker.for_pretraining(config, World()) as tracker:
+        tracker.log_metrics(1, {"loss": 3.0})
+        raise KeyboardInterrupt
+    with Tracker.for_pretraining(config, World()) as tracker:
+        tracker.log_metrics(2, {"loss": float("inf")})
     with Tracker.for_evaluation(KnnConfig(run_dir=run_dir), "knn", "trained") as tracker:
-        tracker.log_metrics(0, {"knn_top1_k5": 12.5})
-    (run_dir / "mlflow.json").write_text(json.dumps(saved | {"tracking_uri": "sqlite:////not/there.db"}))
+        tracker.log_metrics(2, {"knn_top1": 12.5})
     with Tracker.reopen(run_dir) as tracker:
-        tracker.log_metrics(0, {"loss": 1.0})
-    first, second = capsys.readouterr().err.splitlines()
-    assert "http://127.0.0.1:1: it does not answer" in first
-    assert "the database is gone" in second
+        tracker.log_artifact(page, "report")
+    error = capsys.readouterr().err
+    assert "http://127.0.0.1:1: it does not answer; going on, and keeping what it misses in" in error
+    assert f"deliver it by: moco-dist sync {run_dir}" in error
+    assert "hunter2" not in error
+    assert "hunter2" not in "".join(path.read_text() for path in run_dir.rglob("*.json*"))
+    assert f"moco-dist sync {run_dir}" in ui_command(run_dir)
+    assert main(["sync", str(run_dir)]) == 69
+    assert capsys.readouterr().err.count("http://127.0.0.1:1: it does not") >= 1
+
+    saved = _saved(run_dir) | {"tracking_uri": f"sqlite:///{runs / 'mlflow.db'}"}
+    (run_dir / "mlflow.json").write_text(json.dumps(saved))
+    for _ in range(2):  # the second finds nothing to do
+        assert main(["sync", str(run_dir)]) == 0
+        run = _run(run_dir)
+        assert run.info.status == "FINISHED"
+        assert run.data.params["optim.base_lr"] == "0.03"
+        assert _history(run_dir, "loss") == [(1, 3.0), (2, 1.7976931348623157e308)]  # as MLflow keeps infinity
+        query = f"tags.`mlflow.parentRunId` = '{run.info.run_id}'"
+        (child,) = _client(runs).search_runs([run.info.experiment_id], query)
+        assert child.data.metrics == {"knn_top1": 12.5}
+    assert "all was delivered before" in capsys.readouterr().out
+    assert [path.name for path in (run_dir / "mlflow").iterdir()] == ["pretrain.jsonl"]
+
+
+def test_a_journal_that_another_process_sends_is_left_to_it(runs, capsys):
+    with Tracker.for_pretraining(_config(runs / "a"), World()):
+        assert main(["sync", str(runs / "a")]) == 0
+    assert "pretrain.jsonl is being delivered by another process" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("uri", "hint"), [("nonsense://x", ""), ("some/folder", ""), ("htp://host", "mean http?"),
+                                           ("postgres://u:hunter2@host/db", "mean postgresql?")])
+def test_a_uri_that_mlflow_cannot_use(tmp_path, uri, hint):
+    with pytest.raises(UserError, match=r"is not one that MLflow knows: .*--tracking\.backend none$") as caught:
+        Tracker.for_pretraining(_config(tmp_path / "a", uri=uri), World())
+    assert hint in str(caught.value)
+    assert "hunter2" not in str(caught.value)
+    assert not (tmp_path / "a").exists()
 
 
 def test_mlflow_that_is_not_installed(tmp_path, monkeypatch):
@@ -314,8 +389,9 @@ def test_the_setting_goes_over_the_environment(runs, tmp_path, monkeypatch):
     with Tracker.for_pretraining(_config(tmp_path / "a", uri=f"sqlite:///{runs}/mlflow.db"), World()):
         pass
     assert _saved(tmp_path / "a")["tracking_uri"] == f"sqlite:///{runs}/mlflow.db"
-    with pytest.raises(UserError, match=r"127\.0\.0\.1:1"):
-        Tracker.for_pretraining(_config(tmp_path / "b"), World())
+    with Tracker.for_pretraining(_config(tmp_path / "b"), World()):
+        pass
+    assert _saved(tmp_path / "b")["tracking_uri"] == "http://127.0.0.1:1"
 
 
 def test_a_database_that_moved_with_its_runs_is_found(runs):
@@ -353,7 +429,8 @@ def test_ui_command_of_a_server_is_its_page(tmp_path, monkeypatch):
 def test_system_metrics_are_recorded(runs, monkeypatch):
     pytest.importorskip("psutil")
     monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.05")
-    with Tracker.for_pretraining(_config(runs / "a"), World()):
+    with Tracker.for_pretraining(_config(runs / "a"), World()) as tracker:
+        _wait_until_sent(tracker)
         pause = threading.Event()
         for _ in range(600):
             if "system/cpu_utilization_percentage" in _run(runs / "a").data.metrics:

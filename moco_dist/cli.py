@@ -34,7 +34,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit status. A user's mistake is one line each, without a traceback."""
     argv = sys.argv[1:] if argv is None else argv
     debug = "--debug" in argv
-    argv = [word for word in argv if word != "--debug"]
+    # The deepspeed launcher says the local rank by a flag too.
+    argv = [word for word in argv if word != "--debug" and not word.startswith("--local_rank=")]
     signal.signal(signal.SIGTERM, _terminate)  # a pre-training has its own way: it saves first
     try:
         return _dispatch(argv)

@@ -15,7 +15,7 @@ from moco_dist.checkpoint import TrainState
 from moco_dist.config import PretrainConfig
 from moco_dist.config_source import flatten, read_config, to_yaml
 from moco_dist.data.augment import apply_colours
-from moco_dist.data.batch import CropBatch
+from moco_dist.data.batch import CropBatch, to_device
 from moco_dist.data.datasets import ImageFolder, find_images, subset
 from moco_dist.data.exchange import key_views
 from moco_dist.data.loader import pretrain_batches
@@ -26,6 +26,7 @@ from moco_dist.distributed.stop import STOP, StopRequest, marker_path
 from moco_dist.distributed.world import World
 from moco_dist.engine import Engine
 from moco_dist.engine.ddp import DDPEngine
+from moco_dist.engine.speed import compile_options, compiled_on_gpu, set_backends
 from moco_dist.errors import Preempted, UserError
 from moco_dist.evaluate.knn import knn_during_training
 from moco_dist.logbook import Logbook
@@ -79,12 +80,13 @@ def pretrain(config: PretrainConfig, world: World, tracker: Tracker) -> Path:
     kept = without_secrets(config).model_dump(mode="json")
     facts = {"config": kept, "versions": package_versions(), "git": git_state()}
     dtype = compute_dtype(config.optim.precision, world.device)
+    colour = compiled_on_gpu(apply_colours, config.engine, world.device)
 
     try:
         for step, batch, wait_seconds in batches(config, folder, plan, world, state.step, stop):
-            view_q = apply_colours(batch.view_q, batch.colours_q, config.augment, dtype)
-            view_k = key_views(batch, config, plan, step, world, dtype)
-            key_order = torch.from_numpy(plan.key_permutation(step))
+            view_q = colour(batch.view_q, batch.colours_q, config.augment, dtype)
+            view_k = key_views(batch, config, plan, step, world, dtype, colour)
+            key_order = to_device(plan.key_permutation(step), world.device)
             lr = learning_rate(config.optim, step, plan.steps_per_epoch)
             is_log_step = is_due(step + 1, config.log.every_steps) or step + 1 == stop
             result = train_step(state, engine, config, view_q, view_k, key_order, lr, is_log_step, world)
@@ -134,7 +136,7 @@ def train_step(
         config: momentum, temperature, micro-batches.
         view_q: (B/W, 3, S, S) this rank's queries' views.
         view_k: (B/W, 3, S, S) the key views this rank encodes: of other samples (shuffled BN).
-        key_order: int64 (B,), `Plan.key_permutation` of this step.
+        key_order: int64 (B,), `Plan.key_permutation` of this step, on the views' device.
         lr: learning rate.
         is_log_step: whether to look at the embeddings.
         world: this process.
@@ -142,6 +144,8 @@ def train_step(
     if config.method == "simclr":
         return _simclr(state, engine, config, view_q, view_k, key_order, lr, is_log_step, world)
     temperature, accum = config.moco.temperature, config.optim.grad_accum_steps
+    if config.engine.cuda_graphs:
+        torch.compiler.cudagraph_mark_step_begin()  # what the last step's graphs returned may be overwritten
     momentum_update(state.query_encoder, state.key_encoder, config.moco.momentum)  # before the keys are made
     keys = encode_keys(state, config, view_k, world)
     own_rows = slice(world.rank * len(keys), (world.rank + 1) * len(keys))
@@ -213,6 +217,7 @@ def build(config: PretrainConfig, world: World) -> tuple[TrainState, Engine]:
     """The run at step 0: encoders with equal weights, the queue filled, the engine around the query encoder."""
     dtype = compute_dtype(config.optim.precision, world.device)
     weights_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    set_backends(config.engine)
     query_encoder = build_encoder(config.model, config.run.seed).to(world.device, weights_dtype)
     is_moco = config.method == "moco"
     key_encoder = key_encoder_of(query_encoder) if is_moco else query_encoder  # SimCLR's only one
@@ -222,11 +227,13 @@ def build(config: PretrainConfig, world: World) -> tuple[TrainState, Engine]:
     if config.engine.kind == "deepspeed":
         from moco_dist.engine.deepspeed import DeepSpeedEngine
 
-        engine: Engine = DeepSpeedEngine(query_encoder, optimizer, dtype, config.engine.zero_stage, world)
+        engine: Engine = DeepSpeedEngine(query_encoder, optimizer, dtype, config.engine, world)
         if config.engine.zero_stage:
             key_encoder.to(memory_format=torch.contiguous_format)  # as the query encoder, for one momentum update
     else:
-        engine = DDPEngine(query_encoder, optimizer, dtype, world)
+        engine = DDPEngine(query_encoder, optimizer, dtype, config.engine, world)
+    if config.engine.compile != "off":
+        key_encoder.compile(**compile_options(config.engine))
     return TrainState(query_encoder, key_encoder, engine, queue, step=0), engine
 
 

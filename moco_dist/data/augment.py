@@ -179,7 +179,7 @@ def _shift_hue(x: Tensor, shift: Tensor) -> Tensor:
     turned = torch.empty_like(x)
     ends = (low - chroma, 1 / 2, 1), (high + chroma, 1 / 3, -1), (high + chroma, 2 / 3, -1)
     for channel, (end, centre, sign) in zip(turned.unbind(1), ends, strict=True):
-        torch.addcmul(end, chroma6, (hue - centre).abs_().clamp_(1 / 6, 1 / 3), value=sign, out=channel)
+        channel.copy_(end).addcmul_(chroma6, (hue - centre).abs_().clamp_(1 / 6, 1 / 3), value=sign)
     return turned
 
 
@@ -204,8 +204,13 @@ def _blur(x: Tensor, sigma: Tensor, radius: int, block: int) -> Tensor:
     return torch.cat([x[..., near] @ matrix[:, :, rows, near].mT for rows, near in bands], dim=3)
 
 
-@functools.lru_cache(maxsize=4)
+@torch.compiler.assume_constant_result  # a compiler looks through a cache, and would make it anew at every step
 def _neighbours(size: int, radius: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return _make_neighbours(size, radius, dtype, device)
+
+
+@functools.lru_cache(maxsize=4)
+def _make_neighbours(size: int, radius: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """(radius + 1, size²): row d, as a matrix, adds up the pixels at distance d, reflected at the border."""
     neighbours = torch.zeros(radius + 1, size, size, dtype=dtype)
     here = torch.arange(size)

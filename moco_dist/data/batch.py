@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass, fields, replace
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -39,3 +41,9 @@ class CropBatch:
     def _map(self, function) -> "CropBatch":
         tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "replaced"}
         return replace(self, **{name: function(x) for name, x in tensors.items()})
+
+
+def to_device(array: NDArray[np.int64], device: str | torch.device) -> Tensor:
+    """A small array as a tensor on `device`. The host does not wait: a copy from pageable memory would make it."""
+    tensor = torch.from_numpy(array)
+    return tensor if torch.device(device).type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)

@@ -51,7 +51,8 @@ def world_from_env(device: str = "auto", env: Mapping[str, str] = os.environ) ->
 
     Args:
         device: `auto` (CUDA where there is a GPU), `cpu` or `cuda`.
-        env: the environment to read RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE from.
+        env: the environment to read RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE from (LOCAL_SIZE from
+            DeepSpeed's launcher).
 
     Raises:
         UserError: a variable is not a number, or there is no GPU for this rank.
@@ -79,6 +80,6 @@ def world_from_env(device: str = "auto", env: Mapping[str, str] = os.environ) ->
         rank=number("RANK", 0),
         local_rank=local_rank,
         world_size=world_size,
-        local_world_size=number("LOCAL_WORLD_SIZE", world_size),
+        local_world_size=number("LOCAL_WORLD_SIZE", number("LOCAL_SIZE", world_size)),
         device=device,
     )

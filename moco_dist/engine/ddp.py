@@ -6,16 +6,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from moco_dist.config import EngineConfig
 from moco_dist.distributed.world import World
 from moco_dist.engine import whole_state
+from moco_dist.engine.speed import compile_options
 from moco_dist.method.precision import autocast
+from moco_dist.optim import LARS
 
 
 class DDPEngine:
-    """Forward under autocast, backward, gradient all-reduce, optimiser step; see `Engine`."""
+    """Forward under autocast, backward, gradient all-reduce, optimiser step; see `Engine`.
+
+    DDP's static graph is left off: it spares a search for parameters without gradient, which is off already, and would
+    not reduce the first step's gradients until all of them are there.
+    """
 
     def __init__(
-        self, module: nn.Module, optimizer: torch.optim.Optimizer, dtype: torch.dtype, world: World
+        self, module: nn.Module, optimizer: torch.optim.Optimizer, dtype: torch.dtype, config: EngineConfig,
+        world: World,
     ) -> None:
         self.module, self.optimizer, self._dtype, self._world = module, optimizer, dtype, world
         # Every precision has a scaler, though only float16 needs its scale: it looks for gradients that are not finite,
@@ -37,6 +45,12 @@ class DDPEngine:
                     broadcast_buffers=False,
                     gradient_as_bucket_view=True,
                 )
+        if config.compile != "off":
+            # DDP, not the module in it: the compiler then cuts the graph at the gradient buckets, so that they are
+            # reduced while the rest of the backward pass runs.
+            self._ddp.compile(**compile_options(config))
+        if config.compile == "step" and isinstance(optimizer, LARS):
+            optimizer.compile()
 
     def __call__(self, images: Tensor, synchronise: bool = True) -> Tensor:
         """See `Engine`."""

@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moco_dist.config import EngineConfig
 from moco_dist.distributed.collectives import all_gather, all_reduce_sum
 from moco_dist.distributed.world import World
 from moco_dist.engine import whole_state
+from moco_dist.engine.speed import compile_options
 from moco_dist.errors import UserError
 from moco_dist.method.precision import autocast
 from moco_dist.optim import LARS, Partition, make_momentum_buffers
@@ -33,15 +35,18 @@ class DeepSpeedEngine:
     """
 
     def __init__(
-        self, module: nn.Module, optimizer: torch.optim.Optimizer, dtype: torch.dtype, zero_stage: int, world: World
+        self, module: nn.Module, optimizer: torch.optim.Optimizer, dtype: torch.dtype, config: EngineConfig,
+        world: World,
     ) -> None:
         if dtype not in (torch.float32, torch.bfloat16):
             raise UserError(f"engine.kind deepspeed computes in bf16 or fp32, not in {dtype}; set optim.precision")
         self.module, self.optimizer, self._world = module, optimizer, world
         self.scaler = torch.amp.GradScaler(torch.device(world.device).type, enabled=False)
         module.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-        self._engine = _initialise(_UnderAutocast(module, dtype, world), optimizer, zero_stage, world)
-        self._zero: Any = self._engine.optimizer if zero_stage else None
+        if config.compile != "off":
+            module.compile(**compile_options(config))
+        self._engine = _initialise(_UnderAutocast(module, dtype, world), optimizer, config.zero_stage, world)
+        self._zero: Any = self._engine.optimizer if config.zero_stage else None
         if self._zero is None:
             module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             return

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTenso
 from torchvision.transforms.v2 import functional as F
 
 from moco_dist.config import AugmentConfig
-from moco_dist.data.augment import COLOURS, _apply, _neighbours, apply_colours, draw_colours
+from moco_dist.data.augment import COLOURS, _apply, _make_neighbours, apply_colours, draw_colours
 from moco_dist.data.counter_rng import STREAM_COLOUR_K, STREAM_COLOUR_Q
 
 JITTER = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)
@@ -126,7 +126,7 @@ def test_the_host_never_waits_for_a_gpu():
         out = apply_colours(views, colours, AugmentConfig(), torch.bfloat16)
         with pytest.raises(DynamicOutputShapeException):
             _apply(views, colours, AugmentConfig(), torch.bfloat16, skip=True)
-    _neighbours.cache_clear()
+    _make_neighbours.cache_clear()
     assert out.is_cuda
     assert out.is_contiguous(memory_format=torch.channels_last)
 

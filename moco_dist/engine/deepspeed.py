@@ -11,6 +11,7 @@ weights at every call there (the activations stay channels-last).
 import importlib
 import logging
 import os
+import warnings
 from typing import Any
 
 import torch
@@ -145,6 +146,8 @@ def _initialise(module: nn.Module, optimizer: torch.optim.Optimizer, zero_stage:
     from deepspeed.utils import logger
 
     logger.setLevel(logging.ERROR)
+    # From torch 2.14 on, of the names by which DeepSpeed calls collectives.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     if device_type == "cpu":
         # It would compile, for a minute, an all-reduce through shared memory for inference.
         importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]

@@ -11,7 +11,7 @@ Function = TypeVar("Function", bound=Callable)
 
 
 def set_backends(config: EngineConfig) -> None:
-    """cuDNN's choice of algorithms and TF32, as the config says, whatever torch's defaults are. For this process."""
+    """CuDNN's choice of algorithms and TF32, as the config says, whatever torch's defaults are. For this process."""
     torch.backends.cudnn.benchmark = config.cudnn_benchmark
     torch.backends.cudnn.allow_tf32 = config.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32

@@ -1,4 +1,4 @@
-"""DeepSpeed, float32 and compile compute what the plain engine in float64, and one process, compute."""
+"""Float32 and DeepSpeed compute on any number of ranks what one process computes."""
 
 import pytest
 import torch
@@ -6,30 +6,45 @@ import torch
 from moco_dist import checkpoint
 from moco_dist.data.plan import Plan
 from moco_dist.distributed.collectives import gather_uneven, process_group
+from moco_dist.optim import peak_learning_rate
 from moco_dist.saver import Saver
 from moco_dist.train import build, train_step
 from tests.distributed.program import NUM_SAMPLES, images, largest_difference, run_program, small_config
 from tests.world import run
 
 STEPS = 20
-# Float32 rounding, after 20 steps that each amplify it a little.
-TOLERANCE = {"losses": 2e-4, "query_encoder": 2e-4, "key_encoder": 2e-4, "queue": 5e-3}
+# Float32 rounding moves a few values over the corner of a ReLU, where the gradient jumps: from there on two runs part,
+# a little more with each step (float64 ones do not: test_against_reference.py). A small learning rate keeps them close
+# for 20 steps: the figures are about three times what is found.
+TOLERANCE = {"losses": 2e-3, "query_encoder": 0.05, "key_encoder": 0.05, "queue": 0.02}
+BASE_LR = {"sgd": 5e-4, "lars": 0.1}
 
 
-def deepspeed_program(world, config, steps):
+def deepspeed_program(world, configs, steps):
     pytest.importorskip("deepspeed")
     with process_group(world, alone_too=True):
-        return run_program(world, config, steps)
+        return [run_program(world, config, steps) for config in configs]
+
+
+def way_of(outcome, name):
+    """How far, and where, an encoder's weights have gone from the start."""
+    weights = outcome["initial"]["weights"]
+    return torch.cat([(p - weights[key]).flatten() for key, p in outcome[name].items()])
 
 
 def close(ours, expected):
-    for name, tolerance in TOLERANCE.items():
-        assert largest_difference(ours[name], expected[name]) < tolerance, name
+    """Losses and queue within a small difference, weights within a few percent of the way that they have gone."""
+    assert abs(ours["losses"][0] - expected["losses"][0]) < 1e-5
+    for name in ("losses", "queue"):
+        assert largest_difference(ours[name], expected[name]) < TOLERANCE[name], name
+    for name in ("query_encoder", "key_encoder"):
+        ours_way, expected_way = way_of(ours, name), way_of(expected, name)
+        assert (ours_way - expected_way).norm() < TOLERANCE[name] * expected_way.norm(), name
     assert torch.equal(ours["queue_ptr"], expected["queue_ptr"])
 
 
-def config_of(optimizer="sgd", **engine):
-    optim = {"precision": "fp32", "optimizer": optimizer, "base_lr": 0.1 if optimizer == "sgd" else 4.0}
+def config_of(optimizer="sgd", accum=1, **engine):
+    optim = {"precision": "fp32", "optimizer": optimizer, "base_lr": BASE_LR[optimizer], "grad_accum_steps": accum}
     return small_config(optim=optim, engine=engine, moco={"queue_size": 512})
 
 
@@ -42,20 +57,35 @@ def alone():
 @pytest.mark.slow
 @pytest.mark.parametrize(("world_size", "accum"), [(2, 1), (4, 1), (8, 1), (1, 4), (2, 2)])
 def test_float32_is_the_same_on_any_number_of_ranks(alone, world_size, accum):
-    config = config_of()
-    config = config.model_copy(update={"optim": config.optim.model_copy(update={"grad_accum_steps": accum})})
-    for ours in run(run_program, world_size, config, STEPS):
+    for ours in run(run_program, world_size, config_of(accum=accum), STEPS):
         close(ours, alone["sgd"])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["sgd", "lars"])
-@pytest.mark.parametrize("zero_stage", [0, 1, 2])
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_deepspeed_is_the_same_training(alone, optimizer, zero_stage, world_size):
-    config = config_of(optimizer, kind="deepspeed", zero_stage=zero_stage)
-    for ours in run(deepspeed_program, world_size, config, STEPS):
-        close(ours, alone[optimizer])
+@pytest.mark.parametrize(("world_size", "accum"), [(1, 1), (2, 1), (2, 2)])
+def test_deepspeed_is_the_same_training(alone, optimizer, world_size, accum):
+    """ZeRO stages 0, 1 and 2."""
+    configs = [config_of(optimizer, accum, kind="deepspeed", zero_stage=stage) for stage in (0, 1, 2)]
+    for by_stage in run(deepspeed_program, world_size, configs, STEPS):
+        for ours in by_stage:
+            close(ours, alone[optimizer])
+
+
+def gradients_of_two_ranks(world):
+    """As an engine would have it that forgot to take the mean: the comparison above must not hold."""
+    return run_program(world, config_of(), STEPS, _sum_of_gradients)
+
+
+def _sum_of_gradients():
+    scale = torch.amp.GradScaler.scale
+    torch.amp.GradScaler.scale = lambda self, loss: 2 * scale(self, loss)
+
+
+@pytest.mark.slow
+def test_a_gradient_of_twice_the_size_is_noticed(alone):
+    with pytest.raises(AssertionError):
+        close(run(gradients_of_two_ranks, 2)[0], alone["sgd"])
 
 
 def train(world, run_dir, config, start, stop):
@@ -70,7 +100,8 @@ def train(world, run_dir, config, start, stop):
             view_q = table[torch.from_numpy(plan.query_indices(step, world)), 0]
             view_k = table[torch.from_numpy(plan.key_indices(step, world)), 1]
             order = torch.from_numpy(plan.key_permutation(step))
-            result = train_step(state, engine, config, view_q, view_k, order, 0.02, False, world)
+            lr = peak_learning_rate(config.optim)
+            result = train_step(state, engine, config, view_q, view_k, order, lr, False, world)
             losses.append(gather_uneven(result.loss[None], world).mean().item())
         saver = Saver(run_dir, 2, 0, world, print)
         saver.save(state, {"config": {}})
@@ -89,4 +120,4 @@ def test_either_engine_goes_on_where_the_other_stopped(tmp_path, optimizer):
     for i, (world_size, zero) in enumerate(plan):
         engine = {"kind": "deepspeed", **zero} if zero else {}
         losses += run(train, world_size, tmp_path / "moving", config_of(optimizer, **engine), 2 * i, 2 * i + 2)[0]
-    assert largest_difference(losses, expected) < TOLERANCE["losses"]
+    assert largest_difference(losses, expected) < 2 * TOLERANCE["losses"]

@@ -74,7 +74,9 @@ def waits_of_a_step(config, world, is_log_step=False):
     return seen.found
 
 
-@pytest.mark.parametrize(("optimizer", "precision"), [("sgd", "fp64"), ("lars", "fp32"), ("sgd", "bf16"), ("lars", "fp16")])
+@pytest.mark.parametrize(
+    ("optimizer", "precision"), [("sgd", "fp64"), ("lars", "fp32"), ("sgd", "bf16"), ("lars", "fp16")]
+)
 def test_no_value_is_read(optimizer, precision):
     """The loss scaler's part too, which looks for gradients that are not finite."""
     config = small_config(optim={"optimizer": optimizer, "precision": precision, "grad_accum_steps": 2,

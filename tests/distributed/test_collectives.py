@@ -1,8 +1,12 @@
 """Collectives on ranks that all hold something else, and the bytes that one step moves."""
 
+import pytest
 import torch
-import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from moco_dist.data.augment import COLOURS
+from moco_dist.data.batch import CropBatch
+from moco_dist.data.exchange import key_views
 from moco_dist.data.plan import Plan
 from moco_dist.distributed.collectives import (
     all_gather,
@@ -13,9 +17,8 @@ from moco_dist.distributed.collectives import (
     shard_bounds,
 )
 from moco_dist.distributed.world import World
-from moco_dist.optim import peak_learning_rate
 from moco_dist.train import build, train_step
-from tests.distributed.program import NUM_SAMPLES, SIDE, images, small_config
+from tests.distributed.program import NUM_SAMPLES, SIDE, small_config
 from tests.world import run
 
 
@@ -60,50 +63,65 @@ def test_shards_follow_dtensors_rule():
             assert whole.flatten().tolist() == list(range(total))
 
 
-def bytes_of_a_step(world):
-    """What each collective of one step hands to this rank, DDP's gradient buckets included."""
-    config = small_config(optim={"precision": "fp32"})
+class Collectives(TorchDispatchMode):
+    """Notes every collective of this rank, by whomever it is called, as (name, bytes of its largest tensor list)."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func._schema.name.startswith("c10d::"):
+            size = max(sum(x.nbytes for x in _tensors(arg)) for arg in args)
+            self.seen.append((func._schema.name.removeprefix("c10d::").strip("_"), size))
+        return func(*args, **(kwargs or {}))
+
+
+def _tensors(nest):
+    if isinstance(nest, torch.Tensor):
+        return [nest]
+    return [x for part in nest for x in _tensors(part)] if isinstance(nest, list | tuple) else []
+
+
+def collectives_of_a_step(world, way, optimizer="sgd"):
+    """Of the third step, key views and all: DDP arranges its buckets anew in the second, with a broadcast."""
+    config = small_config(optim={"precision": "fp32", "optimizer": optimizer, "grad_accum_steps": 1},
+                          shuffle={"exchange": way})  # fmt: skip
     state, engine = build(config, world)
-    moved = []
-    gather, scatter = dist.all_gather, dist.reduce_scatter_tensor
-
-    def counted_gather(outputs, x, *args):
-        moved.append(("all_gather", (len(outputs) - 1) * x.nbytes))
-        return gather(outputs, x, *args)
-
-    def counted_scatter(out, x, *args):
-        moved.append(("reduce_scatter", (world.world_size - 1) * out.nbytes))
-        return scatter(out, x, *args)
-
-    def counted_buckets(state, bucket):
-        moved.append(("gradients", bucket.buffer().nbytes))
-        future = dist.all_reduce(bucket.buffer().div_(world.world_size), async_op=True).get_future()
-        return future.then(lambda f: f.value()[0])
-
-    dist.all_gather, dist.reduce_scatter_tensor = counted_gather, counted_scatter
-    engine._ddp.register_comm_hook(None, counted_buckets)
     plan = Plan(NUM_SAMPLES, config.optim.global_batch_size, config.run.seed)
-    table = images(torch.float32)
-    view_q = table[torch.from_numpy(plan.query_indices(0, world)), 0]
-    view_k = table[torch.from_numpy(plan.key_indices(0, world)), 1]
-    order = torch.from_numpy(plan.key_permutation(0))
-    train_step(state, engine, config, view_q, view_k, order, peak_learning_rate(config.optim), False, world)
-    parameters = sum(p.nbytes for p in state.query_encoder.parameters())
-    return moved, parameters, config
+    per_rank = config.optim.global_batch_size // world.world_size
+    crops = torch.zeros(per_rank, 3, SIDE, SIDE, dtype=torch.uint8).to(memory_format=torch.channels_last)
+    samples, colours = torch.zeros(per_rank, dtype=torch.int64), torch.zeros(per_rank, len(COLOURS))
+    batch = CropBatch(crops, crops, samples, samples, colours, colours)
+    view_q = torch.randn(per_rank, 3, SIDE, SIDE)
+    for step in range(3):
+        with Collectives() as both:
+            view_k = key_views(batch, config, plan, step, world, torch.float32)
+            order = torch.from_numpy(plan.key_permutation(step))
+            train_step(state, engine, config, view_q, view_k, order, 0.1, False, world)
+    return both.seen, sum(p.nbytes for p in state.query_encoder.parameters()), config
 
 
-def test_no_image_crosses_the_network():
-    """Two small collectives of features and the gradients: a few kB where the images would be 64 times as much."""
+@pytest.mark.parametrize("optimizer", ["sgd", "lars"])
+def test_a_step_is_two_small_collectives_and_the_gradients(optimizer):
+    """No image crosses the network: a few kB of features where the images would be 64 times as much."""
     world_size = 4
-    for moved, parameters, config in run(bytes_of_a_step, world_size):
-        per_rank, dim = config.optim.global_batch_size // world_size, config.model.embedding_dim
-        by_kind = {kind: [n for k, n in moved if k == kind] for kind, _ in moved}
-        assert by_kind["all_gather"] == [(world_size - 1) * per_rank * 2 * dim * 4]
-        assert by_kind["reduce_scatter"] == [(world_size - 1) * per_rank * (dim + 1) * 4]
-        assert sum(by_kind["gradients"]) == parameters
-        assert set(by_kind) == {"all_gather", "reduce_scatter", "gradients"}
-        images_would_be = (world_size - 1) * per_rank * 3 * SIDE * SIDE * 4
-        assert sum(by_kind["all_gather"] + by_kind["reduce_scatter"]) < images_would_be / 20
+    for seen, parameters, config in run(collectives_of_a_step, world_size, "loader", optimizer):
+        batch, dim = config.optim.global_batch_size, config.model.embedding_dim
+        small = [collective for collective in seen if collective[0] != "allreduce"]
+        assert small == [("allgather", 2 * batch * dim * 4), ("reduce_scatter_base", batch * (dim + 1) * 4)]
+        assert sum(size for name, size in seen if name == "allreduce") == parameters
+        assert sum(size for _, size in small) < batch * 3 * SIDE * SIDE * 4 / 10
+
+
+def test_other_exchanges_send_what_they_say():
+    """`data/exchange.py`: uint8 crops once, or every rank's float32 views to all."""
+    world_size = 4
+    for way, name, bytes_a_value in (("all_to_all", "alltoall_base", 1), ("all_gather", "allgather", 4)):
+        for seen, _, config in run(collectives_of_a_step, world_size, way):
+            views = config.optim.global_batch_size // (world_size if way == "all_to_all" else 1)
+            assert seen[0] == (name, views * 3 * SIDE * SIDE * bytes_a_value)
+            assert [kind for kind, _ in seen if kind != "allreduce"] == [name, "allgather", "reduce_scatter_base"]
 
 
 def test_a_world_of_one_needs_no_process_group():

@@ -76,10 +76,9 @@ def grouped_and_fused(world):
     out, codes = run_and_get_code(forward_backward)
     expected = eager(x)
     expected.square().sum().backward()
-    pairs = [(out, expected), *((p.grad, q.grad) for p, q in zip(compiled.parameters(), eager.parameters(), strict=True)),
-             *zip(compiled.buffers(), eager.buffers(), strict=True)]  # fmt: skip
-    for ours, theirs in pairs:
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    ours, theirs = ([*layers.buffers(), *(p.grad for p in layers.parameters())] for layers in (compiled, eager))
+    for a, b in zip([out, *ours], [expected, *theirs], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
     return "\n".join(codes), out.is_contiguous(memory_format=torch.channels_last)
 
 

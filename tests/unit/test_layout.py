@@ -13,7 +13,6 @@ from moco_dist.distributed.world import World
 from moco_dist.method.encoder import Encoder
 from tests.distributed.program import small_config
 
-
 # On a CPU, PyTorch's convolutions leave weight gradients in the default layout, and its fused SGD turns them again.
 WEIGHT_GRADIENTS = ("aten::convolution_backward", "aten::_fused_sgd_")
 
@@ -95,7 +94,7 @@ def test_a_layout_copy_is_noticed(monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.parametrize("group", [16, 4])
 def test_on_a_gpu(group):
-    """cuDNN says by the names of its kernels what it turns around."""
+    """CuDNN says by the names of its kernels what it turns around."""
     config = small_config(model={"arch": "resnet50", "bn_group_size": group},
                           optim={"precision": "bf16", "global_batch_size": 16})  # fmt: skip
     world = World(device="cuda:0")

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from moco_dist.data.index import image_paths
 from moco_dist.data.storage import read_patiently
 from moco_dist.errors import UserError, nearest
 
@@ -77,7 +78,7 @@ def find_images(root: Path, split: Literal["train", "val"]) -> ImageFolder:
         for name in _folder_names(val):
             if name not in classes:
                 raise UserError(f"{val} has a class {name} that {train} lacks{nearest(name, classes)}")
-    paths = sorted(_scan(folder))
+    paths = image_paths(folder)
     if not paths:
         raise UserError(f"no image found in {folder}; files called {', '.join(IMG_EXTENSIONS)} count as images")
     label_of = {name: label for label, name in enumerate(classes)}
@@ -164,17 +165,3 @@ def _folder_names(folder: Path) -> list[str]:
         return []
     with os.scandir(folder) as entries:
         return sorted(entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir())
-
-
-def _scan(folder: Path, prefix: str = "") -> list[str]:
-    """Paths of all images below `folder`. An image is known by its name, without asking the file system for it."""
-    found: list[str] = []
-    with os.scandir(folder / prefix) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            if entry.name.lower().endswith(IMG_EXTENSIONS):
-                found.append(prefix + entry.name)
-            elif entry.is_dir():
-                found += _scan(folder, f"{prefix}{entry.name}/")
-    return found

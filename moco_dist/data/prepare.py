@@ -14,13 +14,13 @@ import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from moco_dist.data import published
+from moco_dist.data import imagenet, published
 from moco_dist.data.datasets import ImageError, ImageFolder, find_images, read_image
 from moco_dist.data.shapes import SHAPES, ShapeSettings, draw_image
 from moco_dist.errors import UserError
@@ -150,6 +150,92 @@ def prepare_imagefolder(out: Path, source: Path) -> Path:
     return out
 
 
+def prepare_imagenette(out: Path, source: Path | None = None) -> Path:
+    """Imagenette: ten classes of ImageNet, short side 320 pixels, downloaded or from its archive.
+
+    Args:
+        out: folder to make.
+        source: imagenette2-320.tgz.
+
+    Returns:
+        `out`.
+
+    Raises:
+        UserError: the download fails, the archive is damaged, or `out` holds something else.
+    """
+    recipe = {"name": "imagenette"}
+    if not _is_there(out, recipe):
+        with tempfile.TemporaryDirectory(dir=_parent_of(out)) as scratch, _appearing(out, recipe) as partial:
+            folder = published.imagenette(source, Path(scratch))
+            for split in ("train", "val"):
+                shutil.move(folder / split, partial / split)
+    return out
+
+
+def prepare_imagenet(
+    out: Path, source: Path, kind: Literal["tars", "folder"], sizes: imagenet.Sizes | None = None
+) -> Path:
+    """ImageNet-1k, checked: every image is decoded, and their number is the published one.
+
+    What was interrupted goes on with the next call.
+
+    Args:
+        out: folder to make.
+        source: the folder of the three archives (`tars`), or SOURCE/train and SOURCE/val unpacked by someone
+            (`folder`: `out` becomes links to it).
+        kind: which of them.
+        sizes: numbers of classes and images; default: ImageNet-1k's.
+
+    Returns:
+        `out`.
+
+    Raises:
+        UserError: archives are missing or damaged, numbers differ, images cannot be read, or `out` is something else.
+    """
+    sizes = sizes or imagenet.Sizes()
+    recipe = {"name": "imagenet", "from": kind, "source": str(source.absolute())}
+    if _is_there(out, recipe):
+        return out
+    if kind == "folder":
+        found = {split: find_images(source, split) for split in ("train", "val")}
+        numbers = (len(found["train"].classes), len(found["train"].paths), len(found["val"].paths))
+        if numbers != sizes:
+            raise UserError(f"{source} has {_of(numbers)}; ImageNet-1k has {_of(sizes)}")
+        return prepare_imagefolder(out, source)
+    unpacked = out.with_name(f".{out.name}.unpacked")
+    imagenet.unpack(source, unpacked, sizes)
+    if problems := verify(unpacked):
+        raise UserError("\n".join([*problems[:10], f"{len(problems)} image(s) of {unpacked} cannot be read"]))
+    _finish(unpacked, out, recipe)
+    return out
+
+
+def verify(root: Path) -> list[str]:
+    """Decode every image of a data set, and compare their number with what `prepare` wrote.
+
+    Returns:
+        a line for each image that cannot be read, and for each split of which images are missing.
+
+    Raises:
+        UserError: there is no data set.
+    """
+    splits = {"train": find_images(root, "train")}
+    if (root / "val").is_dir():
+        splits["val"] = find_images(root, "val")
+    problems: list[str] = []
+    for split, found in splits.items():
+        problems += filter(None, _in_threads(functools.partial(_problem, found), len(found.paths), f"reading {split}"))
+    if (root / MARKER).is_file():
+        written = json.loads((root / MARKER).read_text())["images"]
+        problems += [
+            f"{root / split} has {len(splits[split].paths) if split in splits else 0:,} images; {count:,} were prepared"
+            for split, count in written.items() if split not in splits or len(splits[split].paths) != count
+        ]  # fmt: skip
+    if not problems:
+        print(f"{root}: {_described({split: len(found.paths) for split, found in splits.items()})}, all can be read")
+    return problems
+
+
 def _is_there(out: Path, recipe: dict[str, Any]) -> bool:
     """Whether `out` already holds what `recipe` says, whole.
 
@@ -184,16 +270,30 @@ def _appearing(out: Path, recipe: dict[str, Any]) -> Iterator[Path]:
     try:
         partial.mkdir(parents=True)
         yield partial
-        counts = _counts(partial)
-        (partial / MARKER).write_text(json.dumps({**recipe, "images": counts}, indent=2) + "\n")
-        partial.rename(out)
+        _finish(partial, out, recipe)
     except OSError as error:
         raise UserError(f"cannot prepare {out}: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _finish(partial: Path, out: Path, recipe: dict[str, Any]) -> None:
+    """Say in `partial` what it holds, and let it become `out`."""
+    counts = _counts(partial)
+    (partial / MARKER).write_text(json.dumps({**recipe, "images": counts}, indent=2) + "\n")
+    partial.rename(out)
     left_out = out / UNREADABLE
     note = f"; {len(left_out.read_bytes().splitlines())} unreadable, see {left_out}" if left_out.exists() else ""
     print(f"{out} is ready: {recipe['name']}, {_described(counts)}{note}")
+
+
+def _of(sizes: tuple[int, int, int]) -> str:
+    return f"{sizes[0]:,} classes, {sizes[1]:,} training and {sizes[2]:,} validation images"
+
+
+def _parent_of(out: Path) -> Path:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    return out.parent
 
 
 def _counts(root: Path) -> dict[str, int]:

@@ -5,6 +5,7 @@ import gzip
 import shutil
 import socket
 import subprocess
+import tarfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from torchvision.datasets import CIFAR10, FashionMNIST
+from torchvision.datasets import CIFAR10, FashionMNIST, Imagenette
 from torchvision.datasets.utils import download_url
 
 from moco_dist.errors import UserError
@@ -89,6 +90,29 @@ def cifar10(scratch: Path) -> dict[str, Split]:
             f"CIFAR-10 cannot be had: {error}; `fashion-mnist` has other sources, and `shapes` needs none"
         ) from None
     return {split: Split(part.data, np.array(part.targets), tuple(part.classes)) for split, part in parts.items()}
+
+
+def imagenette(source: Path | None, scratch: Path) -> Path:
+    """Imagenette (J. Howard, fast.ai): a folder with train/CLASS/IMAGE and val/CLASS/IMAGE.
+
+    Args:
+        source: its archive, imagenette2-320.tgz; None: downloaded.
+        scratch: an empty folder.
+
+    Raises:
+        UserError: it cannot be had, or is damaged.
+    """
+    try:
+        if source is None:
+            with _downloading("imagenette2-320.tgz"):
+                Imagenette(scratch, size="320px", download=True)
+        else:
+            shutil.unpack_archive(source, scratch, filter="data")  # nothing outside of scratch
+        return next(path.parent for path in scratch.glob("*/train"))
+    except _UnavailableError as error:
+        raise UserError(f"Imagenette cannot be had: {error}; give its archive by --source, or use `shapes`") from None
+    except (OSError, ValueError, EOFError, zlib.error, tarfile.TarError, StopIteration) as error:
+        raise UserError(f"{source} is not Imagenette's archive, or damaged: {error!r}") from error
 
 
 def _fashion_mnist_folder(source: Path | None, scratch: Path) -> Path:

@@ -1,8 +1,12 @@
 """Pairs of views for eyes."""
 
+from pathlib import Path
+
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
+from torchvision.utils import make_grid
 
 from moco_dist.config import PretrainConfig
 from moco_dist.data.augment import apply_colours
@@ -10,6 +14,7 @@ from moco_dist.data.datasets import find_images, subset
 from moco_dist.data.loader import pretrain_batches
 from moco_dist.data.plan import Plan
 from moco_dist.distributed.world import World
+from moco_dist.errors import UserError
 
 
 def view_pairs(config: PretrainConfig, count: int, step: int = 0) -> Tensor:
@@ -20,7 +25,10 @@ def view_pairs(config: PretrainConfig, count: int, step: int = 0) -> Tensor:
     """
     folder = subset(find_images(config.data.root, "train"), config.data.max_samples)
     plan = Plan(len(folder.paths), min(count, len(folder.paths)), config.run.seed)
-    alone = config.model_copy(update={"data": config.data.model_copy(update={"num_workers": 0})})
+    alone = config.model_copy(update={
+        "data": config.data.model_copy(update={"num_workers": 0}),
+        "shuffle": config.shuffle.model_copy(update={"exchange": "loader"}),
+    })  # fmt: skip
     batch = next(pretrain_batches(folder, alone, plan, World(), step, step + 1))
     home = torch.from_numpy(np.argsort(plan.key_permutation(step)))
     mean = torch.tensor(config.augment.mean)[:, None, None]
@@ -30,3 +38,20 @@ def view_pairs(config: PretrainConfig, count: int, step: int = 0) -> Tensor:
         for view, colours in ((batch.view_q, batch.colours_q), (batch.view_k[home], batch.colours_k[home]))
     ]
     return (torch.stack(views, dim=1) * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+def write_contact_sheet(config: PretrainConfig, count: int, out: Path) -> None:
+    """A PNG of `count` pairs of views, four pairs a row: the query view left, its positive key right.
+
+    Raises:
+        UserError: the images cannot be read, or the file cannot be written.
+    """
+    if out.suffix.lower() != ".png":
+        raise UserError(f"--out {out}: a contact sheet is a .png file")
+    pairs = view_pairs(config, count)
+    sheet = make_grid(pairs.flatten(0, 1), nrow=8, padding=4, pad_value=255)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(sheet.permute(1, 2, 0).numpy()).save(out)
+    except OSError as error:
+        raise UserError(f"{out} cannot be written: {error.strerror}") from error

@@ -1,0 +1,80 @@
+"""Which images lie below a folder, found once: a file remembers it as long as the folder stays as it is.
+
+Listing 1.28 million files takes minutes where the file system is on a network. The index is FOLDER's neighbour in JSON,
+with the modification time of every folder below, which changes when a file comes or goes; FOLDER itself is listed anew.
+It is written for large folders alone, where FOLDER can be written, and never believed where anything differs.
+"""
+
+import contextlib
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+NAME = ".moco_dist_index.json"
+MIN_IMAGES = 10_000  # below it, listing takes less than a second
+SETTLED_SECONDS = 2  # a folder changed later than so long ago may change again within the clock's resolution
+
+
+def image_paths(folder: Path) -> list[str]:
+    """Sorted relative paths, with `/`, of all visible images below `folder`, from the index where it is right."""
+    started_ns = time.time_ns()
+    top = sorted(entry.name for entry in os.scandir(folder) if not entry.name.startswith("."))
+    index = folder / NAME
+    known = _read(index)
+    if known is not None and known["top"] == top and all(
+        _mtime_ns(folder / name) == mtime for name, mtime in known["folders"].items()
+    ):
+        return known["paths"]
+    folders: dict[str, int] = {}
+    paths = sorted(_scan(folder, "", folders))
+    newest = max(folders.values(), default=0)
+    if len(paths) >= MIN_IMAGES and newest < started_ns - SETTLED_SECONDS * 10**9:
+        _write(index, {"top": top, "folders": folders, "paths": paths})
+    return paths
+
+
+def _scan(folder: Path, prefix: str, folders: dict[str, int]) -> list[str]:
+    """Paths of all images below; an image is known by its name, without asking the file system for it.
+
+    Fills `folders` with the modification times of the folders below, taken before they are listed.
+    """
+    found: list[str] = []
+    if prefix:
+        folders[prefix] = _mtime_ns(folder / prefix)
+    with os.scandir(folder / prefix) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.name.lower().endswith(IMG_EXTENSIONS):
+                found.append(prefix + entry.name)
+            elif entry.is_dir():
+                found += _scan(folder, f"{prefix}{entry.name}/", folders)
+    return found
+
+
+def _mtime_ns(path: Path) -> int:
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return -1  # gone: no folder had this time
+
+
+def _read(index: Path) -> dict[str, Any] | None:
+    try:
+        known = json.loads(index.read_bytes())
+        return known if {"top", "folders", "paths"} <= known.keys() else None
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def _write(index: Path, known: dict[str, Any]) -> None:
+    partial = index.with_name(f"{NAME}.{os.getpid()}")
+    with contextlib.suppress(OSError, UnicodeEncodeError):  # a folder that cannot be written is listed every time
+        partial.write_text(json.dumps(known), encoding="utf-8")
+        partial.replace(index)
+    with contextlib.suppress(OSError):
+        partial.unlink(missing_ok=True)

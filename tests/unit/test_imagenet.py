@@ -1,0 +1,171 @@
+"""ImageNet from archives like its own, with three classes; and what can be wrong with them."""
+
+import io
+import json
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from moco_dist.cli import main
+from moco_dist.data import imagenet
+from moco_dist.data.datasets import find_images
+from moco_dist.data.imagenet import DEVKIT, TRAIN, VAL, Sizes
+from moco_dist.data.prepare import prepare_imagenet
+from moco_dist.errors import UserError
+
+savemat = pytest.importorskip("scipy.io").savemat
+CLASSES = {"n01440764": "tench, Tinca tinca", "n01443537": "goldfish", "n02084071": "dog"}
+VAL_CLASSES = [2, 0, 1, 0, 2]  # numbers of the classes, in the order of the images
+SIZES = Sizes(3, 12, 5)
+
+
+def jpeg(number):
+    pixels = np.random.default_rng(number).integers(0, 255, (20, 30, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    image = image.convert("CMYK") if number == 3 else image  # as one of ImageNet's is
+    image.save(file := io.BytesIO(), "PNG" if number == 5 else "JPEG")  # and one is a PNG called .JPEG
+    return file.getvalue()
+
+
+def tar_of(files, mode="w"):
+    with tarfile.open(fileobj=(out := io.BytesIO()), mode=mode) as archive:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return out.getvalue()
+
+
+@pytest.fixture
+def source(tmp_path):
+    folder = tmp_path / "archives"
+    folder.mkdir()
+    number = iter(range(100))
+    inner = {f"{wnid}.tar": tar_of({f"{wnid}_{i}.JPEG": jpeg(next(number)) for i in range(4)}) for wnid in CLASSES}
+    (folder / TRAIN).write_bytes(tar_of(inner))
+    val = {f"ILSVRC2012_val_{i + 1:08d}.JPEG": jpeg(50 + i) for i in range(len(VAL_CLASSES))}
+    (folder / VAL).write_bytes(tar_of(dict(reversed(val.items()))))  # in no order
+    rows = [(i + 1, wnid, words, 0) for i, (wnid, words) in enumerate(CLASSES.items())]
+    rows.append((4, "n00001740", "entity", 3))  # a class of classes, with no images
+    kinds = [("ILSVRC2012_ID", object), ("WNID", object), ("words", object), ("num_children", object)]
+    savemat(meta := io.BytesIO(), {"synsets": np.array(rows, dtype=kinds)})
+    truth = "".join(f"{label + 1}\n" for label in VAL_CLASSES).encode()
+    devkit = {"ILSVRC2012_devkit_t12/data/meta.mat": meta.getvalue(),
+              "ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt": truth}  # fmt: skip
+    (folder / DEVKIT).write_bytes(tar_of(devkit, "w:gz"))
+    return folder
+
+
+def test_archives_become_folders(source, tmp_path, capsys):
+    out = prepare_imagenet(tmp_path / "imagenet", source, "tars", SIZES)
+    train, val = find_images(out, "train"), find_images(out, "val")
+    assert train.classes == tuple(CLASSES)
+    assert np.bincount(train.labels).tolist() == [4, 4, 4]
+    wnids = list(CLASSES)
+    for i, label in enumerate(VAL_CLASSES):
+        path = f"{wnids[label]}/ILSVRC2012_val_{i + 1:08d}.JPEG"
+        assert path in val.paths
+        assert (val.root / path).read_bytes() == jpeg(50 + i)
+    assert json.loads((out / "classes.json").read_text()) == CLASSES
+    assert "12 train + 5 val images" in capsys.readouterr().out
+    prepare_imagenet(out, source, "tars", SIZES)
+    assert "already there" in capsys.readouterr().out
+
+
+def test_an_interruption_goes_on_at_the_missing_class(source, tmp_path, monkeypatch):
+    appear, made = imagenet._appear, []
+
+    def interrupted(folder, places, archive):
+        if len(made) == 1:
+            next(iter(places.values()))
+            (folder.with_name(f".{folder.name}.partial")).mkdir()
+            made.append(folder.name)
+            raise KeyboardInterrupt
+        made.append(folder.name)
+        appear(folder, places, archive)
+
+    monkeypatch.setattr(imagenet, "_appear", interrupted)
+    out = tmp_path / "imagenet"
+    with pytest.raises(KeyboardInterrupt):
+        prepare_imagenet(out, source, "tars", SIZES)
+    assert not out.exists()
+    prepare_imagenet(out, source, "tars", SIZES)
+    assert made == ["n01440764", "n01443537", "n01443537", "n02084071", "val"]  # the first is not made again
+    assert len(find_images(out, "train").paths) == 12
+    assert not list(tmp_path.glob(".imagenet*"))
+
+
+def test_a_folder_that_somebody_unpacked(source, tmp_path):
+    unpacked = prepare_imagenet(tmp_path / "unpacked", source, "tars", SIZES)
+    out = prepare_imagenet(tmp_path / "imagenet", unpacked, "folder", SIZES)
+    assert find_images(out, "train").paths == find_images(unpacked, "train").paths
+    next((unpacked / "val").glob("*/*")).unlink()
+    with pytest.raises(UserError, match="3 classes, 12 training and 4 validation images; ImageNet-1k has 3 classes"):
+        prepare_imagenet(tmp_path / "again", unpacked, "folder", SIZES)
+
+
+def damage(source, name, change):
+    path = source / name
+    path.write_bytes(change(path.read_bytes()))
+
+
+DAMAGES = {
+    "a train archive that is cut": (TRAIN, lambda b: b[: len(b) // 2], "is damaged"),
+    "a development kit that is none": (DEVKIT, lambda b: b"no archive", "not ImageNet's development kit"),
+    "a validation archive with one image": (VAL, lambda b: tar_of({"x.JPEG": b""}), "has 1 images instead of 5"),
+    "a train archive of other classes": (TRAIN, lambda b: tar_of(dict.fromkeys(["a.tar", "b.tar", "c.tar"], b"")),
+                                         "a class a that the development kit does not know"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_archive_is_one_line(source, tmp_path, name):
+    archive, change, expected = DAMAGES[name]
+    damage(source, archive, change)
+    with pytest.raises(UserError, match=expected) as caught:
+        prepare_imagenet(tmp_path / "imagenet", source, "tars", SIZES)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "imagenet").exists()
+
+
+def test_mistakes_are_one_line(source, tmp_path, capsys):
+    out = str(tmp_path / "out")
+    (source / TRAIN).rename(source / "ILSVRC2012_img_trian.tar")
+    cases = [
+        (["imagenet", "--source", str(source), "--out", out], f"lacks {TRAIN}; did you mean ILSVRC2012_img_trian.tar?"),
+        (["imagenet", "--out", out], "needs --source, the folder of its three archives"),
+        (["imagenet", "--from", "tar", "--source", str(source), "--out", out], "did you mean tars?"),
+        (["imagenette", "--source", str(source / VAL), "--out", out], "is not Imagenette's archive"),
+    ]
+    for words, expected in cases:
+        assert main(["data", "prepare", *words]) == 2
+        error = capsys.readouterr().err
+        assert expected in error, error
+        assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_imagenette_from_its_archive(tmp_path):
+    files = {f"imagenette2-320/{split}/{wnid}/{i}.JPEG": jpeg(i) for split in ("train", "val") for wnid in CLASSES
+             for i in range(2)}  # fmt: skip
+    archive = tmp_path / "imagenette2-320.tgz"
+    archive.write_bytes(tar_of(files, "w:gz"))
+    assert main(["data", "prepare", "imagenette", "--source", str(archive), "--out", str(tmp_path / "out")]) == 0
+    assert len(find_images(tmp_path / "out", "train").paths) == 6
+
+
+def test_verify(source, tmp_path, capsys):
+    out = prepare_imagenet(tmp_path / "imagenet", source, "tars", SIZES)
+    capsys.readouterr()
+    assert main(["data", "verify", str(out)]) == 0
+    assert "12 train + 5 val images, all can be read" in capsys.readouterr().out
+    broken = next((out / "train").glob("*/*"))
+    broken.write_bytes(broken.read_bytes()[:100])
+    next((out / "val").glob("*/*")).unlink()
+    assert main(["data", "verify", str(out)]) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 3
+    assert str(broken) in errors[0]
+    assert "val has 4 images; 5 were prepared" in errors[1]

@@ -1,0 +1,70 @@
+"""The index of a large folder is believed only as long as it is right."""
+
+import os
+import time
+
+import pytest
+
+from moco_dist.data import index
+from moco_dist.data.datasets import find_images
+from moco_dist.data.index import NAME, image_paths
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Twelve files in three folders, one of them two deep, last changed a minute ago; any number is large."""
+    monkeypatch.setattr(index, "MIN_IMAGES", 1)
+    for name in ("a", "b/deep", "c"):
+        (tmp_path / name).mkdir(parents=True)
+        for i in range(4):
+            (tmp_path / name / f"{i}.jpg").touch()
+    settle(tmp_path)
+    return tmp_path
+
+
+def settle(folder):
+    for path in folder.rglob("*"):
+        if path.is_dir():
+            os.utime(path, (time.time() - 60, time.time() - 60 + len(path.name)))
+
+
+def test_is_written_and_used(folder, monkeypatch):
+    paths = image_paths(folder)
+    assert len(paths) == 12 and (folder / NAME).is_file()
+    monkeypatch.setattr(index, "_scan", None)  # not called again
+    assert image_paths(folder) == paths
+    assert find_images(folder, "train").paths == paths
+
+
+CHANGES = {
+    "a file came": lambda f: (f / "a" / "new.jpg").touch(),
+    "a file went": lambda f: (f / "b" / "deep" / "0.jpg").unlink(),
+    "a folder came": lambda f: ((f / "d").mkdir(), (f / "d" / "0.jpg").touch()),
+    "a folder deep below came": lambda f: ((f / "c" / "e").mkdir(), (f / "c" / "e" / "0.jpg").touch()),
+    "a folder went": lambda f: ([p.unlink() for p in (f / "c").iterdir()], (f / "c").rmdir()),
+    "a folder was renamed": lambda f: (f / "c").rename(f / "z"),
+    "a file came beside the folders": lambda f: (f / "0.jpg").touch(),
+    "the index is damaged": lambda f: (f / NAME).write_text('{"top": ['),
+    "the index is something else": lambda f: (f / NAME).write_text("[1, 2]"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_is_not_believed_when(folder, change):
+    image_paths(folder)
+    CHANGES[change](folder)
+    expected = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.jpg"))
+    assert image_paths(folder) == expected
+    settle(folder)
+    assert image_paths(folder) == expected  # and a new index is written, and right
+    assert image_paths(folder) == expected
+
+
+def test_is_not_written_while_folders_change_or_for_few_images(folder, monkeypatch):
+    (folder / "a" / "new.jpg").touch()
+    image_paths(folder)
+    assert not (folder / NAME).exists()
+    settle(folder)
+    monkeypatch.setattr(index, "MIN_IMAGES", 100)
+    image_paths(folder)
+    assert not (folder / NAME).exists()

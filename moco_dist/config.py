@@ -344,10 +344,11 @@ def size_problems(config: PretrainConfig, world_size: int) -> list[str]:
                 f"optim.grad_accum_steps {accum}: method simclr needs the whole batch at once, its negatives; 1 works"
             )
         return problems
-    if queue < batch:
+    keys = 2 * batch if config.moco.symmetric else batch
+    if queue < keys:
         problems.append(
-            f"moco.queue_size {queue} holds less than one batch (optim.global_batch_size {batch}); "
-            f"{batch} is the smallest that works"
+            f"moco.queue_size {queue} holds less than the {keys} keys of one step (optim.global_batch_size {batch}"
+            f"{', moco.symmetric' if config.moco.symmetric else ''}); {keys} is the smallest that works"
         )
     if queue < world_size:
         problems.append(f"moco.queue_size {queue} is less than one key a rank on {world_size} ranks")

@@ -1,11 +1,10 @@
 """Pre-training by MoCo v2: builds everything, then the loop. Algorithm 1 of v1 (arXiv 1911.05722), line by line."""
 
-import hashlib
 import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +12,6 @@ from torch import Tensor
 from moco_dist import checkpoint
 from moco_dist.checkpoint import TrainState
 from moco_dist.config import PretrainConfig
-from moco_dist.config_source import flatten, read_config, to_yaml
 from moco_dist.data.augment import apply_colours
 from moco_dist.data.batch import CropBatch, to_device
 from moco_dist.data.datasets import ImageFolder, find_images, subset
@@ -21,7 +19,7 @@ from moco_dist.data.exchange import key_views
 from moco_dist.data.loader import pretrain_batches
 from moco_dist.data.plan import Plan
 from moco_dist.distributed.agreement import require_agreement
-from moco_dist.distributed.collectives import all_gather, barrier, gather_texts
+from moco_dist.distributed.collectives import all_gather
 from moco_dist.distributed.stop import STOP, StopRequest, marker_path
 from moco_dist.distributed.world import World
 from moco_dist.engine import Engine
@@ -32,20 +30,16 @@ from moco_dist.evaluate.knn import knn_during_training
 from moco_dist.logbook import Logbook
 from moco_dist.method.batch_norm import set_micro_batch
 from moco_dist.method.encoder import build_encoder
-from moco_dist.method.infonce import contrastive_accuracy, exchange, info_nce
+from moco_dist.method.infonce import contrastive_accuracy, exchange, info_nce, unshuffle
 from moco_dist.method.momentum import key_encoder_of, momentum_update
 from moco_dist.method.ntxent import batch_accuracy, nt_xent
 from moco_dist.method.precision import autocast, compute_dtype
 from moco_dist.method.queue import Queue
 from moco_dist.optim import build_optimizer, learning_rate, learning_rate_formula
 from moco_dist.provenance import git_state, package_versions
+from moco_dist.resume import facts_to_agree_on, resume, without_secrets
 from moco_dist.saver import Saver
-from moco_dist.tracking import Tracker, without_credentials
-
-# Settings that say where and how fast, not what is computed: they may change when a run goes on.
-FREE_TO_CHANGE = ("run.dir", "run.device", "run.stop_at_step", "run.resume", "run.peer_timeout_seconds",
-                  "data.loader", "data.num_workers", "data.prefetch_batches", "data.dali.", "data.root",
-                  "log.", "checkpoint.", "tracking.", "optim.grad_accum_steps", "engine.", "shuffle.")
+from moco_dist.tracking import Tracker
 
 
 class StepResult(NamedTuple):
@@ -143,6 +137,8 @@ def train_step(
     """
     if config.method == "simclr":
         return _simclr(state, engine, config, view_q, view_k, key_order, lr, is_log_step, world)
+    if config.moco.symmetric:
+        return _symmetric(state, engine, config, view_q, view_k, key_order, lr, is_log_step, world)
     temperature, accum = config.moco.temperature, config.optim.grad_accum_steps
     if config.engine.cuda_graphs:
         torch.compiler.cudagraph_mark_step_begin()  # what the last step's graphs returned may be overwritten
@@ -164,6 +160,42 @@ def train_step(
     engine.step(lr)
     scalars = monitor(q_all, k_all, accum, state.queue, world) if is_log_step else {}
     state.queue.enqueue(k_all)  # after the loss: a key is never its own negative
+    state.step += 1
+    return StepResult(loss_sum / accum, scalars)
+
+
+def _symmetric(
+    state: TrainState, engine: Engine, config: PretrainConfig, view_q: Tensor, view_k: Tensor, key_order: Tensor,
+    lr: float, is_log_step: bool, world: World,
+) -> StepResult:
+    """`train_step` with each view as query and as key (as in arXiv 2104.02057, Algorithm 1, but with the queue).
+
+    The second direction needs no further image: its queries are the key views that this rank has, of the shuffled
+    batch, and its keys the query views, in sample order. So here too no query shares its BN group with its own key.
+    """
+    temperature, accum = config.moco.temperature, config.optim.grad_accum_steps
+    momentum_update(state.query_encoder, state.key_encoder, config.moco.momentum)
+    keys = torch.cat([encode_keys(state, config, view_k, world), encode_keys(state, config, view_q, world)])
+    gathered = all_gather(keys[None], world).unflatten(1, (2, -1))  # (W, 2, B/W, C)
+    k_all = unshuffle(gathered[:, 0].flatten(0, 1), key_order)
+    k_all_back = gathered[:, 1].flatten(0, 1)
+    own_rows = slice(world.rank * len(view_q), (world.rank + 1) * len(view_q))
+    views = [torch.cat(pair) for pair in zip(view_q.chunk(accum), view_k.chunk(accum), strict=True)]
+    own, back = k_all[own_rows].chunk(accum), k_all_back[key_order[own_rows]].chunk(accum)
+    loss_sum = view_q.new_zeros((), dtype=keys.dtype)
+    for i in range(accum):
+        set_micro_batch(state.query_encoder, i, accum)
+        q, k = engine(views[i], synchronise=i == accum - 1), torch.cat([own[i], back[i]])
+        q_all = all_gather(q.detach(), world)
+        loss = info_nce(q, k, q_all, state.queue.keys, temperature, world)
+        engine.backward(loss / accum)
+        loss_sum += loss.detach()
+    engine.step(lr)
+    scalars = {}
+    if is_log_step:
+        top1, top5 = contrastive_accuracy(q_all, all_gather(k, world), state.queue.keys, world)
+        scalars = {"contrastive_top1": top1, "contrastive_top5": top5, "embedding_std": spread(q_all)}
+    state.queue.enqueue(torch.cat([k_all, k_all_back]))
     state.step += 1
     return StepResult(loss_sum / accum, scalars)
 
@@ -267,73 +299,6 @@ def require_finite(logbook: Logbook, config: PretrainConfig, plan: Plan) -> None
                     "warm-up (optim.warmup_epochs) may be stable")  # fmt: skip
 
 
-def resume(state: TrainState, config: PretrainConfig, world: World) -> tuple[list[str], list[float]]:
-    """Load the newest intact checkpoint of the run's folder, if there is one; write the resolved config.
-
-    Returns:
-        lines about checkpoints that were passed over, and the losses of the log interval that was under way.
-
-    Raises:
-        UserError: the checkpoint was made with settings that compute something else (each is named), or none is intact.
-    """
-    notes: list[str] = []
-    pending_losses: list[float] = []
-    # As rank 0 sees it: a shared file system may show a new folder to some hosts a little later.
-    seen = " ".join(folder.name for folder in checkpoint.complete_checkpoints(config.run.dir))
-    for name in reversed(gather_texts(seen, world)[0].split()):
-        folder = config.run.dir / "checkpoints" / name
-        if problem := checkpoint.damage(folder, world):
-            notes.append(f"warning: {folder.name} is damaged and left alone: {problem}")
-            continue
-        refuse_changes(config, folder)
-        checkpoint.load(state, folder, world)
-        pending_losses = checkpoint.read_manifest(folder).get("pending_losses", [])
-        break
-    else:
-        if notes:
-            raise UserError("\n".join([*notes, f"no checkpoint of {config.run.dir} is intact; give another --run.dir"]))
-    if world.is_main:
-        marker_path(config.run.dir).unlink(missing_ok=True)
-        (config.run.dir / "config.yaml").write_text(to_yaml(without_secrets(config)), encoding="utf-8")
-    barrier(world)
-    return notes, pending_losses
-
-
-def without_secrets(config: PretrainConfig) -> PretrainConfig:
-    """The config as files may hold it: a user and password in tracking.uri are left out."""
-    uri = config.tracking.uri
-    tracking = config.tracking.model_copy(update={"uri": without_credentials(uri) if uri else uri})
-    return config.model_copy(update={"tracking": tracking})
-
-
-def refuse_changes(config: PretrainConfig, folder: Path) -> None:
-    """Compare with the settings that a checkpoint was made with.
-
-    Raises:
-        UserError: some that change what is computed differ; each is named.
-    """
-    saved: dict[str, Any] = flatten(PretrainConfig.model_validate(checkpoint.read_manifest(folder)["config"]))
-    changed = [
-        f"{name}: {saved[name]} in {folder.name}, now {value}"
-        for name, value in flatten(config).items()
-        if value != saved[name] and not name.startswith(FREE_TO_CHANGE)
-    ]
-    if changed and config.run.resume != "changed":
-        how = "give another --run.dir, these settings again, or --run.resume changed to go on all the same"
-        raise UserError("\n".join([f"{config.run.dir} holds a run with other settings; {how}:", *changed]))
-
-
-def facts_to_agree_on(config: PretrainConfig, folder: ImageFolder) -> dict[str, Any]:
-    """What must be the same on every rank: settings, versions, and the list of images."""
-    per_host = ("data.root", "data.num_workers", "run.dir", "run.device", "run.resume")
-    return {
-        **{name: value for name, value in flatten(config).items() if name not in per_host},
-        **{f"version of {name}": version for name, version in package_versions().items()},
-        "number of images": len(folder.paths),
-        "list of images (hash)": hashlib.sha256("\n".join(folder.paths).encode()).hexdigest()[:16],
-    }
-
-
 def is_due(step: int, every: int) -> bool:
     """Whether something that happens every `every` steps (0: never) happens after `step` of them."""
     return every > 0 and step % every == 0
@@ -367,12 +332,3 @@ def say_start(
             f"warning: moco.queue_size {moco.queue_size} is larger than the data set ({len(folder.paths)}): "
             "older keys of the very same image are among its negatives, and the loss pushes them away"
         )
-
-
-def read_run_config(run_dir: Path) -> PretrainConfig:
-    """The resolved config of an existing run.
-
-    Raises:
-        UserError: there is none.
-    """
-    return read_config(PretrainConfig, run_dir / "config.yaml", [])

@@ -1,0 +1,72 @@
+"""The symmetric loss on any number of ranks and micro-batches: what plain PyTorch on one process computes."""
+
+import functools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from moco_dist.data.plan import Plan
+from moco_dist.method.encoder import build_encoder
+from moco_dist.optim import peak_learning_rate
+from tests.distributed.program import NUM_SAMPLES, images, largest_difference, run_program, small_config
+from tests.world import run
+
+STEPS = 3
+
+
+def config(accum=1):
+    moco = {"queue_size": 152, "momentum": 0.9, "temperature": 0.2, "symmetric": True}
+    return small_config(moco=moco, optim={"grad_accum_steps": accum})
+
+
+@functools.cache
+def plain():
+    """Two losses a step, each with the other view as its key; K x N logits, one row of the queue after the other."""
+    c = config()
+    start = run(run_program, 1, c, 0)[0]["initial"]
+    f_q, f_k = (build_encoder(c.model, c.run.seed).double().train() for _ in range(2))
+    sgd = torch.optim.SGD(f_q.parameters(), lr=peak_learning_rate(c.optim), momentum=0.9, weight_decay=1e-4)
+    queue, ptr, losses = start["queue"].clone(), 0, []
+    plan, table = Plan(NUM_SAMPLES, 64, c.run.seed), images()
+
+    def encode(f, x):
+        return torch.cat([f(group) for group in x.split(8)])
+
+    for step in range(STEPS):
+        x = table[torch.from_numpy(plan.global_indices(step))]
+        order = torch.from_numpy(plan.key_permutation(step))
+        home = order.argsort()
+        with torch.no_grad():
+            for p_q, p_k in zip(f_q.parameters(), f_k.parameters(), strict=True):
+                p_k.copy_(0.9 * p_k + 0.1 * p_q)
+            k_of_second = encode(f_k, x[order, 1])[home]
+            k_of_first = encode(f_k, x[:, 0])
+        q_of_first, q_of_second = encode(f_q, x[:, 0]), encode(f_q, x[order, 1])[home]
+        loss = 0
+        for q, k in ((q_of_first, k_of_second), (q_of_second, k_of_first)):
+            logits = torch.cat([(q * k).sum(1, keepdim=True), q @ queue.T], dim=1) / 0.2
+            loss = loss + F.cross_entropy(logits, torch.zeros(64, dtype=torch.int64)) / 2
+        sgd.zero_grad()
+        loss.backward()
+        sgd.step()
+        losses.append(loss.item())
+        for key in torch.cat([k_of_second, k_of_first]):
+            queue[ptr] = key
+            ptr = (ptr + 1) % len(queue)
+    weights = [{name: p.detach() for name, p in f.named_parameters()} for f in (f_q, f_k)]
+    return {"losses": losses, "query_encoder": weights[0], "key_encoder": weights[1], "queue": queue}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("world_size", "accum"), [(1, 1), (2, 2), (4, 1)])
+def test_equals_the_plain_step(world_size, accum):
+    for ours in run(run_program, world_size, config(accum), STEPS):
+        for name, expected in plain().items():
+            assert largest_difference(ours[name], expected) < 1e-10, name
+        assert ours["queue_ptr"] == STEPS * 128 % 152
+
+
+def test_the_queue_has_to_hold_both_keys_of_a_sample():
+    with pytest.raises(ValueError, match=r"less than the 128 keys of one step .*moco.symmetric\); 128 is the smallest"):
+        small_config(moco={"queue_size": 100, "symmetric": True})

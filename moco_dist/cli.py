@@ -10,6 +10,7 @@ from moco_dist import __version__
 from moco_dist.errors import Preempted, UserError, nearest
 
 EXIT_MISTAKE = 2  # a mistake in what the user gave
+EXIT_IO = 74  # EX_IOERR: a file cannot be read or written
 EXIT_INTERRUPTED = 130  # Ctrl-C
 
 COMMANDS = {  # name: its arguments, what it does, the function in moco_dist.commands
@@ -34,6 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit status. A user's mistake is one line each, without a traceback."""
     argv = sys.argv[1:] if argv is None else argv
     debug = "--debug" in argv
+    who = "" if os.environ.get("WORLD_SIZE", "1") == "1" else f"[rank {os.environ.get('RANK', '0')}] "
     # The deepspeed launcher says the local rank by a flag too.
     argv = [word for word in argv if word != "--debug" and not word.startswith("--local_rank=")]
     signal.signal(signal.SIGTERM, _terminate)  # a pre-training has its own way: it saves first
@@ -42,11 +44,15 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         if debug:
             traceback.print_exc()
-        rank = os.environ.get("RANK", "0")
-        who = "" if os.environ.get("WORLD_SIZE", "1") == "1" else f"[rank {rank}] "
         for line in str(error).splitlines():
             print(f"{who}error: {line}", file=sys.stderr)
         return error.exit_status
+    except OSError as error:  # no space, no permission, an input that is gone
+        if debug or error.strerror is None:
+            raise
+        where = f": {error.filename}" if error.filename else ""
+        print(f"{who}error: {error.strerror.lower()}{where}; --debug shows where it came from", file=sys.stderr)
+        return EXIT_IO
     except Preempted as notice:
         if os.environ.get("RANK", "0") == "0":
             print(notice, file=sys.stderr)

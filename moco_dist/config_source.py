@@ -166,7 +166,11 @@ def _messages(error: ValidationError, schema: type[BaseModel]) -> list[str]:
     """One line per pydantic error, in the user's words."""
     known = leaf_fields(schema)
     messages = []
-    for item in error.errors():
+    everything = error.errors()
+    for item in everything:
+        loc = item["loc"]
+        if item["type"] == "too_short" and any(o["loc"][: len(loc)] == loc for o in everything if o is not item):
+            continue  # pydantic counts only the values that are right; the wrong ones are told
         name = ".".join(str(part) for part in item["loc"])
         kind, given = item["type"], item["input"]
         if kind == "extra_forbidden":

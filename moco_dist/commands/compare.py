@@ -1,15 +1,15 @@
 """`moco-dist compare`."""
 
-import argparse
 import os
 from pathlib import Path
 
+from moco_dist.commands.arguments import Parser
 from moco_dist.errors import UserError
 
 
 def main(words: list[str]) -> int:
     """Several runs side by side; with --register, the best of them in MLflow's model registry."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         "moco-dist compare", description="a table of what differs and what came out, overlaid curves, CSV and Markdown"
     )
     parser.add_argument("runs", type=Path, nargs="*", help="folders of runs, two or more")

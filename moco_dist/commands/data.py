@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from moco_dist.commands.arguments import Parser
 from moco_dist.commands.configured import config_or_help
 from moco_dist.config import PretrainConfig
 from moco_dist.errors import UserError, nearest
@@ -13,7 +14,7 @@ HAS_SOURCE = "fashion-mnist: folder of its .gz files; imagenette: its .tgz; imag
 
 def main(words: list[str]) -> int:
     """Get or check a data set."""
-    parser = argparse.ArgumentParser("moco-dist data", description="get or check a data set")
+    parser = Parser("moco-dist data", description="get or check a data set")
     actions = parser.add_subparsers(dest="action", required=True)
     pack = actions.add_parser("pack", help="write a data set into one file, for data.loader ffcv")
     pack.add_argument("source", type=Path, help="SOURCE/train and SOURCE/val, or a folder of images")

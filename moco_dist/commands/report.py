@@ -1,8 +1,8 @@
 """`moco-dist report`."""
 
-import argparse
 from pathlib import Path
 
+from moco_dist.commands.arguments import Parser
 from moco_dist.config import PretrainConfig
 from moco_dist.config_source import read_config
 from moco_dist.errors import UserError
@@ -10,7 +10,7 @@ from moco_dist.errors import UserError
 
 def main(words: list[str]) -> int:
     """Accuracy table, and a page with pictures and curves."""
-    parser = argparse.ArgumentParser("moco-dist report", description="accuracy table, pictures and curves of a run")
+    parser = Parser("moco-dist report", description="accuracy table, pictures and curves of a run")
     parser.add_argument("run", type=Path, help="folder of the pre-training run")
     run_dir = parser.parse_args(words).run
     if not (run_dir / "config.yaml").is_file():

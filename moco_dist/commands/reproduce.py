@@ -1,9 +1,9 @@
 """`moco-dist reproduce`."""
 
-import argparse
 import shlex
 from pathlib import Path
 
+from moco_dist.commands.arguments import Parser
 from moco_dist.errors import UserError, nearest
 
 
@@ -11,7 +11,7 @@ def main(words: list[str]) -> int:
     """A table of the paper: every row pre-trained, evaluated, and set beside the published number."""
     from moco_dist.reproduce import SMALL_EPOCHS, TABLES, as_markdown, jobs_of, run_jobs
 
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         "moco-dist reproduce", description="every row of a table of MoCo v2 (arXiv 2003.04297) beside the published"
     )
     parser.add_argument("table", help=f"{', '.join(TABLES)} (Table 3, memory and time: python -m benchmarks.table3)")

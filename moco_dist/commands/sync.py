@@ -1,15 +1,16 @@
 """`moco-dist sync`."""
 
-import argparse
 import sys
 from pathlib import Path
+
+from moco_dist.commands.arguments import Parser
 
 EXIT_UNDELIVERED = 69  # EX_UNAVAILABLE
 
 
 def main(words: list[str]) -> int:
     """Deliver to MLflow what it has missed."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         "moco-dist sync", description="deliver to MLflow what it has missed of a run and of its evaluations, once"
     )
     parser.add_argument("run_dir", type=Path, help="folder of the run; MLFLOW_TRACKING_URI may have the credentials")

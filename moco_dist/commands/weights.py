@@ -1,12 +1,13 @@
 """`moco-dist export` and `moco-dist import`: weights for other programs, and from them."""
 
-import argparse
 from pathlib import Path
+
+from moco_dist.commands.arguments import Parser
 
 
 def export(words: list[str]) -> int:
     """Write a run's backbone for another program."""
-    parser = argparse.ArgumentParser("moco-dist export", description="a run's backbone for another program")
+    parser = Parser("moco-dist export", description="a run's backbone for another program")
     parser.add_argument("run_dir", type=Path, help="folder of the run")
     parser.add_argument("--format", required=True, help="torchvision, timm, detectron2, or safetensors (head included)")
     parser.add_argument("--out", type=Path, required=True, help="file to write; its ending is that of the format")
@@ -21,7 +22,7 @@ def export(words: list[str]) -> int:
 
 def import_(words: list[str]) -> int:
     """Make a run's folder of a backbone that another program trained."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         "moco-dist import",
         description="a backbone of MoCo's original release, lightly, mmselfsup, torchvision or timm, to evaluate here",
     )

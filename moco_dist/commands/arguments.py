@@ -1,0 +1,27 @@
+"""Arguments of the commands that have few: argparse, but a mistake is one line with the nearest right word."""
+
+import argparse
+import re
+from typing import NoReturn
+
+from moco_dist.errors import UserError, nearest
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that raises UserError where argparse prints its usage and exits; no abbreviated flags."""
+
+    def __init__(self, *args, **more) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **more})
+
+    def error(self, message: str) -> NoReturn:
+        """Raise it.
+
+        Raises:
+            UserError: always.
+        """
+        hint = ""
+        if unknown := re.match(r"unrecognized arguments: (\S+)", message):
+            hint = nearest(unknown[1], self._option_string_actions)
+        elif invalid := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message):
+            hint = nearest(invalid[1], [word.strip("' ") for word in invalid[2].split(",")])
+        raise UserError(f"{self.prog}: {message}{hint}; {self.prog} --help shows what it takes")

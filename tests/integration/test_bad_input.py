@@ -1,0 +1,264 @@
+"""What people get wrong: one clear line each that names the thing, what is allowed and the nearest; nothing is lost."""
+
+# ruff: noqa: E501 (a case is a line)
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from moco_dist.cli import main
+from tests.faults.processes import TINY
+
+pytestmark = pytest.mark.slow
+PRETRAIN = ["pretrain", "--data.root", "DATA", "--run.dir", "RUN", *TINY, "--run.stop-at-step", "4"]
+NEW = ["pretrain", "--data.root", "DATA", "--run.dir", "NEW", *TINY]  # a folder where nothing is yet
+MANIFEST = "checkpoints/step_00000002/checkpoint.json"
+
+# id: (words, what the one line says, as a regular expression)
+COMMAND_LINE = {
+    "no such command": (["pretrian"], r"unknown command 'pretrian'; .*did you mean pretrain\?"),
+    "flag misspelt": ([*NEW, "--optim.base-lrr", "1"], r"unknown flag --optim\.base-lrr; did you mean --optim\.base-lr\?"),
+    "section misspelt": ([*NEW, "--optm.base-lr", "1"], r"did you mean --optim\.base-lr\?"),
+    "flag without section": ([*NEW, "--base-lr", "1"], r"did you mean --optim\.base-lr\?"),
+    "stray word": ([*NEW, "fast"], "unexpected argument 'fast'; settings are given as --section.key VALUE"),
+    "flag without value": ([*NEW, "--optim.base-lr"], r"--optim\.base-lr: expected one argument"),
+    "text for a number": ([*NEW, "--optim.base-lr", "high"], r"optim\.base_lr: 'high' is not a valid number"),
+    "negative rate": ([*NEW, "--optim.base-lr", "-1"], r"optim\.base_lr: -1 is not greater than 0"),
+    "rate is no number": ([*NEW, "--optim.base-lr", ".nan"], r"optim\.base_lr: nan is not"),
+    "fraction of an epoch": ([*NEW, "--optim.epochs", "1.5"], r"optim\.epochs: 1\.5 is not a valid integer"),
+    "yes for a number": ([*NEW, "--optim.epochs", "yes"], r"optim\.epochs: true is not a value for it"),
+    "no epochs": ([*NEW, "--optim.epochs", "0"], r"optim\.epochs: 0 is not greater than 0"),
+    "wrong optimiser": ([*NEW, "--optim.optimizer", "larz"], r"'larz' is not one of 'sgd' or 'lars'; did you mean lars\?"),
+    "wrong arch": ([*NEW, "--model.arch", "resnet5"], r"model\.arch: 'resnet5' is not one of .*did you mean resnet50\?"),
+    "wrong precision": ([*NEW, "--optim.precision", "bf61"], r"'bf61' is not one of .*did you mean bf16\?"),
+    "wrong schedule": ([*NEW, "--optim.schedule", "cosin"], r"did you mean cosine\?"),
+    "wrong exchange": ([*NEW, "--shuffle.exchange", "all_to_al"], r"did you mean all_to_all\?"),
+    "wrong loader": ([*NEW, "--data.loader", "torchvison"], r"did you mean torchvision\?"),
+    "wrong policy": ([*NEW, "--data.on-error", "skip"], r"'skip' is not one of 'fail' or 'skip-and-report'"),
+    "wrong device": ([*NEW, "--run.device", "gpu"], r"run\.device: 'gpu' is not one of 'auto', 'cpu' or 'cuda'"),
+    "wrong recipe": ([*NEW, "--augment.recipe", "v3"], r"augment\.recipe: 'v3' is not one of 'v1', 'v2'.*did you mean v2"),
+    "probability above 1": ([*NEW, "--augment.blur-probability", "2"], r"blur_probability: 2 is not less than or equal to 1"),
+    "range upside down": ([*NEW, "--augment.crop-scale", "[1, 0.2]"], r"crop_scale \(1\.0, 0\.2\) is not a range"),
+    "range of three": ([*NEW, "--augment.crop-scale", "[0.1, 0.2, 1]"], r"augment\.crop_scale"),
+    "temperature 0": ([*NEW, "--moco.temperature", "0"], r"moco\.temperature: 0 is not greater than or equal to 0\.01"),
+    "momentum 1": ([*NEW, "--moco.momentum", "1"], r"moco\.momentum: 1 is not less than 1"),
+    "batch that does not divide": ([*NEW, "--optim.global-batch-size", "10"], r"10 is not a multiple of 4 .* 8 and 12 are"),
+    "queue under a batch": ([*NEW, "--moco.queue-size", "4"], r"moco\.queue_size 4 holds less than one batch .* 8 is the smallest"),
+    "image of 4 pixels": ([*NEW, "--data.image-size", "4"], r"data\.image_size: 4 is not greater than or equal to 8"),
+    "negative workers": ([*NEW, "--data.num-workers", "-1"], r"data\.num_workers: -1 is not"),
+    "zero stage without deepspeed": ([*NEW, "--engine.zero-stage", "1"], r"engine\.zero_stage 1 needs engine\.kind deepspeed"),
+    "graphs without compile": ([*NEW, "--engine.cuda-graphs", "true"], r"engine\.cuda_graphs needs engine\.compile"),
+    "fp64 with deepspeed": ([*NEW, "--engine.kind", "deepspeed", "--optim.precision", "fp64"], "bf16 and fp32 do"),
+    "keep no checkpoint": ([*NEW, "--checkpoint.keep-last", "0"], r"checkpoint\.keep_last: 0 is not greater than 0"),
+    "tracking uri misspelt": ([*NEW, "--tracking.backend", "mlflow", "--tracking.uri", "htpp://x"], r"did you mean http\?"),
+    "nothing required": (["pretrain"], r"run\.dir is required"),
+    "no such config": (["pretrain", "CONFIGS/tyni.yaml"], r"tyni\.yaml does not exist; did you mean tiny\.yaml\?"),
+    "knn without a run": (["knn"], "run_dir is required"),
+    "knn of nothing": (["knn", "--run-dir", "NEW"], r"run_dir .*new is not the folder of a run: it has no config\.yaml"),
+    "no neighbours": (["knn", "--run-dir", "RUN", "--neighbours", "[]"], "neighbours"),
+    "wrong encoder": (["knn", "--run-dir", "RUN", "--encoders", "traind"], r"did you mean trained\?"),
+    "label fraction 0": (["linear", "--run-dir", "RUN", "--data.label-fraction", "0"], r"label_fraction: 0 is not greater than 0"),
+    "report of nothing": (["report", "NEW"], r"new is not the folder of a run: it has no config\.yaml"),
+    "report without a run": (["report"], "moco-dist report: the following arguments are required: run"),
+    "report misspelt flag": (["report", "RUN", "--hlep"], r"unrecognized arguments: --hlep; did you mean --help\?"),
+    "sync of nothing": (["sync", "NEW"], r"run folder .*new does not exist"),
+    "sync of an untracked run": (["sync", "RUN"], r"run is not tracked: it has no mlflow\.json"),
+    "no such data set": (["data", "prepare", "fasion-mnist", "--out", "NEW"], r"did you mean fashion-mnist\?"),
+    "no such data action": (["data", "prepar"], r"invalid choice: 'prepar' .*; did you mean prepare\?"),
+    "data set of nothing": (["data", "prepare", "imagefolder", "--out", "NEW"], "needs --source"),
+    "wrong format": (["export", "RUN", "--format", "timmm", "--out", "NEW"], r"did you mean timm\?"),
+    "wrong place": (["launch", "slurn", "CONFIGS/tiny.yaml"], r"launch 'slurn': .* did you mean slurm\?"),
+    "launch without a config": (["launch", "local"], "launch needs a config file"),
+    "launch with no GPUs": (["launch", "local", "CONFIGS/tiny.yaml", "--gpus-per-node", "-1"], "gpus_per_node: -1 is not"),
+    "launch misspelt option": (["launch", "local", "CONFIGS/tiny.yaml", "--gpu-per-node", "1"], r"did you mean --gpus-per-node\?"),
+    "launch that does not divide": (["launch", "local", "CONFIGS/tiny.yaml", "--gpus-per-node", "3"], "8 is not a multiple of 12"),
+    "launch of two hosts without a head": (["launch", "torchrun", "CONFIGS/tiny.yaml", "--nodes", "2"], "need --head"),
+    "sweep without slurm": (["launch", "local", "CONFIGS/tiny.yaml", "--sweep", "run.seed=1,2"], "are Slurm's"),
+}  # fmt: skip
+
+# id: (text of a config file, what the one line says)
+YAML = {
+    "tab": ("optim:\n\tbase_lr: 1", r"bad\.yaml is not YAML: .*line 2"),
+    "list": ("- 1\n- 2", "holds a list; a mapping of settings is expected"),
+    "unknown key": ("optim: {base_rate: 1}", r"unknown setting optim\.base_rate"),
+    "unknown section": ("optimizer: {base_lr: 1}", "unknown setting optimizer; did you mean optim"),
+    "value for a section": ("optim: 3", "optim"),
+    "exponent without a point": ("optim: {base_lr: fast}", r"optim\.base_lr: 'fast' is not a valid number"),
+    "code": ("run: !!python/object/apply:os.system ['touch pwned']", "is not YAML: could not determine a constructor"),
+    "bytes": (b"\xff\xfe\x00", r"bad\.yaml (cannot be read|is not YAML)"),
+}
+
+# id: (environment, what the one line says)
+ENVIRONMENT = {
+    "rank is text": ({"RANK": "first"}, "environment variable RANK is 'first'; a number is expected"),
+    "rank beyond the world": ({"RANK": "2", "WORLD_SIZE": "2"}, r"rank 2 of 2 .* is not a place in a world"),
+    "negative local rank": ({"LOCAL_RANK": "-1"}, "environment variable LOCAL_RANK is '-1'"),
+    "world without a meeting place": ({"RANK": "0", "WORLD_SIZE": "2"}, r"rank 0 cannot meet the other 1 at MASTER_ADDR"),
+    "world that does not divide": ({"RANK": "0", "WORLD_SIZE": "3"}, r"8 is not a multiple of 12 = 3 rank\(s\)"),
+    "tracking uri": ({"MLFLOW_TRACKING_URI": "sqllite:///x.db"}, r"did you mean sqlite\?"),
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory, tiny_data):
+    """The places that the words above stand for; RUN is a real run of two steps."""
+    top = tmp_path_factory.mktemp("bad_input")
+    places = {"DATA": tiny_data, "RUN": top / "run", "NEW": top / "new", "CONFIGS": top / "configs"}
+    places["CONFIGS"].mkdir()
+    tiny = "".join(f"{name[2:].replace('-', '_')}: {value}\n" for name, value in zip(TINY[::2], TINY[1::2], strict=True))
+    sections: dict[str, list[str]] = {"run": [f"dir: {places['NEW']}"], "data": [f"root: {tiny_data}"]}
+    for line in tiny.splitlines():
+        section, _, rest = line.partition(".")
+        sections.setdefault(section, []).append(rest)
+    text = "".join(f"{name}:\n" + "".join(f"  {line}\n" for line in lines) for name, lines in sections.items())
+    (places["CONFIGS"] / "tiny.yaml").write_text(text)
+    assert main(_filled([*PRETRAIN, "--checkpoint.every-steps", "2"], places)) == 0
+    return places
+
+
+def _filled(words, folders):
+    for name, path in folders.items():
+        words = [re.sub(rf"^{name}(?=/|$)", str(path), word) for word in words]
+    return words
+
+
+def _content(folder: Path):
+    """Every file's bytes; the lock says only who was here last."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+
+
+def _fails(words, folders, says, capsys):
+    before = _content(folders["RUN"])
+    capsys.readouterr()
+    status = main(_filled(words, folders))
+    error = capsys.readouterr().err
+    assert status == (69 if "cannot meet" in says else 2)
+    assert len(error.splitlines()) == 1 or says.endswith("is required"), error  # each thing that is required has one
+    assert re.search(says, error), error
+    assert re.match(r"(\[rank \d+\] )?error: ", error)
+    assert "Traceback" not in error
+    assert _content(folders["RUN"]) == before
+    assert not _content(folders["NEW"])  # a mistake that only the run's start finds leaves its empty folder
+    shutil.rmtree(folders["NEW"], ignore_errors=True)
+
+
+@pytest.mark.parametrize("case", COMMAND_LINE)
+def test_command_line(folders, capsys, case):
+    words, says = COMMAND_LINE[case]
+    _fails(words, folders, says, capsys)
+
+
+@pytest.mark.parametrize("case", YAML)
+def test_config_file(folders, capsys, case, tmp_path, monkeypatch):
+    text, says = YAML[case]
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "bad.yaml"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    _fails(["pretrain", str(file), *NEW[1:]], folders, says, capsys)
+    assert [path.name for path in tmp_path.iterdir()] == ["bad.yaml"]
+
+
+@pytest.mark.parametrize("case", ENVIRONMENT)
+def test_environment(folders, capsys, case, monkeypatch):
+    environment, says = ENVIRONMENT[case]
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    words = [*NEW, "--tracking.backend", "mlflow"] if "MLFLOW_TRACKING_URI" in environment else NEW
+    _fails(words, folders, says, capsys)
+
+
+def empty(data):
+    shutil.rmtree(data / "train")
+    (data / "train").mkdir()
+
+
+def misspelt(data):
+    (data / "train").rename(data / "trian")
+
+
+def damaged(data):
+    for file in (data / "train").rglob("*.*"):
+        if file.is_file():
+            file.write_bytes(file.read_bytes()[:40])
+
+
+def too_few(data):
+    for file in sorted(path for path in (data / "train").rglob("*.*") if path.is_file())[3:]:
+        file.unlink()
+
+
+@pytest.mark.parametrize(
+    ("harm", "says"),
+    [(empty, "no image found in"), (misspelt, r"none called train; did you mean trian\?"),
+     (damaged, "cannot read image"), (too_few, r"3 (images|samples)"),
+     (shutil.rmtree, r"data root .*data is not a folder")],
+    ids=lambda value: getattr(value, "__name__", None),
+)  # fmt: skip
+def test_data(folders, capsys, tmp_path, harm, says):
+    data = shutil.copytree(folders["DATA"], tmp_path / "data")
+    harm(data)
+    words = [word if word != "NEW" else str(tmp_path / "run") for word in NEW]
+    _fails(words, {**folders, "DATA": data}, says, capsys)
+    assert not list(tmp_path.glob("run/checkpoints/*"))
+
+
+def cut_off(run):
+    for file in run.glob("checkpoints/*/*.safetensors"):
+        file.write_bytes(file.read_bytes()[:100])
+
+
+def flipped(run):
+    for file in run.glob("checkpoints/*/*.safetensors"):
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 1
+        file.write_bytes(content)
+
+
+def no_json(run):
+    for file in run.glob("checkpoints/*/checkpoint.json"):
+        file.write_text("{")
+
+
+def another_seed(run):
+    for file in run.glob("checkpoints/*/checkpoint.json"):
+        manifest = json.loads(file.read_text())
+        manifest["config"]["run"]["seed"] = 5
+        file.write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    ("harm", "says"),
+    [(cut_off, "is damaged and left alone: .* has 100 bytes instead of"), (flipped, "has another content than was"),
+     (no_json, r"checkpoint\.json is damaged"), (another_seed, r"run\.seed: 5 in step_0000000\d, now 0")],
+    ids=lambda value: getattr(value, "__name__", None),
+)  # fmt: skip
+def test_checkpoints(folders, capsys, tmp_path, harm, says):
+    run = shutil.copytree(folders["RUN"], tmp_path / "run")
+    harm(run)
+    before = _content(run)
+    capsys.readouterr()
+    assert main(_filled(PRETRAIN, {**folders, "RUN": run})) == 2
+    error = capsys.readouterr().err
+    assert re.search(says, error), error
+    assert all(line.startswith("error: ") or ": " in line for line in error.splitlines())
+    assert "Traceback" not in error
+    assert _content(run) == before
+
+
+def test_debug_shows_where_it_came_from(folders, capsys):
+    assert main(_filled(["--debug", "report", "NEW"], folders)) == 2
+    error = capsys.readouterr().err
+    assert "Traceback" in error
+    assert "moco_dist/commands/report.py" in error
+
+
+def test_a_folder_that_cannot_be_written(folders, capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    words = [word if word != "NEW" else str(tmp_path / "file" / "run") for word in NEW]
+    assert main(_filled(words, folders)) == 2
+    assert f"run.dir {tmp_path / 'file' / 'run'} cannot be written: not a directory" in capsys.readouterr().err.lower()

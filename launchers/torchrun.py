@@ -11,15 +11,19 @@ import logging
 import os
 import socket
 import sys
+import threading
 import time
 from argparse import Namespace
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+
+import psutil
 
 from moco_dist.errors import UnreachableError, UserError, nearest
 
 EXIT_INTERRUPTED = 130
 SHUTDOWN_SECONDS = 90  # what ranks have to save in after a SIGTERM, of the 120 that schedulers give
 TELL_AFTER_SECONDS = 10
+STUCK_SECONDS = 10  # torchrun looks at its ranks ten times a second
 INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 
@@ -45,7 +49,8 @@ def torchrun(words: list[str]) -> int:
         args.shutdown_timeout = SHUTDOWN_SECONDS
     try:
         require_network(args)
-        run(args)
+        with _ending_with_ranks():
+            run(args)
     except ChildFailedError as error:
         status = error.get_first_failure()[1].exitcode
         return status if status > 0 else 128 - status  # killed by a signal
@@ -60,6 +65,39 @@ def torchrun(words: list[str]) -> int:
         _say(why_not_met(error, args))
         return UnreachableError.exit_status
     return 0
+
+
+@contextlib.contextmanager
+def _ending_with_ranks() -> Iterator[None]:
+    """End this process when its ranks have, even if torchrun does not see it.
+
+    torchrun asks the first host between two looks at its ranks. If that host is gone without a word, the answer takes
+    as long as the network's own timeouts.
+    """
+    left = threading.Event()
+
+    def watch() -> None:
+        since = time.monotonic()
+        while not left.wait(1):
+            ranks = psutil.Process().children()
+            if not ranks or any(rank.status() != psutil.STATUS_ZOMBIE for rank in ranks):
+                since = time.monotonic()
+            elif time.monotonic() - since > STUCK_SECONDS:
+                _say("all ranks here have ended, and torchrun gets no answer from the first host")
+                os._exit(max(_exit_status(rank.pid) for rank in ranks))
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        left.set()
+
+
+def _exit_status(pid: int) -> int:
+    """Of a child that has ended, as a shell would say it; the child is left for others to wait for."""
+    end = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    assert end is not None
+    return end.si_status if end.si_code == os.CLD_EXITED else 128 + end.si_status
 
 
 def require_network(args: Namespace) -> None:

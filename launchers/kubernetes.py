@@ -5,10 +5,11 @@ from pathlib import PurePosixPath
 from typing import Literal
 from urllib.parse import urlsplit
 
+import yaml
+
 from launchers.job import Job, Size
 from launchers.render import render
 from moco_dist.config import PretrainConfig, setting
-from moco_dist.config_source import to_yaml
 from moco_dist.errors import UserError
 
 DATA, RUNS = "/data", "/runs"  # where the claims are, in a container
@@ -52,7 +53,7 @@ def manifest(job: Job, config: PretrainConfig, options: KubernetesOptions) -> st
         name=job.name,
         size=size,
         args=["python", "-m", "launchers.torchrun", "-m", "moco_dist", "pretrain", CONFIG],
-        config_yaml=to_yaml(config).rstrip("\n"),
+        config_yaml=yaml.safe_dump(config.model_dump(mode="json", exclude_defaults=True), sort_keys=False).rstrip("\n"),
         cpus_per_node=cpus_per_gpu * size.ranks_per_node,
         memory_gib=options.memory_gib_per_gpu * size.ranks_per_node,
         shm_gib=SHM_GIB_PER_GPU * size.ranks_per_node,

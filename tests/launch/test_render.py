@@ -64,8 +64,9 @@ def test_scripts_are_bash(name):
 def test_manifests_have_the_real_schema(name):
     documents = list(yaml.safe_load_all(Path("launchers/examples", name).read_text()))
     assert [problem for document in documents for problem in problems(document)] == []
-    config = yaml.safe_load(documents[0]["data"]["config.yaml"])
-    assert PretrainConfig.model_validate(config).optim.global_batch_size == 256
+    config = PretrainConfig.model_validate(yaml.safe_load(documents[0]["data"]["config.yaml"]))
+    flags = ["--data.root", "/data/imagenet", "--run.dir", "/runs/mocov2_r50_200ep"]
+    assert config == read_config(PretrainConfig, Path(CONFIG), flags)
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,8 @@ def main(argv: list[str] | None = None) -> int:
         return notice.exit_status
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
-            print("interrupted; a pre-training goes on from its newest checkpoint", file=sys.stderr)
+            goes_on = "; the same command goes on from the newest checkpoint" if argv[:1] == ["pretrain"] else ""
+            print(f"interrupted{goes_on}", file=sys.stderr)
         return EXIT_INTERRUPTED
 
 

@@ -1,11 +1,14 @@
 """Data sets on disk: complete or not there at all, what is damaged is named, and a second call does nothing."""
 
+import functools
 import gzip
+import http.server
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -117,9 +120,24 @@ def test_without_any_source_every_reason_is_told(tmp_path, monkeypatch):
     assert visible_and_hidden(tmp_path) == set()
 
 
-def test_a_download_is_used_and_one_with_another_checksum_is_not(tmp_path, source, monkeypatch):
+@pytest.fixture
+def mirror(source):
+    """The address of a web server on this machine that has the files of `source`."""
+    handler = functools.partial(_QuietHandler, directory=source)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+
+
+class _QuietHandler(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+
+def test_a_download_is_used_and_one_with_another_checksum_is_not(tmp_path, mirror, monkeypatch):
     monkeypatch.setattr(published, "DEBIAN_FOLDER", Path("no/such/folder"))
-    monkeypatch.setattr(published.FashionMNIST, "mirrors", [f"file://{source}/"])
+    monkeypatch.setattr(published.FashionMNIST, "mirrors", [mirror])
     monkeypatch.setenv("PATH", "")
     with pytest.raises(UserError, match="cannot be downloaded .*corrupted"):
         prepare_fashion_mnist(tmp_path / "fm")

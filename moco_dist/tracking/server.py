@@ -5,6 +5,7 @@ import logging
 import os
 import re
 import shlex
+import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,7 +41,9 @@ def ui_command(run_dir: Path) -> str:
     uri = uri_of(run_dir, saved)
     if uri.startswith("http"):
         return f"python -m webbrowser {shlex.quote(page_of(run_dir))}"
-    return f"mlflow ui --backend-store-uri {shlex.quote(without_credentials(uri))}"
+    beside_python = os.path.relpath(Path(sys.executable).with_name("mlflow"))
+    mlflow = "mlflow" if shutil.which("mlflow") else beside_python  # of a virtual environment that is not activated
+    return f"{shlex.quote(mlflow)} ui --backend-store-uri {shlex.quote(without_credentials(uri))}"
 
 
 def page_of(run_dir: Path) -> str:

@@ -5,6 +5,7 @@ import sys
 import time
 from pathlib import Path
 
+from moco_dist.cli import EXIT_INTERRUPTED
 from moco_dist.cli import main as moco_dist
 
 RUN = Path("runs/demo")
@@ -31,7 +32,10 @@ def main() -> int:
     started = time.monotonic()
     for title, step in steps:
         print(f"\n== {title}", flush=True)
-        status = step()
+        try:
+            status = step()
+        except KeyboardInterrupt:
+            status = EXIT_INTERRUPTED
         if status:
             print(f"demo stopped in step {title!r}; run it again to go on", file=sys.stderr)
             return status

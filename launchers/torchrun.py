@@ -42,7 +42,7 @@ def torchrun(words: list[str]) -> int:
     # Where a worker shares torchrun's own store, a host that comes back after a failure can never join again.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    for name in ("torch.distributed", "torch.distributed.run"):
+    for name in ("torch.distributed", "torch.distributed.run", "torch.distributed.elastic.agent.server.api"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     args = get_args_parser().parse_args(words)
     if getattr(args, "shutdown_timeout", None) == get_args_parser().get_default("shutdown_timeout"):

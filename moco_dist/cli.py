@@ -59,8 +59,7 @@ def main(argv: list[str] | None = None) -> int:
         return notice.exit_status
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
-            goes_on = "; the same command goes on from the newest checkpoint" if argv[:1] == ["pretrain"] else ""
-            print(f"interrupted{goes_on}", file=sys.stderr)
+            print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
 
 

@@ -20,9 +20,9 @@ SAME_SIGNAL_SECONDS = 5  # schedulers and torchrun may both forward one signal
 class StopRequest:
     """What ranks have to agree on between steps: whether to save now, or to save and stop.
 
-    SIGTERM or SIGUSR1 at any rank asks for STOP; a second one, seconds later, ends that process at once. Rank 0's
-    clock asks for SAVE. Ranks tell each other every CHECK_EVERY_STEPS steps by an all-reduce of one byte on the CPU,
-    which nobody waits for: its result is read at the next check, when it has long arrived.
+    SIGTERM, SIGUSR1 or Ctrl-C at any rank asks for STOP; a second one, seconds later, ends that process at once.
+    Rank 0's clock asks for SAVE. Ranks tell each other every CHECK_EVERY_STEPS steps by an all-reduce of one byte on
+    the CPU, which nobody waits for: its result is read at the next check, when it has long arrived.
     """
 
     def __init__(self, save_every_seconds: float, world: World) -> None:
@@ -31,7 +31,7 @@ class StopRequest:
         self._asked_at = 0.0
         self._word = torch.zeros(1, dtype=torch.uint8)
         self._pending: Any = None
-        for signum in (signal.SIGTERM, signal.SIGUSR1):
+        for signum in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(signum, self._on_signal)
 
     def _on_signal(self, signum: int, frame: object) -> None:

@@ -34,10 +34,11 @@ def test_one_rank_is_told_to_stop_and_all_save_and_go_on_later(start, tmp_path, 
     assert losses(run_dir) == losses(whole_dir)
 
 
-def test_one_process_alone_saves_too(start, tmp_path):
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_one_process_alone_saves_too(start, tmp_path, signum):
     process = start(tmp_path / "run", ranks=1)
     wait_for_step(process, tmp_path / "run", 2)
-    process.terminate()
+    process.send_signal(signum)
     output = process.communicate()[0]
     assert process.returncode == 75, output
     assert (tmp_path / "run" / "preempted.json").is_file()

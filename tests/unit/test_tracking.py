@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -394,11 +395,14 @@ def test_the_setting_goes_over_the_environment(runs, tmp_path, monkeypatch):
     assert _saved(tmp_path / "b")["tracking_uri"] == "http://127.0.0.1:1"
 
 
-def test_a_database_that_moved_with_its_runs_is_found(runs):
+def test_a_database_that_moved_with_its_runs_is_found(runs, monkeypatch):
     with Tracker.for_pretraining(_config(runs / "a"), World()) as tracker:
         tracker.log_metrics(1, {"loss": 3.0})
     moved = runs.rename(runs.with_name("elsewhere"))
-    assert ui_command(moved / "a") == f"mlflow ui --backend-store-uri sqlite:///{moved}/mlflow.db"
+    monkeypatch.setenv("PATH", "")
+    command = ui_command(moved / "a")
+    assert command.endswith(f"mlflow ui --backend-store-uri sqlite:///{moved}/mlflow.db")
+    assert Path(command.split()[0]).resolve().is_file()  # a virtual environment that is not activated
     with Tracker.for_pretraining(_config(moved / "a"), World()) as tracker:
         tracker.log_metrics(2, {"loss": 2.0})
     assert _history(moved / "a", "loss") == [(1, 3.0), (2, 2.0)]

@@ -1,0 +1,53 @@
+"""The core needs none of the optional packages: it trains where their imports fail."""
+
+import subprocess
+import sys
+
+import pytest
+
+from moco_dist.data.prepare import prepare_shapes
+
+OPTIONAL = ("deepspeed", "ffcv", "mlflow", "nvidia.dali", "triton", "timm", "cv2", "numba")
+PROGRAM = f"""
+import sys
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.startswith({OPTIONAL}):
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Missing())
+from moco_dist.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def without_optional(*words):
+    return subprocess.run([sys.executable, "-c", PROGRAM, *words], capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_it_trains_without_any_optional_package(tmp_path):
+    data = prepare_shapes(tmp_path / "shapes", num_train=20, num_val=10)
+    tiny = [
+        "pretrain", "--data.root", str(data), "--run.dir", str(tmp_path / "run"), "--data.image-size", "32",
+        "--data.num-workers", "0", "--model.arch", "resnet10", "--model.head-hidden-dims", "[16]",
+        "--model.bn-group-size", "4", "--moco.queue-size", "16", "--optim.global-batch-size", "8", "--optim.epochs", "1",
+    ]  # fmt: skip
+    done = without_optional(*tiny, "--tracking.backend", "none")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "backbone.safetensors").is_file()
+    flags = ["--neighbours", "[5]", "--data.num-workers", "0", "--tracking", "none"]
+    evaluated = without_optional("knn", "--run-dir", str(tmp_path / "run"), *flags)
+    assert evaluated.returncode == 0, evaluated.stderr
+    for flags, package in ((["--engine.kind", "deepspeed"], "deepspeed"), (["--data.loader", "dali"], "dali")):
+        done = without_optional(*tiny, "--tracking.backend", "none", "--run.dir", str(tmp_path / package), *flags)
+        assert done.returncode == 2, done.stderr
+        line = done.stderr.strip().splitlines()[-1]
+        assert line.startswith("error: ")
+        assert package in line
+        assert "pip install" in line
+    done = without_optional(*tiny, "--run.dir", str(tmp_path / "tracked"))
+    assert done.returncode == 2
+    assert "mlflow" in done.stderr
+    assert done.stderr.count("\n") == 1

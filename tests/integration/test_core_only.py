@@ -32,7 +32,8 @@ def test_it_trains_without_any_optional_package(tmp_path):
     tiny = [
         "pretrain", "--data.root", str(data), "--run.dir", str(tmp_path / "run"), "--data.image-size", "32",
         "--data.num-workers", "0", "--model.arch", "resnet10", "--model.head-hidden-dims", "[16]",
-        "--model.bn-group-size", "4", "--moco.queue-size", "16", "--optim.global-batch-size", "8", "--optim.epochs", "1",
+        "--model.bn-group-size", "4", "--moco.queue-size", "16", "--optim.global-batch-size", "8",
+        "--optim.epochs", "1",
     ]  # fmt: skip
     done = without_optional(*tiny, "--tracking.backend", "none")
     assert done.returncode == 0, done.stderr

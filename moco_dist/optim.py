@@ -1,5 +1,6 @@
 """The optimisers, and the learning rate as a pure function of the step."""
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -45,17 +46,27 @@ class Partition:
         pieces: of each parameter that the part touches: its number, and its first and past-last place in the part.
         is_adapted: of each parameter, of this part or another, whether LARS adapts its rate.
         sum_over_ranks: of a tensor, on all ranks.
+        device: where the parameters are.
     """
 
     pieces: list[tuple[int, int, int]]
     is_adapted: list[bool]
     sum_over_ranks: Callable[[Tensor], Tensor]
+    device: str
 
-    def norms_of_whole(self, norms: Tensor, numbers: list[int]) -> Tensor:
-        """Norms (2, n) of pieces of the parameters `numbers`, to those of whole parameters. One small all-reduce."""
-        index = torch.tensor(numbers, dtype=torch.int64, device=norms.device)
-        squares = norms.new_zeros(2, len(self.is_adapted)).index_copy_(1, index, norms.square())
-        return self.sum_over_ranks(squares).sqrt()[:, index]
+    @functools.cached_property
+    def adapted(self) -> dict[int, int]:
+        """Which pieces, by their place in `pieces`, have their rate adapted, and the numbers of their parameters."""
+        return {i: number for i, (number, _, _) in enumerate(self.pieces) if self.is_adapted[number]}
+
+    @functools.cached_property
+    def _numbers(self) -> Tensor:
+        return torch.tensor(list(self.adapted.values()), dtype=torch.int64, device=self.device)
+
+    def norms_of_whole(self, norms: Tensor) -> Tensor:
+        """Norms (2, n) of the adapted pieces, to those of their whole parameters. One small all-reduce."""
+        squares = norms.new_zeros(2, len(self.is_adapted)).index_copy_(1, self._numbers, norms.square())
+        return self.sum_over_ranks(squares).sqrt()[:, self._numbers]
 
 
 class LARS(torch.optim.Optimizer):
@@ -88,13 +99,13 @@ class LARS(torch.optim.Optimizer):
             updates: list[Tensor] = [p.grad for p in parameters if p.grad is not None]
             buffers: list[Tensor] = [self.state[p]["momentum_buffer"] for p in parameters]
             if self.partition is None:
-                adapted = {i: i for i, p in enumerate(parameters) if p.ndim > 1}
+                adapted = [i for i, p in enumerate(parameters) if p.ndim > 1]
             else:
                 pieces = self.partition.pieces
                 weights, updates, buffers = (
                     [flat[first:last] for _, first, last in pieces] for (flat,) in (weights, updates, buffers)
                 )
-                adapted = {i: number for i, (number, _, _) in enumerate(pieces) if self.partition.is_adapted[number]}
+                adapted = list(self.partition.adapted)
             # Tensors, so that a compiled update is the same for every rate, and made on the device: nobody waits.
             rate, momentum = (weights[0].new_full((), group[name]) for name in ("lr", "momentum"))
             found_inf: Tensor | None = getattr(self, "found_inf", None)
@@ -106,15 +117,15 @@ class LARS(torch.optim.Optimizer):
         self._update = torch.compile(self._update, dynamic=False)  # type: ignore[method-assign]
 
     def _update(
-        self, weights: list[Tensor], updates: list[Tensor], buffers: list[Tensor], adapted: dict[int, int],
+        self, weights: list[Tensor], updates: list[Tensor], buffers: list[Tensor], adapted: list[int],
         rate: Tensor, momentum: Tensor, weight_decay: float, trust_coefficient: float, found_inf: Tensor | None,
     ) -> None:
-        """One step in place: `adapted` says which tensors have their rate adapted, and their parameters' numbers."""
+        """One step in place; the tensors `adapted` have their rate adapted."""
         w = [weights[i] for i in adapted]
         d = list(torch._foreach_add([updates[i] for i in adapted], w, alpha=weight_decay))
         norms = torch.stack([torch.stack(torch._foreach_norm(w)), torch.stack(torch._foreach_norm(d))])
         if self.partition is not None:
-            norms = self.partition.norms_of_whole(norms, list(adapted.values()))
+            norms = self.partition.norms_of_whole(norms)
         trust = torch.where((norms > 0).all(0), trust_coefficient * norms[0] / norms[1], 1)
         updates = list(updates)
         for i, update in zip(adapted, torch._foreach_mul(d, list(trust.unbind())), strict=True):

@@ -135,13 +135,13 @@ def train_step(
         is_log_step: whether to look at the embeddings.
         world: this process.
     """
+    if config.engine.cuda_graphs:
+        torch.compiler.cudagraph_mark_step_begin()  # what the last step's graphs returned may be overwritten
     if config.method == "simclr":
         return _simclr(state, engine, config, view_q, view_k, key_order, lr, is_log_step, world)
     if config.moco.symmetric:
         return _symmetric(state, engine, config, view_q, view_k, key_order, lr, is_log_step, world)
     temperature, accum = config.moco.temperature, config.optim.grad_accum_steps
-    if config.engine.cuda_graphs:
-        torch.compiler.cudagraph_mark_step_begin()  # what the last step's graphs returned may be overwritten
     momentum_update(state.query_encoder, state.key_encoder, config.moco.momentum)  # before the keys are made
     keys = encode_keys(state, config, view_k, world)
     own_rows = slice(world.rank * len(keys), (world.rank + 1) * len(keys))
@@ -264,7 +264,7 @@ def build(config: PretrainConfig, world: World) -> tuple[TrainState, Engine]:
             key_encoder.to(memory_format=torch.contiguous_format)  # as the query encoder, for one momentum update
     else:
         engine = DDPEngine(query_encoder, optimizer, dtype, config.engine, world)
-    if config.engine.compile != "off":
+    if config.engine.compile != "off" and is_moco:
         key_encoder.compile(**compile_options(config.engine))
     return TrainState(query_encoder, key_encoder, engine, queue, step=0), engine
 

@@ -68,6 +68,10 @@ class DeepSpeedEngine:
         """See `Engine`."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        if self._zero is None:  # the other stages leave out steps with gradients that are not finite
+            gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+            is_finite = torch.nn.utils.get_total_norm(gradients).isfinite()
+            self.optimizer.found_inf = (~is_finite).float()  # type: ignore[attr-defined]
         self._engine.step()
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
@@ -117,7 +121,8 @@ class DeepSpeedEngine:
             first, last = max(place - start, 0), min(place - start + parameter.numel(), size)
             if first < last:
                 pieces.append((number, first, last))
-        return Partition(pieces, [p.ndim > 1 for p in parameters], lambda x: all_reduce_sum(x, self._world))
+        is_adapted = [p.ndim > 1 for p in parameters]
+        return Partition(pieces, is_adapted, lambda x: all_reduce_sum(x, self._world), self._world.device)
 
 
 class _UnderAutocast(nn.Module):

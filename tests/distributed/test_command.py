@@ -70,7 +70,7 @@ def test_ranks_that_differ_are_named_before_the_first_step(data, tmp_path):
     """Rank 1 has another flag, another YAML file, another version of a package and an image less."""
     other_data = tmp_path / "other_data"
     shutil.copytree(data, other_data)
-    next((other_data / "train").rglob("*.png")).unlink()
+    next(path for path in (other_data / "train").rglob("*") if path.is_file()).unlink()
     (tmp_path / "packages" / "pillow-99.0.dist-info").mkdir(parents=True)
     (tmp_path / "packages" / "pillow-99.0.dist-info" / "METADATA").write_text("Name: pillow\nVersion: 99.0\n")
     files = {0.2: tmp_path / "0.yaml", 0.3: tmp_path / "1.yaml"}

@@ -72,6 +72,28 @@ def test_deepspeed_is_the_same_training(alone, optimizer, world_size, accum):
             close(ours, alone[optimizer])
 
 
+def weights_after_a_bad_step(world, configs):
+    """Whether they are what they were before a step in which one rank's images are no numbers."""
+    unchanged = []
+    with process_group(world, alone_too=True):
+        for config in configs:
+            state, engine = build(config, world)
+            views = images(torch.float32)[: 64 // world.world_size, 0]
+            before = [p.clone() for p in state.query_encoder.parameters()]
+            bad = views * float("nan") if world.rank == 0 else views
+            train_step(state, engine, config, bad, views, torch.arange(64), 0.01, False, world)
+            unchanged.append(all(map(torch.equal, before, state.query_encoder.parameters())))
+    return unchanged
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["sgd", "lars"])
+def test_a_step_whose_gradients_are_no_numbers_is_left_out(optimizer):
+    pytest.importorskip("deepspeed")
+    configs = [config_of(optimizer, kind="deepspeed", zero_stage=stage) for stage in (0, 1, 2)]
+    assert run(weights_after_a_bad_step, 2, [config_of(optimizer), *configs]) == [[True] * 4] * 2
+
+
 def gradients_of_two_ranks(world):
     """As an engine would have it that forgot to take the mean: the comparison above must not hold."""
     return run_program(world, config_of(), STEPS, _sum_of_gradients)

@@ -1,5 +1,7 @@
 """InfoNCE as attention against cat + cross_entropy in float64: value, gradient, precision, size."""
 
+import resource
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,6 +9,7 @@ import torch.nn.functional as F
 from moco_dist.distributed.world import World
 from moco_dist.method import infonce
 from moco_dist.method.infonce import contrastive_accuracy, info_nce, unshuffle, weighted_sums
+from tests.world import run
 
 
 def unit(rows, dim=128, seed=0, dtype=torch.float64):
@@ -43,6 +46,42 @@ def test_float32_gradient_is_within_5e7_of_float64():
     q32, k32, keys32 = q.float(), k.float(), keys.float()
     ours = loss_and_gradient(lambda q: info_nce(q, k32, q.detach(), keys32, 0.2, World()), q32)[1] * len(q)
     assert (ours.double() - exact).abs().max() < 5e-7
+
+
+def test_bfloat16_gradient_is_within_5e4_of_float64():
+    """Why embeddings, loss and queue stay float32: this is the error if q and the queue were rounded."""
+    q, k, keys = unit(64), unit(64, seed=1), unit(65536, seed=2)
+    exact = loss_and_gradient(lambda q: plain(q, k, keys, 0.2), q)[1] * len(q)
+    rounded = weighted_sums(q.bfloat16(), keys.bfloat16(), 0.2)
+    assert rounded.dtype == torch.float32
+    out, lse = rounded[:, :-1] / rounded[:, -1:], rounded[:, -1].log() + 1 / 0.2
+    ours = loss_and_gradient(lambda q: infonce._InfoNCE.apply(q, k.float(), out, lse, 0.2), q.float())[1] * len(q)
+    assert 1e-5 < (ours.double() - exact).abs().max() < 5e-4
+
+
+def many_keys(world):
+    """Of 64 queries against 4 million keys: the loss, what it should be, and the memory in bytes that it took."""
+    torch.manual_seed(0)
+    q, k = (F.normalize(torch.randn(64, 16), dim=1) for _ in range(2))
+    keys = torch.empty(4_000_000, 16)
+    for block in keys.split(100_000):  # no second copy of them while they are made
+        block.copy_(F.normalize(torch.randn(len(block), 16), dim=1))
+    info_nce(q, k, q, keys[:1000], 0.2, world)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    loss, _ = loss_and_gradient(lambda q: info_nce(q, k, q.detach(), keys, 0.2, world), q)
+    used = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    parts = [torch.logsumexp(q.double() @ block.double().T / 0.2, 1) for block in keys.split(100_000)]
+    positive = (q * k).sum(1).double() / 0.2
+    lse = torch.logsumexp(torch.stack([positive, *parts]), 0)
+    return loss.item(), (lse - positive).mean().item(), used
+
+
+@pytest.mark.slow
+def test_four_million_keys_need_no_logits():
+    """Logits of 64 x 4,000,000 float32 would take 1 GB."""
+    loss, expected, used_bytes = run(many_keys, 1)[0]
+    assert loss == pytest.approx(expected, abs=1e-5)
+    assert used_bytes < 32e6
 
 
 def test_the_upstream_gradient_counts():

@@ -244,7 +244,7 @@ class EngineConfig(Section):
         source="ZeRO, arXiv 1910.02054",
     )
     compile: Literal["off", "model", "step"] = setting(
-        "off", "torch.compile of both encoders (model), and of colours and LARS too (step)"
+        "off", "torch.compile of both encoders (model), and of LARS and, on GPUs, colours too (step)"
     )
     cuda_graphs: bool = setting(False, "replay what is compiled as CUDA graphs: for small batches a GPU")
     cudnn_benchmark: bool = setting(True, "try cuDNN's algorithms for each shape, and keep the fastest")

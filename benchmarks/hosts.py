@@ -5,12 +5,14 @@ Needs root and iproute2 (`apt-get install iproute2`).
 
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 BURST = "256kb"  # of the rate limit; below 64 kB it does not reach its rate
+PREFIX = "mocobench"  # of the namespaces' names; this process's id follows
 
 
 def why_not() -> str | None:
@@ -62,9 +64,15 @@ class Hosts:
 
 @contextmanager
 def hosts(count: int) -> Iterator[Hosts]:
-    """Make the hosts, and remove them with everything that still runs on them."""
-    made = Hosts(f"moco{os.getpid()}", count)
+    """Make the hosts, and remove them with everything that still runs on them, after SIGTERM too.
+
+    Names and links are this process's own, so that two users of one machine do not meet. What a process that was
+    killed left behind is removed by the next.
+    """
+    _remove_orphans()
+    made = Hosts(f"{PREFIX}{os.getpid()}", count)
     switch = f"{made.prefix}-switch"
+    on_term = signal.signal(signal.SIGTERM, lambda *_: exit(128 + signal.SIGTERM))
     try:
         _run(["ip", "netns", "add", switch])
         _run(["ip", "-n", switch, "link", "add", "br0", "type", "bridge"])
@@ -81,10 +89,24 @@ def hosts(count: int) -> Iterator[Hosts]:
         yield made
     finally:
         for name in [*(f"{made.prefix}-{host}" for host in range(count)), switch]:
-            pids = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True, check=False).stdout
-            for pid in pids.split():
-                subprocess.run(["kill", "-9", pid], capture_output=True, check=False)
-            subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
+            _remove(name)
+        signal.signal(signal.SIGTERM, on_term)
+
+
+def _remove(namespace: str) -> None:
+    pids = subprocess.run(["ip", "netns", "pids", namespace], capture_output=True, text=True, check=False).stdout
+    for pid in pids.split():
+        subprocess.run(["kill", "-9", pid], capture_output=True, check=False)
+    subprocess.run(["ip", "netns", "del", namespace], capture_output=True, check=False)
+
+
+def _remove_orphans() -> None:
+    """Remove namespaces whose maker is gone."""
+    for line in _run(["ip", "netns", "list"]).splitlines():
+        name = line.split()[0]
+        maker = name.removeprefix(PREFIX).split("-")[0]
+        if name.startswith(PREFIX) and maker.isdecimal() and not os.path.exists(f"/proc/{maker}"):
+            _remove(name)
 
 
 def _run(words: list[str]) -> str:

@@ -1,102 +1,105 @@
 """Bytes and seconds of a step between hosts, for each way to exchange key views.
 
-    sudo python -m benchmarks.network [--hosts 2] [--steps 5] [--rates 1,10]
+    sudo python -m benchmarks.network [--hosts 2] [--steps 5] [--rates 1,10] [--quick]
 
 Hosts are network namespaces of this machine (benchmarks/hosts.py), one rank each, their links shaped. Bytes are read
-from the interfaces, headers included; beside them stands the arithmetic. Gradients are the same in all three ways, so
-bytes are read without their all-reduce ("features and images") and with it. Seconds are medians over steps; the ways
-take turns within a step, so that a busy machine slows them alike.
+from the interfaces, headers included, as the mean over ranks; beside them stands the arithmetic. Gradients are the
+same in all three ways, so bytes are read without their all-reduce (features and images) and with it. Seconds are
+medians over steps; the ways take turns within a step, so that a busy machine slows them alike. Three minutes for two
+hosts and two rates on two cores. --quick: smaller images and network, seconds; it writes no result.
 """
 
 import argparse
-import json
-import os
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from benchmarks import results
-from benchmarks.hosts import hosts, why_not
+from benchmarks.hosts import Hosts, hosts, why_not
+from benchmarks.ranks import run_ranks
 from moco_dist.config import PretrainConfig
+from moco_dist.data import counter_rng
+from moco_dist.data.augment import draw_colours
+from moco_dist.data.batch import CropBatch
 from moco_dist.data.exchange import key_views
 from moco_dist.data.plan import Plan
-from moco_dist.distributed.collectives import barrier, process_group
-from moco_dist.distributed.world import World, world_from_env
+from moco_dist.distributed.collectives import barrier
+from moco_dist.distributed.world import World
 from moco_dist.train import build, train_step
 
 EXCHANGES = ("loader", "all_to_all", "all_gather")
 LOCAL_BATCH = 32
-SIDE = 224
-PORT = 29400
+# The bytes of images and features do not depend on the architecture.
+FULL = {"arch": "resnet18", "image_size": 224}
+QUICK = {"arch": "resnet10", "image_size": 64}
 
 
-def config_of(exchange: str, world_size: int) -> PretrainConfig:
-    """ResNet-18 at 224 px, 32 images a rank: the bytes of images and features do not depend on the architecture."""
+def config_of(exchange: str, world_size: int, arch: str, image_size: int) -> PretrainConfig:
+    """32 images a rank."""
     return PretrainConfig.model_validate({
         "run": {"dir": "unused"},
-        "data": {"root": "unused", "image_size": SIDE},
-        "model": {"arch": "resnet18", "head_hidden_dims": [512]},
+        "data": {"root": "unused", "image_size": image_size},
+        "model": {"arch": arch, "head_hidden_dims": [512]},
         "moco": {"queue_size": 65536},
         "optim": {"global_batch_size": LOCAL_BATCH * world_size, "precision": "bf16"},
         "shuffle": {"exchange": exchange},
     })  # fmt: skip
 
 
-def predicted_bytes(exchange: str, world_size: int, dim: int) -> dict[str, int]:
-    """What a rank receives in a step beside the gradients, without headers."""
-    others, n = world_size - 1, LOCAL_BATCH
-    pixels = 3 * SIDE * SIDE
-    return {
-        "images": {"loader": 0, "all_to_all": others * n * pixels // world_size, "all_gather": others * n * pixels * 4}[
-            exchange
-        ],
-        "features": others * n * 2 * dim * 4 + others * n * (dim + 1) * 4,
-    }
+def predicted_bytes(exchange: str, world: World, plan: Plan, step: int, side: int, dim: int) -> tuple[int, int]:
+    """What a rank receives of images and of features in a step, without gradients and headers."""
+    others, n, pixels = world.world_size - 1, LOCAL_BATCH, 3 * side * side
+    images = 0
+    if exchange == "all_to_all":  # as many as the permutation sends: (W - 1)/W N on average
+        counts = plan.key_route(step, world).receive_counts
+        images = (sum(counts) - counts[world.rank]) * pixels
+    if exchange == "all_gather":
+        images = others * n * pixels * 4
+    return images, others * n * 2 * dim * 4 + others * n * (dim + 1) * 4
 
 
-def rank_main(steps: int) -> None:
-    """One host's rank: each way in turn, `steps` times, with and without the gradients' all-reduce."""
-    world = world_from_env("cpu")
-    torch.set_num_threads(1)
+def readings_of_rank(world: World, steps: int, arch: str, image_size: int) -> list[dict[str, Any]]:
+    """One rank's readings: each way in turn, `steps` times, with and without the gradients' all-reduce."""
     counter = Path("/sys/class/net/eth0/statistics/rx_bytes")
-    with process_group(world):
-        runs = {exchange: Run(exchange, world) for exchange in EXCHANGES}
-        rows = []
-        for step in range(-1, steps):
-            for exchange, run in runs.items():
-                for gradients in (False, True):
-                    barrier(world)
-                    before, started = int(counter.read_text()), time.perf_counter()
-                    exchange_seconds = run.step(max(step, 0), gradients)
-                    seconds = time.perf_counter() - started
-                    barrier(world)
-                    received = int(counter.read_text()) - before
-                    if step >= 0:
-                        rows.append({"exchange": exchange, "gradients": gradients, "bytes": received,
-                                     "seconds": seconds, "exchange_seconds": exchange_seconds})  # fmt: skip
-        if world.is_main:
-            print(json.dumps(rows))
+    runs = {exchange: Run(config_of(exchange, world.world_size, arch, image_size), world) for exchange in EXCHANGES}
+    rows = []
+    for step in range(-1, steps):  # the first is not counted
+        for exchange, run in runs.items():
+            for gradients in (False, True):
+                barrier(world)
+                before, started = int(counter.read_text()), time.perf_counter()
+                exchange_seconds = run.step(max(step, 0), gradients)
+                seconds = time.perf_counter() - started
+                barrier(world)
+                received = int(counter.read_text()) - before
+                if step >= 0:
+                    images, features = predicted_bytes(
+                        exchange, world, run.plan, step, image_size, run.config.model.embedding_dim
+                    )
+                    parameters = sum(p.nbytes for p in run.state.query_encoder.parameters())
+                    rows.append({
+                        "exchange": exchange, "gradients": gradients, "received_bytes": received,
+                        "predicted_image_bytes": images, "predicted_feature_bytes": features,
+                        "predicted_gradient_bytes": 2 * (world.world_size - 1) * parameters // world.world_size,
+                        "step_seconds": seconds, "key_views_seconds": exchange_seconds,
+                    })  # fmt: skip
+    return rows
 
 
 class Run:
     """A program of its own for one way to exchange, on random crops made once."""
 
-    def __init__(self, exchange: str, world: World) -> None:
-        from moco_dist.data import counter_rng
-        from moco_dist.data.augment import draw_colours
-        from moco_dist.data.batch import CropBatch
-
-        self.world, self.config = world, config_of(exchange, world.world_size)
-        self.plan = Plan(10_000, self.config.optim.global_batch_size, 0)
-        self.state, self.engine = build(self.config, world)
+    def __init__(self, config: PretrainConfig, world: World) -> None:
+        self.world, self.config = world, config
+        self.plan = Plan(10_000, config.optim.global_batch_size, 0)
+        self.state, self.engine = build(config, world)
         samples = torch.from_numpy(self.plan.query_indices(0, world))
-        crops = torch.randint(0, 256, (LOCAL_BATCH, SIDE, SIDE, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
-        colours = draw_colours(self.config.augment, 0, 0, samples.numpy(), counter_rng.STREAM_COLOUR_K)
+        side = config.data.image_size
+        crops = torch.randint(0, 256, (LOCAL_BATCH, side, side, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
+        colours = draw_colours(config.augment, 0, 0, samples.numpy(), counter_rng.STREAM_COLOUR_K)
         self.batch = CropBatch(crops, crops, samples, samples, colours, colours)
 
     def step(self, step: int, gradients: bool) -> float:
@@ -124,56 +127,41 @@ class _WithoutAllReduce:
         return getattr(self._engine, name)
 
 
-def measure(num_hosts: int, steps: int, rates: list[float]) -> list[dict]:
-    """A row for each rate and way."""
-    rows = []
-    with hosts(num_hosts) as made:
-        for rate in rates:
-            made.shape(rate)
-            ranks = []
-            with tempfile.TemporaryFile("w+") as out:
-                for host in range(num_hosts):
-                    env = {**os.environ, "RANK": str(host), "WORLD_SIZE": str(num_hosts), "LOCAL_RANK": "0",
-                           "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": made.address(0), "MASTER_PORT": str(PORT),
-                           "GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1"}  # fmt: skip
-                    words = [sys.executable, "-m", "benchmarks.network", "--rank-steps", str(steps)]
-                    stdout = out if host == 0 else subprocess.DEVNULL
-                    ranks.append(subprocess.Popen(made.command(host, words), env=env, stdout=stdout))
-                if any(rank.wait() for rank in ranks):
-                    raise SystemExit("a rank failed")
-                out.seek(0)
-                readings = json.loads(out.read().splitlines()[-1])
-            rows += [summary(readings, exchange, num_hosts, rate) for exchange in EXCHANGES]
-            print_rows(rows[-len(EXCHANGES):])
-    return rows
+def measure(made: Hosts, rate: float, steps: int, arch: str, image_size: int) -> list[dict[str, Any]]:
+    """A row for each way, on hosts whose links have `rate` Gb/s."""
+    made.shape(rate)
+    of_ranks = run_ranks(readings_of_rank, made.count, made, steps=steps, arch=arch, image_size=image_size)
+    return [summary([r for rank in of_ranks for r in rank], exchange, made.count, rate) for exchange in EXCHANGES]
 
 
-def summary(readings: list[dict], exchange: str, world_size: int, rate: float) -> dict:
-    """Medians of one way at one rate, beside the arithmetic."""
+def summary(readings: list[dict[str, Any]], exchange: str, world_size: int, rate: float) -> dict[str, Any]:
+    """Of all ranks and steps: means of bytes, which differ by rank and step, and medians of seconds."""
 
-    def median(key: str, gradients: bool) -> float:
-        chosen = [r[key] for r in readings if r["exchange"] == exchange and r["gradients"] == gradients]
-        return statistics.median(chosen)
+    def of(key: str, gradients: bool) -> list[float]:
+        return [r[key] for r in readings if r["exchange"] == exchange and r["gradients"] == gradients]
 
-    predicted = predicted_bytes(exchange, world_size, 128)
+    predicted = {key: round(statistics.mean(of(key, True))) for key in
+                 ("predicted_image_bytes", "predicted_feature_bytes", "predicted_gradient_bytes")}  # fmt: skip
     return {
         "hosts": world_size, "gigabit_per_second": rate, "exchange": exchange,
-        "received_bytes": median("bytes", False), "predicted_bytes": sum(predicted.values()),
-        "predicted_image_bytes": predicted["images"], "received_bytes_with_gradients": median("bytes", True),
-        "step_seconds": median("seconds", True), "step_seconds_without_gradients": median("seconds", False),
-        "key_views_seconds": median("exchange_seconds", True),
+        "received_bytes": round(statistics.mean(of("received_bytes", False))), **predicted,
+        "received_bytes_with_gradients": round(statistics.mean(of("received_bytes", True))),
+        "step_seconds": statistics.median(of("step_seconds", True)),
+        "step_seconds_without_gradients": statistics.median(of("step_seconds", False)),
+        "key_views_seconds": statistics.median(of("key_views_seconds", True)),
     }  # fmt: skip
 
 
-def print_rows(rows: list[dict]) -> None:
+def print_row(row: dict[str, Any]) -> None:
     """For a person."""
-    for row in rows:
-        print(
-            f"{row['hosts']} hosts {row['gigabit_per_second']:g} Gb/s {row['exchange']:>10}: received "
-            f"{row['received_bytes'] / 1e6:.3f} MB a step (predicted {row['predicted_bytes'] / 1e6:.3f}), "
-            f"with gradients {row['received_bytes_with_gradients'] / 1e6:.1f} MB; step {row['step_seconds']:.2f} s, "
-            f"of it key views {row['key_views_seconds']:.2f} s"
-        )
+    predicted = row["predicted_image_bytes"] + row["predicted_feature_bytes"]
+    print(
+        f"{row['hosts']} hosts {row['gigabit_per_second']:g} Gb/s {row['exchange']:>10}: received "
+        f"{row['received_bytes'] / 1e6:.3f} MB a step (predicted {predicted / 1e6:.3f}), with gradients "
+        f"{row['received_bytes_with_gradients'] / 1e6:.1f} MB; step {row['step_seconds']:.2f} s, of it key views "
+        f"{row['key_views_seconds']:.2f} s",
+        flush=True,
+    )
 
 
 def main() -> None:
@@ -182,16 +170,20 @@ def main() -> None:
     parser.add_argument("--hosts", default="2", help="numbers of hosts, e.g. 2,4")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--rates", default="1,10", help="link rates in Gb/s")
-    parser.add_argument("--rank-steps", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--quick", action="store_true")
     args = parser.parse_args()
-    if args.rank_steps is not None:
-        rank_main(args.rank_steps)
-        return
     if reason := why_not():
         raise SystemExit(reason)
-    rates = [float(rate) for rate in args.rates.split(",")]
-    rows = [row for n in args.hosts.split(",") for row in measure(int(n), args.steps, rates)]
-    results.write("network", rows, local_batch_size=LOCAL_BATCH, image_size=SIDE, arch="resnet18", precision="bf16")
+    sizes = QUICK if args.quick else FULL
+    rows = []
+    for count in map(int, args.hosts.split(",")):
+        with hosts(count) as made:
+            for rate in map(float, args.rates.split(",")):
+                rows += measure(made, rate, args.steps, **sizes)
+                for row in rows[-len(EXCHANGES) :]:
+                    print_row(row)
+    if not args.quick:
+        results.write("network", rows, local_batch_size=LOCAL_BATCH, precision="bf16", **sizes)
 
 
 if __name__ == "__main__":

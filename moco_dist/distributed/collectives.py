@@ -76,7 +76,12 @@ def reduce_scatter_sum(x: Tensor, world: World) -> Tensor:
     """Rank r's slice of the sum over ranks: (W·n, ...) to (n, ...). Receives (W - 1)/W of x's bytes."""
     if world.world_size == 1:
         return x
-    out = x.new_empty((x.shape[0] // world.world_size, *x.shape[1:]))
+    rows = x.shape[0] // world.world_size
+    if x.device.type == "cpu":
+        # gloo's own reduce-scatter is an all-reduce of which each rank keeps its slice: twice the bytes.
+        parts = all_to_all_rows(x, [rows] * world.world_size, [rows] * world.world_size, world)
+        return parts.view(world.world_size, rows, *x.shape[1:]).sum(0)
+    out = x.new_empty((rows, *x.shape[1:]))
     # torch 2.15's name for it, with a warning for the older one, which is all that torch 2.11 knows
     reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
     reduce_scatter(out, x.contiguous())

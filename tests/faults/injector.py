@@ -20,7 +20,7 @@ STEPS, SAVE_EVERY = 8, 2
 # What counts as an event, before it and after it: collectives of the training and of the checkpoint's thread, and
 # every change that a checkpoint makes to the disk.
 PLACES = (
-    (dist, "all_gather"), (dist, "reduce_scatter_tensor"), (dist, "barrier"), (dist, "all_gather_object"),
+    (dist, "all_gather"), (dist, "all_to_all_single"), (dist, "barrier"), (dist, "all_gather_object"),
     (dist, "gather_object"), (dcp.HuggingFaceStorageWriter, "write_data"), (dcp.HuggingFaceStorageWriter, "finish"),
     (shutil, "rmtree"), (Path, "mkdir"), (Path, "write_text"), (Path, "rename"),
 )  # fmt: skip

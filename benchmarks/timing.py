@@ -1,0 +1,48 @@
+"""Timing that a busy machine does not bend: alternatives take turns within one run, medians are compared."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+
+def synchronise(device: str) -> None:
+    """Wait for the device's queued work."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds_of(function: Callable[[], Any], device: str = "cpu") -> float:
+    """Wall-clock seconds of one call, the device's work included."""
+    synchronise(device)
+    started = time.perf_counter()
+    function()
+    synchronise(device)
+    return time.perf_counter() - started
+
+
+def in_turn(alternatives: Mapping[str, Callable[[], Any]], repeats: int, device: str = "cpu") -> dict[str, float]:
+    """Median seconds of each, after one call that is not counted; each repeat calls every one once."""
+    readings: dict[str, list[float]] = {name: [] for name in alternatives}
+    for repeat in range(repeats + 1):
+        for name, function in alternatives.items():
+            seconds = seconds_of(function, device)
+            if repeat:
+                readings[name].append(seconds)
+    return {name: statistics.median(values) for name, values in readings.items()}
+
+
+def bytes_per_second(device: str = "cpu", megabytes: int = 512) -> float:
+    """Measured memory bandwidth: bytes read plus bytes written of a large copy, a second."""
+    source = torch.ones(megabytes * 2**20, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / in_turn({"copy": lambda: target.copy_(source)}, 7, device)["copy"]
+
+
+def flops_per_second(device: str, dtype: torch.dtype, side: int = 0) -> float:
+    """Measured rate of a large matrix product in `dtype`, a multiplication and an addition counted as two."""
+    side = side or (8192 if torch.device(device).type == "cuda" else 2048)
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    return 2 * side**3 / in_turn({"product": lambda: a @ b}, 5, device)["product"]

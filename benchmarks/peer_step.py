@@ -1,0 +1,189 @@
+"""A step of this program beside the same step of lightly's MoCo, on two ranks: on loopback, and over a 1 Gb/s link.
+
+    pip install 'moco_dist[benchmarks]'
+    sudo python -m benchmarks.peer_step [--steps 5] [--arch resnet18] [--local-batch 32] [--image-size 224] [--quick]
+
+Both do the same work: architecture, head, batch, image size, queue, temperature, precision (bf16 autocast), shuffled BN
+over ranks, SGD with momentum and weight decay, DistributedDataParallel. lightly's step is put together from its own
+parts in the order of its MoCo v2 benchmark: `update_momentum`, `batch_shuffle` (gathers all images), `batch_unshuffle`,
+`NTXentLoss` with a gathered memory bank, and torch's defaults for DDP and SGD. It runs twice: with tensors as torch
+lays them out (as published), and in channels-last, which this program uses, so that the reader sees how much of the
+difference that makes. Views are made before the clock starts, for all alike: augmentation is not compared.
+
+The programs take turns within a step; a step ends when the last rank is done; ratios are of medians. Without root (or
+iproute2) only loopback is measured. On a machine with two GPUs the ranks use them. --quick: seconds, no result.
+"""
+
+import argparse
+import statistics
+import time
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from benchmarks import results
+from benchmarks.hosts import hosts, why_not
+from benchmarks.ranks import run_ranks
+from benchmarks.timing import synchronise
+from moco_dist.config import PretrainConfig
+from moco_dist.data.plan import Plan
+from moco_dist.distributed.collectives import barrier
+from moco_dist.distributed.world import World
+from moco_dist.method.encoder import BLOCKS
+from moco_dist.method.precision import autocast
+from moco_dist.train import build, train_step
+
+RANKS = 2
+LR, MOMENTUM, TEMPERATURE, DIM = 0.03, 0.999, 0.2, 128
+PROGRAMS = ("moco_dist", "lightly", "lightly channels-last")
+
+
+class Ours:
+    """This program's step, key views loaded (`shuffle.exchange: loader`)."""
+
+    def __init__(self, world: World, arch: str, local_batch: int, image_size: int, queue_size: int) -> None:
+        self.world = world
+        self.config = PretrainConfig.model_validate({
+            "run": {"dir": "unused"},
+            "data": {"root": "unused", "image_size": image_size},
+            "model": {"arch": arch, "bn_group_size": local_batch},
+            "moco": {"queue_size": queue_size},
+            "optim": {"global_batch_size": local_batch * world.world_size, "precision": "bf16"},
+        })  # fmt: skip
+        self.plan = Plan(100_000, self.config.optim.global_batch_size, 0)
+        self.state, self.engine = build(self.config, world)
+        self._views = [x.to(memory_format=torch.channels_last) for x in random_views(world, local_batch, image_size)]
+
+    def step(self) -> Tensor:
+        """One optimiser step; returns the loss."""
+        order = torch.from_numpy(self.plan.key_permutation(self.state.step)).to(self.world.device)
+        view_q, view_k = self._views
+        return train_step(self.state, self.engine, self.config, view_q, view_k, order, LR, False, self.world).loss
+
+
+class Lightly:
+    """The step of lightly's MoCo v2."""
+
+    def __init__(
+        self, world: World, arch: str, local_batch: int, image_size: int, queue_size: int,
+        memory_format: torch.memory_format,
+    ) -> None:
+        import copy
+
+        from lightly.loss import NTXentLoss
+        from lightly.models.modules import MoCoProjectionHead
+        from torchvision.models.resnet import ResNet
+
+        self.world = world
+        backbone = ResNet(*BLOCKS[arch])
+        width = backbone.fc.in_features
+        backbone.fc = nn.Identity()  # type: ignore[assignment]
+        query = nn.Sequential(backbone, MoCoProjectionHead(width, 2048, DIM)).to(world.device)
+        query = query.to(memory_format=memory_format)
+        self.key = copy.deepcopy(query).requires_grad_(False)
+        self.query = query
+        device_ids = [world.local_rank] if world.device != "cpu" else None
+        self.ddp: nn.Module = DistributedDataParallel(query, device_ids) if world.world_size > 1 else query
+        self.optimizer = torch.optim.SGD(query.parameters(), lr=LR, momentum=0.9, weight_decay=1e-4)
+        self.loss = NTXentLoss(TEMPERATURE, (queue_size, DIM), gather_distributed=True).to(world.device)
+        self._views = [x.to(memory_format=memory_format) for x in random_views(world, local_batch, image_size)]
+
+    def step(self) -> Tensor:
+        """One optimiser step; returns the loss."""
+        from lightly.models.utils import batch_shuffle, batch_unshuffle, update_momentum
+
+        view_q, view_k = self._views
+        distributed = self.world.world_size > 1
+        update_momentum(self.query, self.key, MOMENTUM)
+        with autocast(torch.bfloat16, self.world.device):
+            with torch.no_grad():
+                shuffled, shuffle = batch_shuffle(view_k, distributed)
+                keys = batch_unshuffle(self.key(shuffled), shuffle, distributed)
+            loss = self.loss(self.ddp(view_q), keys)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.detach()
+
+
+def random_views(world: World, local_batch: int, image_size: int) -> list[Tensor]:
+    """Query and key views of this rank: float32 (N, 3, S, S), as augmentation leaves them."""
+    generator = torch.Generator().manual_seed(world.rank)
+    shape = (local_batch, 3, image_size, image_size)
+    return [torch.randn(shape, generator=generator).to(world.device) for _ in range(2)]
+
+
+def seconds_of_rank(world: World, steps: int, **sizes: Any) -> dict[str, list[float]]:
+    """Seconds of `steps` steps of each program, from a barrier to the next, after two that are not counted."""
+    programs = {
+        "moco_dist": Ours(world, **sizes),
+        "lightly": Lightly(world, memory_format=torch.contiguous_format, **sizes),
+        "lightly channels-last": Lightly(world, memory_format=torch.channels_last, **sizes),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in programs}
+    for step in range(-2, steps):
+        for name, program in programs.items():
+            barrier(world)
+            started = time.perf_counter()
+            loss = program.step()
+            synchronise(world.device)
+            barrier(world)
+            if step >= 0:
+                seconds[name].append(time.perf_counter() - started)
+            assert loss.isfinite()
+    return seconds
+
+
+def measure(links: dict[str, float | None], steps: int, device: str, **sizes: Any) -> list[dict[str, Any]]:
+    """A row for each link: name, and its Gb/s (None: loopback)."""
+    rows = []
+    for link, rate in links.items():
+        arguments = {"steps": steps, "device": device, **sizes}
+        if rate is None:
+            seconds = run_ranks(seconds_of_rank, RANKS, **arguments)[0]
+        else:
+            with hosts(RANKS) as made:
+                made.shape(rate)
+                seconds = run_ranks(seconds_of_rank, RANKS, made, **arguments)[0]
+        medians = {name: statistics.median(values) for name, values in seconds.items()}
+        row = {"link": link, "gigabit_per_second": rate, "step_seconds": medians,
+               "ratio_to_moco_dist": {name: medians[name] / medians["moco_dist"] for name in PROGRAMS[1:]}}  # fmt: skip
+        rows.append(row)
+        print(f"{link}: " + ", ".join(f"{name} {value:.3f} s" for name, value in medians.items())
+              + "; " + ", ".join(f"{name} / moco_dist {value:.2f}" for name, value in row["ratio_to_moco_dist"].items()),
+              flush=True)  # fmt: skip
+    return rows
+
+
+def main() -> None:
+    """Measure and write the results file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--arch", choices=list(BLOCKS), default="resnet18")
+    parser.add_argument("--local-batch", type=int, default=32)
+    parser.add_argument("--image-size", type=int, default=224)
+    parser.add_argument("--queue-size", type=int, default=65536)
+    parser.add_argument("--quick", action="store_true")
+    args = parser.parse_args()
+    try:
+        import lightly
+    except ImportError:
+        raise SystemExit("lightly is not installed: pip install 'moco_dist[benchmarks]'") from None
+    sizes = {"arch": args.arch, "local_batch": args.local_batch, "image_size": args.image_size,
+             "queue_size": args.queue_size}  # fmt: skip
+    if args.quick:
+        sizes = {"arch": "resnet10", "local_batch": 8, "image_size": 64, "queue_size": 4096}
+    links: dict[str, float | None] = {"loopback": None, "1 Gb/s": 1.0}
+    if reason := why_not():
+        print(f"loopback only: {reason}")
+        del links["1 Gb/s"]
+    device = "cuda" if torch.cuda.device_count() >= RANKS else "cpu"
+    rows = measure(links, args.steps, device, **sizes)
+    if not args.quick:
+        results.write("peer_step", rows, ranks=RANKS, device=device, precision="bf16", lightly=lightly.__version__, **sizes)
+
+
+if __name__ == "__main__":
+    main()

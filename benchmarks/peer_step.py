@@ -151,9 +151,9 @@ def measure(links: dict[str, float | None], steps: int, device: str, **sizes: An
         row = {"link": link, "gigabit_per_second": rate, "step_seconds": medians,
                "ratio_to_moco_dist": {name: medians[name] / medians["moco_dist"] for name in PROGRAMS[1:]}}  # fmt: skip
         rows.append(row)
-        print(f"{link}: " + ", ".join(f"{name} {value:.3f} s" for name, value in medians.items())
-              + "; " + ", ".join(f"{name} / moco_dist {value:.2f}" for name, value in row["ratio_to_moco_dist"].items()),
-              flush=True)  # fmt: skip
+        parts = [f"{name} {value:.3f} s" for name, value in medians.items()]
+        parts += [f"{name} / moco_dist {value:.2f}" for name, value in row["ratio_to_moco_dist"].items()]
+        print(f"{link}: {', '.join(parts)}", flush=True)
     return rows
 
 
@@ -182,7 +182,8 @@ def main() -> None:
     device = "cuda" if torch.cuda.device_count() >= RANKS else "cpu"
     rows = measure(links, args.steps, device, **sizes)
     if not args.quick:
-        results.write("peer_step", rows, ranks=RANKS, device=device, precision="bf16", lightly=lightly.__version__, **sizes)
+        facts = {"ranks": RANKS, "device": device, "precision": "bf16", "lightly": lightly.__version__}
+        results.write("peer_step", rows, **facts, **sizes)
 
 
 if __name__ == "__main__":

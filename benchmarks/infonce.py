@@ -1,0 +1,103 @@
+"""InfoNCE alone: forward and gradient by q, this program's against `cat` + `cross_entropy`.
+
+    python -m benchmarks.infonce [--repeats 3] [--tf32] [--quick]
+
+For each number of queries N and queue size K: seconds (medians, in turn), peak memory beside the inputs, and the
+largest error of the gradient against float64, relative to its largest value. Where the N x (1 + K) logits would not fit
+the machine, the usual way is left out. Two minutes on two cores. --quick: seconds, no result.
+"""
+
+import argparse
+import functools
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks import results
+from benchmarks.timing import in_turn
+from moco_dist.distributed.world import World
+from moco_dist.method.infonce import info_nce
+
+DIM, TEMPERATURE = 128, 0.2
+CPU_SIZES = [(32, 65536), (256, 65536), (1024, 65536), (32, 1 << 20), (256, 1 << 20), (32, 1 << 22)]
+CUDA_SIZES = [(n, k) for k in (65536, 1 << 20, 1 << 22) for n in (32, 256, 1024, 4096)]
+QUICK_SIZES = [(32, 4096)]
+
+
+def unit_rows(rows: int, device: str) -> Tensor:
+    """(rows, C) random unit vectors."""
+    return F.normalize(torch.randn(rows, DIM, device=device), dim=1)
+
+
+def fused(q: Tensor, k: Tensor, queue: Tensor) -> Tensor:
+    """The gradient by q, by this program's loss."""
+    q = q.detach().requires_grad_()
+    info_nce(q, k, q.detach(), queue, TEMPERATURE, World(device=str(q.device))).backward()
+    assert q.grad is not None
+    return q.grad
+
+
+def usual(q: Tensor, k: Tensor, queue: Tensor) -> Tensor:
+    """The gradient by q, by logits and cross-entropy."""
+    q = q.detach().requires_grad_()
+    logits = torch.cat([(q * k).sum(1, keepdim=True), q @ queue.T], dim=1) / TEMPERATURE
+    F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.int64, device=q.device)).backward()
+    assert q.grad is not None
+    return q.grad
+
+
+def peak_bytes(function, device: str) -> int:
+    """Peak of memory during a call, beyond what was held before it. On a CPU the process's, to a few MB."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        return torch.cuda.max_memory_allocated() - before
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted anew
+    before = psutil.Process().memory_info().rss
+    function()
+    status = Path("/proc/self/status").read_text()
+    return max(0, int(status.split("VmHWM:")[1].split()[0]) * 1024 - before)
+
+
+def measure(num_queries: int, num_keys: int, repeats: int, device: str) -> dict[str, Any]:
+    """One row."""
+    q, k, queue = unit_rows(num_queries, device), unit_rows(num_queries, device), unit_rows(num_keys, device)
+    ways = {"moco_dist": fused, "cat + cross_entropy": usual}
+    room = torch.cuda.mem_get_info()[0] if torch.device(device).type == "cuda" else psutil.virtual_memory().available
+    if 6 * 4 * num_queries * num_keys > room:  # logits, their quotient, softmax and gradients
+        del ways["cat + cross_entropy"]
+    calls = {name: functools.partial(way, q, k, queue) for name, way in ways.items()}
+    some = slice(0, 32)  # rows of the gradient do not depend on one another: a few tell the error
+    exact = usual(q[some].double(), k[some].double(), queue.double()) * min(32, num_queries) / num_queries
+    peak = {name: peak_bytes(call, device) for name, call in calls.items()}
+    error = {name: ((call()[some] - exact).abs().max() / exact.abs().max()).item() for name, call in calls.items()}
+    return {"num_queries": num_queries, "num_keys": num_keys, "seconds": in_turn(calls, repeats, device),
+            "peak_bytes": peak, "relative_error": error}  # fmt: skip
+
+
+def main() -> None:
+    """Measure and write the results file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--tf32", action="store_true", help="allow TF32 products on a GPU (engine.allow_tf32)")
+    parser.add_argument("--quick", action="store_true")
+    args = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.backends.cuda.matmul.allow_tf32 = args.tf32
+    rows = []
+    for size in QUICK_SIZES if args.quick else CUDA_SIZES if device == "cuda" else CPU_SIZES:
+        row = measure(*size, args.repeats, device)
+        rows.append(row)
+        print(row, flush=True)
+    if not args.quick:
+        results.write("infonce", rows, dim=DIM, dtype="float32", tf32=args.tf32, threads=torch.get_num_threads())
+
+
+if __name__ == "__main__":
+    main()

@@ -4,7 +4,8 @@
 
 The floor is bytes / bandwidth: 12 bytes a float32 parameter for the momentum update, 20 for SGD with momentum, and the
 bandwidth of a large copy, measured in the same run. Beside them the usual ways: two multi-tensor passes for the
-momentum update, torch's SGD without `fused`. Seconds are medians, in turn. Half a minute on two cores. --quick: no result.
+momentum update, torch's SGD without `fused`. Seconds are medians, in turn. Half a minute on two cores.
+--quick: no result.
 """
 
 import argparse

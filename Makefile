@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test check lint soak clean
+.PHONY: demo test check lint soak audit clean
 
 demo: $(STAMP)
 	@$(BIN)/python -m launchers.demo
@@ -17,6 +17,11 @@ check: lint
 # Kills a training 200 times; an hour.
 soak: $(STAMP)
 	MOCO_DIST_KILLS=200 $(BIN)/python -m pytest tests/faults/test_kills.py --timeout 7200
+
+# Known vulnerabilities of what is installed; asks the network.
+audit: $(STAMP)
+	$(BIN)/pip install --quiet pip-audit
+	$(BIN)/pip-audit --skip-editable
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

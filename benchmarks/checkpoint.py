@@ -1,0 +1,61 @@
+"""How long a checkpoint keeps a training waiting: written while it waits, and on a thread of its own.
+
+A ResNet-50 with its key encoder, momentum and a queue of 65,536 keys, on one process. The two ways take turns.
+"""
+
+import argparse
+import shutil
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+from benchmarks import results
+from moco_dist import checkpoint
+from moco_dist.config import PretrainConfig
+from moco_dist.distributed.world import World
+from moco_dist.saver import Saver
+from moco_dist.train import build
+
+
+def main() -> None:
+    """Measure, and write the result."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5, help="checkpoints of each kind (default 5)")
+    parser.add_argument("--folder", type=Path, help="file system to write to (default: that of temporary files)")
+    args = parser.parse_args()
+    world = World()
+    config = PretrainConfig.model_validate({"run": {"dir": "unused"}, "data": {"root": "unused"}})
+    state, _ = build(config, world)
+    folder = Path(tempfile.mkdtemp(dir=args.folder))
+    saver = Saver(folder, 1, 0, world, print)
+    stalls, totals = {"synchronous": [], "asynchronous": []}, []
+    try:
+        for _ in range(args.rounds):
+            started = time.perf_counter()
+            checkpoint.write(checkpoint.snapshot(state, {}, world), folder, world)
+            stalls["synchronous"].append(time.perf_counter() - started)
+            state.step += 1
+            started = time.perf_counter()
+            saver.save(state, {})
+            stalls["asynchronous"].append(saver.stall_seconds)
+            saver.finish()
+            totals.append(time.perf_counter() - started)
+            state.step += 1
+        size = sum(path.stat().st_size for path in checkpoint.latest(folder).iterdir())
+    finally:
+        shutil.rmtree(folder)
+    median = {kind: statistics.median(seconds) for kind, seconds in stalls.items()}
+    rows = [
+        {"kind": kind, "stall_seconds": median[kind], "all_stall_seconds": seconds}
+        for kind, seconds in stalls.items()
+    ]
+    ratio = median["synchronous"] / median["asynchronous"]
+    results.write("checkpoint", rows, bytes=size, asynchronous_total_seconds=statistics.median(totals),
+                  stall_ratio_of_medians=ratio)  # fmt: skip
+    for row in rows:
+        print(f"{row['kind']}: waits {row['stall_seconds']:.2f} s for {size / 1e6:.0f} MB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""No file can run code, no value can become a shell command, nothing listens for the world."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FOLDERS = ("moco_dist", "launchers", "benchmarks")
+SOURCES = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
+FORBIDDEN_IMPORTS = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+FORBIDDEN_CALLS = {
+    "yaml.load", "yaml.unsafe_load", "yaml.full_load", "os.system", "os.popen", "eval", "exec", "np.fromfile",
+    "subprocess.getoutput", "subprocess.getstatusoutput", "torch.jit.load", "marshal.loads",
+}  # fmt: skip
+
+
+def offences(tree):
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (f"imports {alias.name}" for alias in node.names if alias.name in FORBIDDEN_IMPORTS)
+        elif isinstance(node, ast.ImportFrom) and node.module in FORBIDDEN_IMPORTS:
+            yield f"imports {node.module}"
+        elif isinstance(node, ast.Call):
+            name = ast.unparse(node.func)
+            keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+            if name in FORBIDDEN_CALLS:
+                yield f"calls {name}"
+            if name == "torch.load" and keywords.get("weights_only") != "True":
+                yield "torch.load without weights_only=True"
+            if name == "np.load" and keywords.get("allow_pickle", "False") != "False":
+                yield "np.load of pickles"
+            if keywords.get("shell", "False") != "False":
+                yield f"{name} by a shell"
+        elif isinstance(node, ast.Constant) and node.value == "0.0.0.0":
+            yield "listens on every address"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_source_has_nothing_dangerous(path):
+    assert list(offences(ast.parse(path.read_text()))) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["import pickle", "torch.load(f)", "torch.load(f, weights_only=False)", "yaml.load(f)", "os.system(x)",
+     "subprocess.run(x, shell=True)", "bind('0.0.0.0')", "np.load(f, allow_pickle=True)"],
+)  # fmt: skip
+def test_it_would_be_found(text):
+    assert list(offences(ast.parse(text)))

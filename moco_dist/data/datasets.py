@@ -14,6 +14,7 @@ from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from moco_dist.data.index import image_paths
+from moco_dist.data.measured import read_measured
 from moco_dist.data.storage import read_patiently
 from moco_dist.errors import UserError, nearest
 
@@ -36,12 +37,15 @@ class ImageFolder:
         paths: N relative paths with `/` between folders, sorted.
         labels: (N,) int64, indices into `classes`; NO_CLASS for images directly in `root`.
         classes: names of the folders directly in `root`, sorted.
+        sizes: (N, 2) width and height in pixels, where `data prepare` or `data verify` has measured just these images.
+            A file that was overwritten since may have another size.
     """
 
     root: Path
     paths: list[str]
     labels: NDArray[np.int64]
     classes: tuple[str, ...]
+    sizes: NDArray[np.int64] | None = None
 
 
 def find_images(root: Path, split: Literal["train", "val"]) -> ImageFolder:
@@ -84,7 +88,9 @@ def find_images(root: Path, split: Literal["train", "val"]) -> ImageFolder:
     label_of = {name: label for label, name in enumerate(classes)}
     firsts = (path.partition("/") for path in paths)
     labels = [label_of[first] if below else NO_CLASS for first, below, _ in firsts]
-    return ImageFolder(folder, paths, np.array(labels, dtype=np.int64), tuple(classes))
+    measured = read_measured(folder)
+    sizes = measured.sizes[:, 1:] if measured is not None and measured.paths == paths else None
+    return ImageFolder(folder, paths, np.array(labels, dtype=np.int64), tuple(classes), sizes)
 
 
 def subset(folder: ImageFolder, max_samples: int | None) -> ImageFolder:
@@ -97,7 +103,8 @@ def subset(folder: ImageFolder, max_samples: int | None) -> ImageFolder:
 
 def rows_of(folder: ImageFolder, rows: NDArray[np.int64]) -> ImageFolder:
     """Some of the images, in the order of `rows`; the classes stay."""
-    return ImageFolder(folder.root, [folder.paths[i] for i in rows], folder.labels[rows], folder.classes)
+    sizes = None if folder.sizes is None else folder.sizes[rows]
+    return ImageFolder(folder.root, [folder.paths[i] for i in rows], folder.labels[rows], folder.classes, sizes)
 
 
 def share_of_classes(labels: NDArray[np.int64], share: float, seed: list[int], leave: int = 0) -> NDArray[np.bool_]:

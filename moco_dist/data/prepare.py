@@ -11,25 +11,21 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from moco_dist.data import imagenet, published
-from moco_dist.data.datasets import ImageError, ImageFolder, find_images, read_image
+from moco_dist.data.datasets import ImageError, ImageFolder, decode_image, find_images, read_bytes
+from moco_dist.data.measured import Size, differences, in_threads, read_measured, write_measured
 from moco_dist.data.shapes import SHAPES, ShapeSettings, draw_image
 from moco_dist.errors import UserError
 
-T = TypeVar("T")
-
 MARKER = "dataset.json"
 UNREADABLE = "unreadable.txt"
-CHUNK = 64  # images a thread takes at a time, and so what an interrupt waits for
 
 
 def prepare_fashion_mnist(out: Path, source: Path | None = None) -> Path:
@@ -100,7 +96,7 @@ def prepare_shapes(
         with _appearing(out, recipe) as partial:
             for stream, (split, count) in enumerate({"train": num_train, "val": num_val}.items()):
                 _make_class_folders(partial / split, names)
-                _in_threads(functools.partial(draw, folder=partial / split, stream=stream), count, f"drawing {split}")
+                in_threads(functools.partial(draw, folder=partial / split, stream=stream), count, f"drawing {split}")
     return out
 
 
@@ -136,15 +132,16 @@ def prepare_imagefolder(out: Path, source: Path) -> Path:
     with _appearing(out, recipe) as partial:
         unreadable: list[str] = []
         for split, found in splits.items():
-            problems = _in_threads(functools.partial(_problem, found), len(found.paths), f"reading {split}")
-            good = [path for path, problem in zip(found.paths, problems, strict=True) if not problem]
-            unreadable += filter(None, problems)
+            sizes = _measure(found, f"reading {split}")
+            good = _good(sizes)
+            unreadable += [problem for problem in sizes.values() if isinstance(problem, str)]
             if not good:
-                raise UserError(f"none of the {len(problems)} files in {found.root} can be read; {unreadable[-1]}")
+                raise UserError(f"none of the {len(sizes)} files in {found.root} can be read; {unreadable[-1]}")
             for path in good:
                 link = partial / split / path
                 link.parent.mkdir(parents=True, exist_ok=True)
                 link.symlink_to(found.root / path)
+            write_measured(partial / split, good)
         if unreadable:
             (partial / UNREADABLE).write_text("\n".join(unreadable) + "\n", "utf-8", "surrogateescape")
     return out
@@ -204,17 +201,29 @@ def prepare_imagenet(
         return prepare_imagefolder(out, source)
     unpacked = out.with_name(f".{out.name}.unpacked")
     imagenet.unpack(source, unpacked, sizes)
-    if problems := verify(unpacked):
-        raise UserError("\n".join([*problems[:10], f"{len(problems)} image(s) of {unpacked} cannot be read"]))
+    problems = []
+    for split, found in [("train", find_images(unpacked, "train")), ("val", find_images(unpacked, "val"))]:
+        measured = _measure(found, f"reading {split}")
+        bad = {path: problem for path, problem in measured.items() if isinstance(problem, str)}
+        for name in {path.partition("/")[0] for path in bad}:  # to be unpacked anew by the next call
+            shutil.rmtree(found.root / name if split == "train" else found.root, ignore_errors=True)
+        problems += bad.values()
+        if not bad:
+            write_measured(found.root, _good(measured))
+    if problems:
+        count = f"{len(problems)} image(s) of {source} cannot be read"
+        raise UserError("\n".join([*problems[:10], f"{count}; repeat to unpack their classes again"]))
     _finish(unpacked, out, recipe)
     return out
 
 
 def verify(root: Path) -> list[str]:
-    """Decode every image of a data set, and compare their number with what `prepare` wrote.
+    """Decode every image of a data set, and compare it with what `prepare`, or an earlier `verify`, found.
+
+    The sizes of a split without a problem are remembered (`ImageFolder.sizes`), where ROOT can be written to.
 
     Returns:
-        a line for each image that cannot be read, and for each split of which images are missing.
+        a line for each image that cannot be read, is missing, new or changed, and for each split with another number.
 
     Raises:
         UserError: there is no data set.
@@ -224,7 +233,13 @@ def verify(root: Path) -> list[str]:
         splits["val"] = find_images(root, "val")
     problems: list[str] = []
     for split, found in splits.items():
-        problems += filter(None, _in_threads(functools.partial(_problem, found), len(found.paths), f"reading {split}"))
+        sizes = _measure(found, f"reading {split}")
+        wrong = [problem for problem in sizes.values() if isinstance(problem, str)]
+        known = read_measured(found.root)
+        wrong += differences(found.root, known, sizes) if known else []
+        if not wrong:
+            write_measured(found.root, _good(sizes))
+        problems += wrong
     if (root / MARKER).is_file():
         written = json.loads((root / MARKER).read_text())["images"]
         problems += [
@@ -321,24 +336,23 @@ def _write_pngs(root: Path, splits: dict[str, published.Split]) -> None:
 
     for split, part in splits.items():
         _make_class_folders(root / split, part.classes)
-        _in_threads(functools.partial(write, folder=root / split, part=part), len(part.images), f"writing {split}")
+        in_threads(functools.partial(write, folder=root / split, part=part), len(part.images), f"writing {split}")
 
 
-def _problem(folder: ImageFolder, i: int) -> str:
-    """Why image i cannot be read; empty where it can."""
-    try:
-        read_image(folder.root / folder.paths[i])
-    except ImageError as error:
-        return str(error)
-    return ""
+def _measure(found: ImageFolder, what: str) -> dict[str, Size | str]:
+    """Size of every image, by path, decoded on all cores; where it cannot be, the reason."""
+
+    def measure(i: int) -> Size | str:
+        path = found.root / found.paths[i]
+        try:
+            data = read_bytes(path)
+            image = decode_image(data, str(path))
+        except ImageError as error:
+            return str(error)
+        return Size(len(data), image.width, image.height)
+
+    return dict(zip(found.paths, in_threads(measure, len(found.paths), what), strict=True))
 
 
-def _in_threads(do: Callable[[int], T], count: int, what: str) -> list[T]:
-    """do(0) .. do(count - 1) on all cores, in order; reading and writing images lets other threads run."""
-    chunks = [range(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
-    results: list[T] = []
-    with tqdm(total=count, desc=what, unit="images", disable=None) as bar, ThreadPoolExecutor(os.cpu_count()) as pool:
-        for done in pool.map(lambda chunk: [do(i) for i in chunk], chunks):
-            results += done
-            bar.update(len(done))
-    return results
+def _good(sizes: dict[str, Size | str]) -> dict[str, Size]:
+    return {path: size for path, size in sizes.items() if isinstance(size, Size)}

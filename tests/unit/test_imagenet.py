@@ -12,7 +12,7 @@ from moco_dist.cli import main
 from moco_dist.data import imagenet
 from moco_dist.data.datasets import find_images
 from moco_dist.data.imagenet import DEVKIT, TRAIN, VAL, Sizes
-from moco_dist.data.prepare import prepare_imagenet
+from moco_dist.data.prepare import prepare_imagenet, verify
 from moco_dist.errors import UserError
 
 savemat = pytest.importorskip("scipy.io").savemat
@@ -166,6 +166,23 @@ def test_verify(source, tmp_path, capsys):
     next((out / "val").glob("*/*")).unlink()
     assert main(["data", "verify", str(out)]) == 2
     errors = capsys.readouterr().err.splitlines()
-    assert len(errors) == 3
+    assert len(errors) == 4
     assert str(broken) in errors[0]
-    assert "val has 4 images; 5 were prepared" in errors[1]
+    assert errors[1].endswith(".JPEG is missing")
+    assert "val has 4 images; 5 were prepared" in errors[2]
+
+
+def test_a_class_with_an_unreadable_image_is_unpacked_again(source, tmp_path):
+    """As after a power cut: a class folder is there, and a file in it is empty."""
+    archive = (source / VAL).read_bytes()
+    damage(source, VAL, lambda content: content[:100])
+    with pytest.raises(UserError, match="is damaged"):
+        prepare_imagenet(tmp_path / "imagenet", source, "tars", SIZES)
+    (source / VAL).write_bytes(archive)
+    emptied = next((tmp_path / ".imagenet.unpacked" / "train").glob("*/*"))
+    emptied.write_bytes(b"")
+    with pytest.raises(UserError, match=f"{emptied}: the file is empty\n1 image.* repeat to unpack"):
+        prepare_imagenet(tmp_path / "imagenet", source, "tars", SIZES)
+    out = prepare_imagenet(tmp_path / "imagenet", source, "tars", SIZES)
+    assert verify(out) == []
+    assert find_images(out, "val").sizes.tolist() == [[30, 20]] * 5

@@ -47,6 +47,7 @@ class DeepSpeedEngine:
         if config.compile != "off":
             module.compile(**compile_options(config))
         self._engine = _initialise(_UnderAutocast(module, dtype, world), optimizer, config.zero_stage, world)
+        optimizer.register_step_pre_hook(self._leave_out_if_not_finite)
         self._zero: Any = self._engine.optimizer if config.zero_stage else None
         if self._zero is None:
             module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -73,6 +74,16 @@ class DeepSpeedEngine:
             is_finite = torch.nn.utils.get_total_norm(gradients).isfinite()
             self.optimizer.found_inf = (~is_finite).float()  # type: ignore[attr-defined]
         self._engine.step()
+
+    def _leave_out_if_not_finite(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """What GradScaler does in the other engine: tell the optimiser, on the device, to change nothing this time.
+
+        Where each rank holds a part of the gradients, all do as one of them must. One all-reduce of a number.
+        """
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        found = torch.zeros((), device=self._world.device)
+        torch._amp_foreach_non_finite_check_and_unscale_(gradients, found, torch.ones_like(found))
+        optimizer.found_inf = found if self._zero is None else all_reduce_sum(found, self._world)  # type: ignore[attr-defined]
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
         """See `Engine`. Stages 1 and 2: all parts in one all-gather."""

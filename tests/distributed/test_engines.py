@@ -143,3 +143,35 @@ def test_either_engine_goes_on_where_the_other_stopped(tmp_path, optimizer):
         engine = {"kind": "deepspeed", **zero} if zero else {}
         losses += run(train, world_size, tmp_path / "moving", config_of(optimizer, **engine), 2 * i, 2 * i + 2)[0]
     assert largest_difference(losses, expected) < 2 * TOLERANCE["losses"]
+
+
+def step_with_a_loss_that_is_no_number(world, config):
+    """What a step changes when one picture of the last rank is no number: the largest difference."""
+    with process_group(world, alone_too=True):
+        state, engine = build(config, world)
+        plan, table = Plan(NUM_SAMPLES, config.optim.global_batch_size, config.run.seed), images(torch.float32)
+        for step in range(2):
+            view_q = table[torch.from_numpy(plan.query_indices(step, world)), 0]
+            view_k = table[torch.from_numpy(plan.key_indices(step, world)), 1]
+            order = torch.from_numpy(plan.key_permutation(step))
+            if step == 1:
+                names = ("query_encoder.", "optimizer.")
+                before = {k: v.clone() for k, v in state.tensors().items() if k.startswith(names)}
+                if world.rank == world.world_size - 1:
+                    view_q[0, 0, 0, 0] = torch.nan
+            result = train_step(state, engine, config, view_q, view_k, order, 0.02, False, world)
+        after = state.tensors()
+        assert any(tensor.abs().max() > 0 for name, tensor in before.items() if name.startswith("optimizer."))
+        return largest_difference({name: after[name] for name in before}, before), result.loss.item()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["sgd", "lars"])
+@pytest.mark.parametrize("zero_stage", [None, 0, 1, 2])
+def test_a_loss_that_is_no_number_changes_no_weights_on_any_rank(optimizer, zero_stage):
+    engine = {} if zero_stage is None else {"kind": "deepspeed", "zero_stage": zero_stage}
+    if engine:
+        pytest.importorskip("deepspeed")
+    results = run(step_with_a_loss_that_is_no_number, 2, config_of(optimizer, **engine))
+    assert [difference for difference, _ in results] == [0.0, 0.0]
+    assert results[1][1] != results[1][1]

@@ -1,0 +1,107 @@
+"""Hosts as network namespaces: one loses its power, its link, or a rank; the other says who, and goes on alone."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from benchmarks.hosts import hosts, why_not
+from tests.faults.processes import TINY, losses, steps_logged
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(280),
+    pytest.mark.skipif(why_not() is not None, reason=why_not() or ""),
+]
+RENDEZVOUS = "join_timeout=120,last_call_timeout=2,close_timeout=5,keep_alive_interval=1,keep_alive_max_attempt=3"
+STOP = 400
+
+
+class Cluster:
+    """Two hosts, a rank on each, under torchrun with --nnodes 1:2."""
+
+    def __init__(self, network, data, run_dir):
+        self.network, self.run_dir, self.agents = network, run_dir, []
+        self._outputs = [run_dir.with_name(f"host{host}.txt") for host in range(network.count)]
+        for host in range(network.count):
+            words = [
+                "env", "OMP_NUM_THREADS=1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1", "GLOO_SOCKET_IFNAME=eth0",
+                sys.executable, "-m", "torch.distributed.run", "--nnodes", "1:2", "--nproc-per-node", "1",
+                "--max-restarts", "3", "--rdzv-backend", "c10d", "--rdzv-id", "faults",
+                "--rdzv-endpoint", f"{network.address(0)}:29517", "--rdzv-conf", f"{RENDEZVOUS},is_host={host == 0}",
+                "--local-addr", network.address(host), "--shutdown-timeout", "3",
+                "-m", "moco_dist", "pretrain", "--data.root", str(data), "--run.dir", str(run_dir), *TINY,
+                "--checkpoint.every-steps", "4", "--run.stop-at-step", str(STOP),
+            ]  # fmt: skip
+            with self._outputs[host].open("w") as output:
+                self.agents.append(
+                    subprocess.Popen(network.command(host, words), stdout=output, stderr=subprocess.STDOUT)
+                )
+
+    def output(self, host):
+        return self._outputs[host].read_text(errors="replace")
+
+    def wait_for(self, condition, what):
+        while not condition():
+            assert self.agents[0].poll() is None, f"{what}:\n{self.output(0)}"
+            time.sleep(0.1)
+
+    def pids(self, host):
+        name = f"{self.network.prefix}-{host}"
+        found = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True, check=True).stdout
+        return [int(pid) for pid in found.split()]
+
+    def cut_link(self, host):
+        switch = f"{self.network.prefix}-switch"
+        subprocess.run(["ip", "-n", switch, "link", "set", f"p{host}", "down"], check=True)
+
+    def power_cut(self, host):
+        """No connection is closed: the link goes first."""
+        self.cut_link(host)
+        for pid in self.pids(host):
+            os.kill(pid, signal.SIGKILL)
+
+    def kill_rank(self, host):
+        for pid in self.pids(host):
+            if psutil.Process(pid).environ().get("RANK"):
+                os.kill(pid, signal.SIGKILL)
+                return
+
+    def stop(self):
+        for host in range(self.network.count):
+            for pid in self.pids(host):
+                os.kill(pid, signal.SIGKILL)
+        for agent in self.agents:
+            agent.wait()
+
+
+@pytest.mark.parametrize("fault", ["power_cut"])
+def test_the_other_host_names_it_and_goes_on(tiny_data, tmp_path, fault):
+    run_dir = tmp_path / "run"
+    with hosts(2) as network:
+        cluster = Cluster(network, tiny_data, run_dir)
+        try:
+            cluster.wait_for(lambda: steps_logged(run_dir) >= 12, "two hosts train")
+            both = re.search(r"on 2 rank\(s\)", cluster.output(0) + cluster.output(1))
+            assert both
+            # The host of rank 0 and of the rendezvous stays; the fault is the other's, whichever ranks torchrun chose.
+            getattr(cluster, fault)(1)
+            before = steps_logged(run_dir)
+            cluster.wait_for(lambda: "goes on at step" in cluster.output(0) + cluster.output(1), "training again")
+            cluster.wait_for(lambda: steps_logged(run_dir) > before, "further than before")
+            seen = cluster.output(0)
+        finally:
+            cluster.stop()
+    if fault != "kill_rank":
+        named = r"rank \d on host \S+ has not been heard of for 4 s|rendezvous store has not answered|rank \d on host"
+        assert re.search(named, seen), seen
+        assert "on 1 rank(s)" in seen
+    start = int(re.search(r"goes on at step (\d+)", seen)[1])
+    assert start % 4 == 0
+    assert start >= 8  # at most one interval is lost
+    assert list(losses(run_dir)) == sorted(losses(run_dir))

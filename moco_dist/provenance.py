@@ -1,9 +1,18 @@
 """What a result depends on beside its settings."""
 
+import hashlib
 import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
+
+
+def source_hash(folder: Path = Path(__file__).parent) -> str:
+    """16 hex digits of the contents of the Python files in `folder`: other code under the same version has others."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.rglob("*.py")):
+        digest.update(f"{file.relative_to(folder)}\0".encode() + file.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
 
 
 def git_state() -> str:

@@ -13,7 +13,7 @@ from moco_dist.distributed.collectives import barrier, gather_texts
 from moco_dist.distributed.stop import marker_path
 from moco_dist.distributed.world import World
 from moco_dist.errors import UserError
-from moco_dist.provenance import package_versions
+from moco_dist.provenance import package_versions, source_hash
 from moco_dist.tracking import without_credentials
 
 # Settings that say where and how fast, not what is computed: they may change when a run goes on.
@@ -84,6 +84,7 @@ def facts_to_agree_on(config: PretrainConfig, folder: ImageFolder) -> dict[str, 
     return {
         **{name: value for name, value in flatten(config).items() if name not in per_host},
         **{f"version of {name}": version for name, version in package_versions().items()},
+        "source of moco_dist (hash)": source_hash(),
         "number of images": len(folder.paths),
         "list of images (hash)": hashlib.sha256("\n".join(folder.paths).encode()).hexdigest()[:16],
     }

@@ -83,7 +83,7 @@ def batches_from_workers(
     source: Source, job_of: JobOf[T], numbers: range, size: int, data: DataConfig | EvalDataConfig, world: World
 ) -> Iterator[T]:
     """The batches of `numbers`, in pinned memory where there is a GPU, from `data.num_workers` processes."""
-    return iter(
+    batches = iter(
         DataLoader(
             Batches(source, job_of, size, data.on_error),
             batch_size=None,
@@ -94,6 +94,12 @@ def batches_from_workers(
             worker_init_fn=_leave_signals_to_the_rank,
         )
     )
+    try:
+        yield from batches
+    finally:
+        # After an error the traceback holds the iterator, and when both are collected together its queues go first:
+        # workers never hear that they may end, and torch waits many seconds for each of them.
+        getattr(batches, "_shutdown_workers", lambda: None)()
 
 
 def _leave_signals_to_the_rank(worker: int) -> None:

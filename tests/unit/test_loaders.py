@@ -1,6 +1,7 @@
 """The three loaders: the same views from the same seed, whatever happens to be in a file."""
 
 import gc
+import multiprocessing
 import os
 import pickle
 
@@ -247,6 +248,7 @@ def test_a_file_that_cannot_be_read_ends_the_run_by_its_name(tmp_path, folder_lo
     bad = damaged(tmp_path, name)
     with pytest.raises(ImageError, match=rf"cannot read image {bad}: .*{REASONS[name]}"):
         list(pretrain_batches(folder, config, Plan(8, BATCH, 0), World(), 0, 2))
+    assert multiprocessing.active_children() == []  # no worker waits for anything
 
 
 @pytest.mark.parametrize("name", ["truncated", "empty", "random"])

@@ -11,6 +11,7 @@ finds the file and the reason.
 import contextlib
 import importlib
 import os
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -127,6 +128,8 @@ class _Batches(Generic[T]):
                     pipe, failures = None, failures + 1
                     if failures == MAX_FAILURES:
                         raise UserError(f"DALI cannot decode these files: {' '.join(str(error).split())}") from error
+                    text = f"DALI failed at a batch, which the host decodes ({str(error).strip().splitlines()[-2:][0]})"
+                    print(f"[rank {self.world.rank}] warning: {text}", file=sys.stderr, flush=True)
                     given = next(i for i, prepared in enumerate(waiting) if prepared.entries)
                     waiting[given] = self._prepare(waiting[given].job, on_host=True)
                     redo.extend(waiting)

@@ -191,11 +191,12 @@ def odd_photos(tmp_path_factory):
     return root
 
 
-def test_odd_images_look_alike_to_all_loaders(odd_photos, loader, root_for):
+def test_odd_images_look_alike_to_all_loaders(odd_photos, loader, root_for, capfd):
     """16 files in 2 batches, so each gives two views; the huge one is decoded at a smaller size by some."""
     ours = batches_of(config_of(root_for(loader, odd_photos), loader), 0, 2)
     reference = batches_of(config_of(odd_photos, "torchvision"), 0, 2)
     assert not any(batch.replaced for batch in ours)
+    assert "DALI failed" not in capfd.readouterr().err  # what DALI cannot take is seen by its first bytes and last two
     if loader != "ffcv":
         assert_same(ours, reference, *((1.0, 60) if loader == "dali" else (0, 0)))
     else:  # what is no plain JPEG was encoded anew
@@ -252,11 +253,12 @@ def test_a_file_that_cannot_be_read_ends_the_run_by_its_name(tmp_path, folder_lo
 
 
 @pytest.mark.parametrize("name", ["truncated", "empty", "random"])
-def test_successors_take_the_places_of_files_that_cannot_be_read(tmp_path, folder_loader, name):
+def test_successors_take_the_places_of_files_that_cannot_be_read(tmp_path, folder_loader, name, capfd):
     """The view is the successor's, by the draws of the sample that it stands for; each file is named."""
     bad = damaged(tmp_path, name)
     skip = {"on_error": "skip-and-report"}
     ours = batches_of(config_of(tmp_path, folder_loader, **skip), 0, 2)
+    assert "DALI failed" not in capfd.readouterr().err
     assert [len(batch.replaced) for batch in ours] == [1, 1]
     assert all(batch.replaced[0].startswith(f"cannot read image {bad}: ") for batch in ours)
     reference = batches_of(config_of(tmp_path, "torchvision", **skip), 0, 2)
@@ -287,7 +289,7 @@ def test_a_file_that_goes_bad_later_is_named_by_dali_too(tmp_path, monkeypatch, 
     assert [len(batch.replaced) for batch in ours] == [1, 1]
 
 
-def test_a_read_that_fails_inside_dali_but_not_twice_costs_nothing(tmp_path, monkeypatch):
+def test_a_read_that_fails_inside_dali_but_not_twice_costs_nothing(tmp_path, monkeypatch, capfd):
     """A hiccup of the storage: the host reads the batch again, and batches behind it are not lost."""
     pytest.importorskip("nvidia.dali")
     undamaged(tmp_path)
@@ -307,6 +309,7 @@ def test_a_read_that_fails_inside_dali_but_not_twice_costs_nothing(tmp_path, mon
     monkeypatch.setattr(Files, "cut", back_again)
     ours = list(pretrain_batches(folder, config_of(tmp_path, "dali"), Plan(8, BATCH, 0), World(), 0, 5))
     assert 8 <= len(reads) < 40  # the failing batch, not all
+    assert "warning: DALI failed at a batch, which the host decodes" in capfd.readouterr().err
     assert_same(ours, reference, 0.3, 16)
 
 

@@ -23,6 +23,8 @@ COMMANDS = {  # name: its arguments, what it does, the function in moco_dist.com
     "export": ("RUN_DIR --format FORMAT --out FILE", "weights for torchvision, timm, detectron2", "weights:export"),
     "import": ("FILE --arch ARCH --out RUN_DIR", "a backbone of another program, to evaluate", "weights:import_"),
     "sync": ("RUN_DIR", "deliver to MLflow what it has missed", "sync:main"),
+    "plan": ("[CONFIG.yaml ...] --nodes N --gpus-per-node G", "memory, network, hours, before a run", "plan:main"),
+    "doctor": ("[CONFIG.yaml ...] | --run DIR", "what is wrong with a machine, a config or a run", "doctor:main"),
     "launch": ("local|torchrun|slurm|kubernetes CONFIG.yaml ...", "start it where it should run", "launch:main"),
     "data": ("prepare | verify | views | pack ...", "get, check, look at or pack a data set", "data:main"),
 }

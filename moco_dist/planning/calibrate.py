@@ -1,0 +1,210 @@
+"""A minute on this machine: the real step on random crops, the real loader, the real all-reduce, each timed."""
+
+import datetime
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moco_dist.config import PretrainConfig
+from moco_dist.data import counter_rng
+from moco_dist.data.augment import apply_colours, draw_colours
+from moco_dist.data.datasets import find_images, subset
+from moco_dist.data.loader import pretrain_batches
+from moco_dist.data.plan import Plan
+from moco_dist.distributed.collectives import all_reduce_sum, barrier
+from moco_dist.distributed.world import World
+from moco_dist.engine import Engine
+from moco_dist.errors import UserError
+from moco_dist.method.precision import compute_dtype
+from moco_dist.planning.measurements import Measurement, settings_of
+from moco_dist.train import build, train_step
+
+WARM_UP_STEPS, MAX_STEPS, LOADER_STEPS = 2, 50, 8
+STEP_SECONDS, LOADER_SECONDS = 30.0, 15.0
+REDUCE_CALLS, LATENCY_CALLS = 5, 20
+
+
+def hardware(world: World) -> str:
+    """The GPU, or the processor and the number of cores this process may use."""
+    if world.device != "cpu":
+        return torch.cuda.get_device_name()
+    cores = len(os.sched_getaffinity(0))
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return f"{cores} CPU cores of {line.split(':')[1].strip()}"
+    return f"{cores} CPU cores of {platform.processor()}"
+
+
+def calibrate(config: PretrainConfig, planned_world_size: int, world: World) -> Measurement:
+    """Measure on this rank; the other ranks of `world` do the same at the same time. Called by all ranks.
+
+    Args:
+        config: of the planned run.
+        planned_world_size: its ranks: a rank's share of the batch is what is measured.
+        world: the ranks of this calibration.
+    """
+    if config.engine.kind == "deepspeed":
+        raise UserError("--calibrate times engine.kind ddp; a plan for deepspeed has no measured step")
+    local_batch = config.optim.global_batch_size // planned_world_size
+    step = Step(config, local_batch, world)
+    barrier(world)
+    parts = step.parts()
+    peak = torch.cuda.max_memory_allocated() if world.device != "cpu" else 0
+    gradients = torch.zeros(step.parameters, device=world.device)
+    reduce_seconds = latency = 0.0
+    if world.world_size > 1:
+        reduce_seconds = timed(lambda: all_reduce_sum(gradients, world), REDUCE_CALLS, world)
+        latency = timed(lambda: all_reduce_sum(gradients[:1], world), LATENCY_CALLS, world)
+    return Measurement(
+        hardware=hardware(world), date=datetime.datetime.now(datetime.UTC).date().isoformat(),
+        settings=settings_of(config), local_batch=local_batch, world_size=world.world_size, num_nodes=world.num_nodes,
+        parts=parts, peak_bytes=peak, loader_core_seconds=loader_core_seconds(config, planned_world_size),
+        loader_world_size=planned_world_size, all_reduce_bytes=gradients.nbytes, all_reduce_seconds=reduce_seconds,
+        latency_seconds=latency,
+    )  # fmt: skip
+
+
+class Step:
+    """`train_step` alone on this rank, on random crops: the loss's work is N x K also when it is shared."""
+
+    def __init__(self, config: PretrainConfig, local_batch: int, world: World) -> None:
+        self._world = World(device=world.device)
+        values = config.model_dump(mode="json")
+        values["optim"]["global_batch_size"] = local_batch
+        self._config = PretrainConfig.model_validate(values)
+        self._state, self._engine = build(self._config, self._world)
+        self._dtype = compute_dtype(config.optim.precision, world.device)
+        self.parameters = sum(p.numel() for p in self._state.query_encoder.parameters())
+        side, samples = config.data.image_size, torch.arange(local_batch).numpy()
+        crops = torch.randint(0, 256, (local_batch, side, side, 3), dtype=torch.uint8)
+        self._crops = crops.permute(0, 3, 1, 2).to(world.device)
+        self._colours = [
+            draw_colours(config.augment, config.run.seed, 0, samples, stream)
+            for stream in (counter_rng.STREAM_COLOUR_Q, counter_rng.STREAM_COLOUR_K)
+        ]
+        self._order = torch.randperm(local_batch)
+
+    def parts(self) -> dict[str, float]:
+        """Median seconds of a whole step, and of its parts: the device is waited for only when parts are timed."""
+        wholes: list[float] = []
+        parts: dict[str, list[float]] = {}
+        deadline = time.perf_counter() + STEP_SECONDS
+        for number in range(WARM_UP_STEPS + MAX_STEPS):
+            whole = self._timed(lambda: self._step(self._engine))
+            marks = Marks(self._engine, self._world)
+            started = time.perf_counter()
+            self._step(marks, marks)
+            elapsed = marks.now() - started
+            if number >= WARM_UP_STEPS:
+                wholes.append(whole)
+                for name, seconds in {**marks.seconds, "keys, loss, queue": elapsed - sum(marks.seconds.values())}.items():
+                    parts.setdefault(name, []).append(seconds)
+                if time.perf_counter() > deadline:
+                    break
+        return {"step": statistics.median(wholes), **{name: statistics.median(p) for name, p in parts.items()}}
+
+    def _step(self, engine: Engine, marks: "Marks | None" = None) -> None:
+        mark = marks.part if marks else _unmarked
+        with mark("colours"):
+            view_q, view_k = (
+                apply_colours(self._crops, colours, self._config.augment, self._dtype) for colours in self._colours
+            )
+        train_step(self._state, engine, self._config, view_q, view_k, self._order, 0.0, False, self._world)
+
+    def _timed(self, function: Callable[[], Any]) -> float:
+        started = time.perf_counter()
+        function()
+        synchronise(self._world)
+        return time.perf_counter() - started
+
+
+class Marks:
+    """The engine, with the seconds of its parts."""
+
+    def __init__(self, engine: Engine, world: World) -> None:
+        self._engine, self._world = engine, world
+        self.seconds: dict[str, float] = {}
+
+    def __call__(self, images: Tensor, synchronise: bool = True) -> Tensor:
+        with self.part("query forward"):
+            return self._engine(images, synchronise=synchronise)
+
+    def backward(self, loss: Tensor) -> None:
+        """See `Engine`."""
+        with self.part("backward"):
+            self._engine.backward(loss)
+
+    def step(self, lr: float) -> None:
+        """See `Engine`."""
+        with self.part("optimiser"):
+            self._engine.step(lr)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def now(self) -> float:
+        """The time when the device has done all that it was given."""
+        synchronise(self._world)
+        return time.perf_counter()
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Add the seconds inside to a part."""
+        started = self.now()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + self.now() - started
+
+
+@contextmanager
+def _unmarked(name: str) -> Iterator[None]:
+    yield
+
+
+def loader_core_seconds(config: PretrainConfig, world_size: int) -> float | None:
+    """CPU seconds of this process for one rank's batch of the planned run; None where its images are not here."""
+    try:
+        folder = subset(find_images(config.data.root, "train"), config.data.max_samples)
+        plan = Plan(len(folder.paths), config.optim.global_batch_size, config.run.seed)
+    except UserError:
+        return None
+    values = config.model_dump(mode="json")
+    values["data"]["prefetch_batches"] = 1
+    values["data"]["num_workers"] = 1 if config.data.loader == "dali" else 0
+    world = World(rank=0, world_size=world_size, local_world_size=world_size)
+    alone = PretrainConfig.model_validate(values)
+    loader = pretrain_batches(folder, alone, plan, world, 0, LOADER_STEPS + 1)
+    next(loader)  # imports, caches
+    before, deadline = time.process_time(), time.perf_counter() + LOADER_SECONDS
+    count = 0
+    for _ in loader:
+        count += 1
+        if time.perf_counter() > deadline:
+            break
+    return (time.process_time() - before) / count
+
+
+def timed(function: Callable[[], Any], calls: int, world: World) -> float:
+    """Median seconds of a collective over a fixed number of calls: all ranks must make the same."""
+    function()
+    readings = []
+    for _ in range(calls):
+        barrier(world)
+        started = time.perf_counter()
+        function()
+        synchronise(world)
+        readings.append(time.perf_counter() - started)
+    return statistics.median(readings)
+
+
+def synchronise(world: World) -> None:
+    """Wait for the device."""
+    if world.device != "cpu":
+        torch.cuda.synchronize()

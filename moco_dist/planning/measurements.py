@@ -1,0 +1,162 @@
+"""Measured parts of a step: where they are kept, and which of them speak about a planned run.
+
+A file is JSON with `theme: calibration` and says what every result of benchmarks/ says: hardware, versions, date,
+command. A measurement counts only for the very settings that its time depends on; nothing is scaled from others.
+"""
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from moco_dist.config import PretrainConfig
+from moco_dist.errors import UserError, nearest
+
+THEME = "calibration"
+# What a step's time depends on, beside the hardware and the samples of a rank.
+STEP_SETTINGS = (
+    "method", "data.image_size", "augment", "model", "moco.queue_size", "moco.symmetric", "optim.optimizer",
+    "optim.grad_accum_steps", "optim.precision", "engine",
+)  # fmt: skip
+LOADER_SETTINGS = ("data.loader", "data.root", "data.image_size", "data.dali", "augment.crop_scale", "shuffle.exchange")
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One calibration: medians over its steps.
+
+    Attributes:
+        hardware: processor or GPU.
+        date: ISO.
+        path: of the file.
+        settings: STEP_SETTINGS and LOADER_SETTINGS of the config it was made with.
+        local_batch: samples of a rank.
+        world_size: ranks that were measured at the same time; num_nodes: on how many hosts.
+        parts: seconds of a step by part; `step` is the whole of it, without network and without waiting for data.
+        peak_bytes: of the GPU's memory; 0 on a CPU.
+        loader_core_seconds: CPU seconds to decode and crop a rank's batch for `loader_world_size`; None: no data here.
+        all_reduce_bytes, all_reduce_seconds: of the gradients; 0 with one rank.
+        latency_seconds: of a collective of a few bytes.
+    """
+
+    hardware: str
+    date: str
+    settings: dict[str, Any]
+    local_batch: int
+    world_size: int
+    num_nodes: int
+    parts: dict[str, float]
+    peak_bytes: int
+    loader_core_seconds: float | None
+    loader_world_size: int
+    all_reduce_bytes: int
+    all_reduce_seconds: float
+    latency_seconds: float
+    path: str = ""
+
+    @property
+    def source(self) -> str:
+        """Where it comes from, for a person."""
+        return f"measured {self.date} on {self.hardware} ({self.path or 'this calibration'})"
+
+    @property
+    def ring_bytes_per_second(self) -> float | None:
+        """What a link of the ring carried during the all-reduce of the gradients; None with one rank."""
+        if self.world_size == 1:
+            return None
+        return 2 * (self.world_size - 1) / self.world_size * self.all_reduce_bytes / self.all_reduce_seconds
+
+
+def settings_of(config: PretrainConfig) -> dict[str, Any]:
+    """The settings that times depend on, as plain values."""
+    values, picked = config.model_dump(mode="json"), {}
+    for name in (*STEP_SETTINGS, *LOADER_SETTINGS):
+        value: Any = values
+        for part in name.split("."):
+            value = value[part]
+        picked[name] = value
+    return picked
+
+
+def default_folder() -> Path:
+    """Where calibrations are kept for the next plan."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moco_dist"
+
+
+def folders() -> list[Path]:
+    """Where a plan looks: the user's calibrations, and a checkout's benchmarks/results."""
+    return [default_folder(), Path(__file__).parents[2] / "benchmarks" / "results"]
+
+
+def write(measured: Measurement, versions: dict[str, str], command: str, folder: Path) -> Path:
+    """Write calibration_HARDWARE_DATE_N.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    name = "-".join("".join(c if c.isalnum() else " " for c in measured.hardware.lower()).split())
+    number = len(list(folder.glob(f"{THEME}_*.json")))
+    path = folder / f"{THEME}_{name}_{measured.date}_{number}.json"
+    row = asdict(measured)
+    facts = {"theme": THEME, "date": row.pop("date"), "hardware": row.pop("hardware"), "versions": versions,
+             "command": command}  # fmt: skip
+    row.pop("path")
+    path.write_text(json.dumps({**facts, "rows": [row]}, indent=1) + "\n", encoding="utf-8")
+    return path
+
+
+def read(where: list[Path]) -> list[Measurement]:
+    """All calibrations in these folders, oldest first.
+
+    Raises:
+        UserError: a file is damaged.
+    """
+    found = []
+    for path in sorted(path for folder in where for path in folder.glob(f"{THEME}_*.json")):
+        try:
+            result = json.loads(path.read_text(encoding="utf-8"))
+            found += [
+                Measurement(hardware=result["hardware"], date=result["date"], path=str(path), **row)
+                for row in result["rows"]
+            ]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} is not a calibration: {error}; remove it, and run with --calibrate") from error
+    return sorted(found, key=lambda measured: measured.date)
+
+
+def of_gpu(measurements: list[Measurement], gpu: str | None) -> list[Measurement]:
+    """Those whose hardware's name has `gpu` in it, without regard to case; None: of any hardware."""
+    return [m for m in measurements if gpu is None or gpu.lower() in m.hardware.lower()]
+
+
+def for_step(measurements: list[Measurement], config: PretrainConfig, local_batch: int) -> Measurement | None:
+    """The newest that timed this very step; of those on several ranks, which contend, the one on the most."""
+    wanted = settings_of(config)
+    fitting = [m for m in measurements
+               if m.local_batch == local_batch and all(m.settings[s] == wanted[s] for s in STEP_SETTINGS)]  # fmt: skip
+    return max(fitting, key=lambda m: (m.date, m.world_size), default=None)
+
+
+def for_loader(
+    measurements: list[Measurement], config: PretrainConfig, local_batch: int, world_size: int
+) -> Measurement | None:
+    """The newest that loaded this very share of a batch."""
+    wanted = settings_of(config)
+    fitting = [m for m in measurements
+               if m.loader_core_seconds is not None and m.loader_world_size == world_size
+               and m.local_batch == local_batch
+               and all(m.settings[s] == wanted[s] for s in LOADER_SETTINGS)]  # fmt: skip
+    return fitting[-1] if fitting else None
+
+
+def for_network(measurements: list[Measurement], num_nodes: int) -> Measurement | None:
+    """The newest that all-reduced on one host, or between hosts, as the planned run will."""
+    fitting = [m for m in measurements if m.world_size > 1 and (m.num_nodes > 1) == (num_nodes > 1)]
+    return fitting[-1] if fitting else None
+
+
+def missing(measurements: list[Measurement], gpu: str | None) -> str:
+    """What to say in place of a number."""
+    known = sorted({m.hardware for m in measurements})
+    if gpu and not of_gpu(measurements, gpu):
+        hint = f" (measured are: {'; '.join(known)}{nearest(gpu, known)})" if known else ""
+        return f"not measured on {gpu}{hint}: run with --calibrate there"
+    return "not measured with these settings: run with --calibrate"

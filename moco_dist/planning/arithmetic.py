@@ -56,13 +56,11 @@ class Sizes:
         pixels = n * 3 * c.data.image_size**2
         images = {"loader": 0, "all_to_all": others * pixels // w, "all_gather": others * pixels * FLOAT_BYTES}
         views = 2 if c.moco.symmetric else 1
-        if c.method == "moco":
-            features = others * n * (2 * self.key_bytes + self.key_bytes + FLOAT_BYTES) * views
-        else:
-            features = 0  # NT-Xent's exchange is left to the measurement: SimCLR is here to compare with
+        # q and k to every rank, and each query's sums back: `method/infonce.py`.
+        features = others * n * (2 * self.key_bytes + self.key_bytes + FLOAT_BYTES) * views
         return {
             "gradients": 2 * others * self.parameters * FLOAT_BYTES // w,
-            "features": features,
+            "features": features if c.method == "moco" else others * n * 2 * self.key_bytes,
             "images": images[c.shuffle.exchange] * views,
         }
 
@@ -118,6 +116,12 @@ def sizes(config: PretrainConfig, world_size: int, local_world_size: int) -> Siz
         statistics=sum(b.numel() for b in encoder.buffers() if b.is_floating_point()),
         activation_bytes=activations, local_batch=local_batch,
     )  # fmt: skip
+
+
+def parameters_of(config: PretrainConfig) -> int:
+    """Of one encoder."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in Encoder(config.model).parameters())
 
 
 def saved_bytes(encoder: nn.Module, images: torch.Tensor, dtype: torch.dtype) -> int:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -101,11 +101,12 @@ class Step:
             whole = self._timed(lambda: self._step(self._engine))
             marks = Marks(self._engine, self._world)
             started = time.perf_counter()
-            self._step(marks, marks)
+            self._step(cast(Engine, marks), marks)
             elapsed = marks.now() - started
             if number >= WARM_UP_STEPS:
                 wholes.append(whole)
-                for name, seconds in {**marks.seconds, "keys, loss, queue": elapsed - sum(marks.seconds.values())}.items():
+                marks.seconds["keys, loss, queue"] = elapsed - sum(marks.seconds.values())
+                for name, seconds in marks.seconds.items():
                     parts.setdefault(name, []).append(seconds)
                 if time.perf_counter() > deadline:
                     break

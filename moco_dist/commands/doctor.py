@@ -1,0 +1,92 @@
+"""`moco-dist doctor`."""
+
+import argparse
+import itertools
+import json
+import os
+import socket
+import time
+from pathlib import Path
+
+from moco_dist.config import LinearConfig, PretrainConfig
+from moco_dist.config_source import read_config, read_yaml
+from moco_dist.errors import UserError
+
+EXIT_ERRORS = 1
+LINEAR_KEYS = {"run_dir", "lr", "milestones", "features", "transfer", "sweep"}
+NOTHING_GIVEN = ["--run.dir", "runs/doctor", "--data.root", "data"]
+
+
+def main(words: list[str]) -> int:
+    """What is wrong with a machine, a config or a run; the exit status is 1 if there is an error among it."""
+    parser = argparse.ArgumentParser(
+        "moco-dist doctor", allow_abbrev=False,
+        usage="moco-dist doctor [CONFIG.yaml ...] [--section.key VALUE] | --run DIR",
+        description="One line a finding, with what to do. Under torchrun it looks at every host, and compares clocks.",
+    )  # fmt: skip
+    parser.add_argument("--run", type=Path, metavar="DIR", help="read the log of this run instead")
+    args, rest = parser.parse_known_args(words)
+
+    from moco_dist.doctor import finding, logs, settings
+
+    if args.run is not None:
+        if rest:
+            raise UserError(f"unexpected argument {rest[0]!r}; --run takes a folder alone")
+        return _print(logs.run(args.run))
+    files = [Path(word) for word in itertools.takewhile(lambda word: not word.startswith("-"), rest)]
+    flags = rest[len(files) :]
+    if files and LINEAR_KEYS & set(read_yaml(files[0])):
+        needed = [] if "run_dir" in read_yaml(files[0]) else ["--run-dir", "runs/doctor"]
+        return _print(settings.linear(read_config(LinearConfig, files[0], [*needed, *flags], files[1:])))
+    try:
+        config = read_config(PretrainConfig, files[0] if files else None,
+                             flags if files else [*NOTHING_GIVEN, *flags], files[1:])  # fmt: skip
+    except UserError as error:
+        return _print([finding.problem("config", line) for line in str(error).splitlines()])
+    return _machine(config, has_config=bool(files))
+
+
+def _machine(config: PretrainConfig, has_config: bool) -> int:
+    import torch
+
+    from moco_dist.data.datasets import find_images, subset
+    from moco_dist.distributed.collectives import barrier, gather_texts, process_group
+    from moco_dist.distributed.world import world_from_env
+    from moco_dist.doctor import finding, machine, network, settings
+
+    world = world_from_env("cpu")  # gloo answers on any host, also where a GPU is what is wrong
+    ranks = world.local_world_size if world.world_size > 1 else max(1, torch.cuda.device_count())
+    found = []
+    num_images = None
+    if has_config:
+        try:
+            num_images = len(subset(find_images(config.data.root, "train"), config.data.max_samples).paths)
+            found.append(finding.fine("data", f"{num_images:,} images in {config.data.root}"))
+        except UserError as error:
+            found.append(finding.problem("data", str(error)))
+    found += [*machine.check(config, ranks, max(world.world_size, ranks)), *network.interfaces(), network.host_name()]
+    found.append(network.mlflow_server(config.tracking))
+    if world.is_main:
+        found += settings.pretraining(config, max(world.world_size, ranks), num_images)
+    with process_group(world):
+        barrier(world)
+        facts = {"host": socket.gethostname(), "time": time.time(), "is_first": world.local_rank == 0,
+                 "findings": [vars(f) for f in found]}  # fmt: skip
+        hosts = [json.loads(text) for text in gather_texts(json.dumps(facts), world)]
+    if not world.is_main:
+        return 0
+    hosts = [host for host in hosts if host["is_first"]]
+    everything = []
+    for host in hosts:
+        prefix = f"[{host['host']}] " if len(hosts) > 1 else ""
+        everything += [finding.Finding(f["level"], prefix + f["about"], f["text"]) for f in host["findings"]]
+    if len(hosts) > 1:
+        everything.append(network.clocks({host["host"]: host["time"] for host in hosts}))
+    return _print(everything)
+
+
+def _print(found: list) -> int:
+    from moco_dist.doctor import finding
+
+    print(finding.text(found))
+    return EXIT_ERRORS if finding.is_error(found) else os.EX_OK

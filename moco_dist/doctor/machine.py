@@ -1,0 +1,127 @@
+"""What a run needs of a machine: shared memory, file limits, disk, cores, packages, GPUs."""
+
+import importlib.util
+import os
+import resource
+import shutil
+from pathlib import Path
+
+from moco_dist.config import PretrainConfig
+from moco_dist.doctor.finding import Finding, fine, problem, warning
+
+SHARED_MEMORY = Path("/dev/shm")
+FILES_A_BATCH = 6  # tensors that a worker hands over, each by a file descriptor
+FILES_BESIDE = 256  # libraries, sockets to other ranks, the log
+INSTALL = {  # package: modules, how to get it
+    "dali": ("nvidia.dali", "pip install 'moco_dist[dali]' (CUDA 13 or no GPU), nvidia-dali-cuda120 for CUDA 12"),
+    "deepspeed": ("deepspeed", "pip install 'moco_dist[deepspeed]'"),
+    "mlflow": ("mlflow", "pip install mlflow, or --tracking.backend none"),
+    "psycopg2": ("psycopg2", "pip install psycopg2-binary"),
+}
+
+
+def check(config: PretrainConfig, ranks_per_host: int, world_size: int) -> list[Finding]:
+    """All checks of this host, for so many ranks on it, and in all."""
+    return [
+        shared_memory(config, ranks_per_host, config.optim.global_batch_size // world_size),
+        open_files(config),
+        cores(config, ranks_per_host),
+        *packages(config),
+        gpus(config, ranks_per_host),
+        disk(config),
+    ]
+
+
+def shared_memory(config: PretrainConfig, ranks: int, local_batch: int) -> Finding:
+    """Loader processes hand over batches in shared memory; containers often have 64 MiB of it."""
+    if not SHARED_MEMORY.is_dir() or config.data.num_workers == 0 or config.data.loader == "dali":
+        return fine("shared memory", "not needed by this loader")
+    views = 2 * local_batch * 3 * config.data.image_size**2
+    needed = ranks * (config.data.num_workers * config.data.prefetch_batches + 1) * views
+    status = os.statvfs(SHARED_MEMORY)
+    free = status.f_bavail * status.f_frsize
+    if free < needed:
+        return problem("shared memory", f"{SHARED_MEMORY} has {free / 2**20:,.0f} MiB free, loaders may fill "
+                       f"{needed / 2**20:,.0f} MiB: docker run --shm-size or --ipc=host, in Kubernetes an emptyDir of medium "
+                       "Memory; or fewer data.num_workers")  # fmt: skip
+    return fine("shared memory", f"{free / 2**20:,.0f} MiB free, loaders may fill {needed / 2**20:,.0f} MiB")
+
+
+def open_files(config: PretrainConfig) -> Finding:
+    """Tensors of worker processes come by file descriptors."""
+    data = config.data
+    needed = FILES_BESIDE + data.num_workers * data.prefetch_batches * FILES_A_BATCH
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        most = "unlimited" if hard == resource.RLIM_INFINITY else hard
+        return problem("open files", f"a process may open {soft}, and about {needed} are needed: ulimit -n "
+                       f"{max(4096, needed)} (the most without root: {most})")  # fmt: skip
+    return fine("open files", f"a process may open {soft}, about {needed} are needed")
+
+
+def cores(config: PretrainConfig, ranks: int) -> Finding:
+    """Each rank and each of its workers wants a core."""
+    have, wanted = len(os.sched_getaffinity(0)), ranks * (config.data.num_workers + 1)
+    if wanted > have:
+        return warning("cores", f"{ranks} rank(s) with {config.data.num_workers} workers want {wanted}, here are "
+                       f"{have}: --data.num-workers {max(0, have // ranks - 1)}")  # fmt: skip
+    return fine("cores", f"{have} for {ranks} rank(s) with {config.data.num_workers} workers")
+
+
+def packages(config: PretrainConfig) -> list[Finding]:
+    """Optional packages that this config asks for."""
+    wanted = ["dali"] if config.data.loader == "dali" else []
+    wanted += ["deepspeed"] if config.engine.kind == "deepspeed" else []
+    uri = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI", "")
+    if config.tracking.backend == "mlflow":
+        wanted += ["mlflow"] + (["psycopg2"] if uri.startswith("postgresql") else [])
+    found = []
+    for name in wanted:
+        module, how = INSTALL[name]
+        if _is_missing(module):
+            found.append(problem(name, f"not installed: {how}"))
+    return found or [fine("packages", "all that this config asks for are installed")]
+
+
+def _is_missing(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is None
+    except ModuleNotFoundError:  # of a package around it
+        return True
+
+
+def gpus(config: PretrainConfig, ranks: int) -> Finding:
+    """One a rank, and a PyTorch that can use them."""
+    import torch
+
+    if config.run.device == "cpu":
+        return fine("GPUs", "run.device is cpu")
+    has_driver = Path("/dev/nvidiactl").exists() or shutil.which("nvidia-smi") is not None
+    if not torch.cuda.is_available():
+        if has_driver:
+            why = "built without CUDA" if torch.version.cuda is None else f"of CUDA {torch.version.cuda}"
+            return problem("GPUs", f"there is an NVIDIA driver, and torch {torch.__version__} ({why}) cannot use it: "
+                           "install the wheel for the driver's CUDA version, or update the driver")  # fmt: skip
+        level = "error" if config.run.device == "cuda" else "warning"
+        return Finding(level, "GPUs", "none: a ResNet-50 at 224 px takes months on a CPU; configs/demo.yaml is for CPUs")
+    count = torch.cuda.device_count()
+    if count < ranks:
+        return problem("GPUs", f"{count} for {ranks} ranks: start {count} processes a host")
+    return fine("GPUs", f"{count} x {torch.cuda.get_device_name()}")
+
+
+def disk(config: PretrainConfig) -> Finding:
+    """Room for the checkpoints that are kept, and the one being written."""
+    from moco_dist.planning.arithmetic import parameters_of
+
+    folder = config.run.dir.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    if not os.access(folder, os.W_OK):
+        return problem("run folder", f"{config.run.dir} cannot be written: another --run.dir")
+    one = 3 * 4 * parameters_of(config) + config.moco.queue_size * config.model.embedding_dim * 4
+    needed, free = one * (config.checkpoint.keep_last + 1), shutil.disk_usage(folder).free
+    if free < needed:
+        return problem("disk", f"{folder} has {free / 1e9:,.1f} GB free, checkpoints take {needed / 1e9:,.1f} GB: "
+                       "another --run.dir, or fewer checkpoint.keep_last")  # fmt: skip
+    return fine("disk", f"{free / 1e9:,.1f} GB free, checkpoints take {needed / 1e9:,.1f} GB")

@@ -1,0 +1,94 @@
+"""Settings that are allowed, and are known not to work well: the questions that users of MoCo ask."""
+
+from moco_dist.config import LinearConfig, PretrainConfig, size_problems
+from moco_dist.doctor.finding import Finding, fine, problem, warning
+
+SMALL_IMAGE_PIXELS = 64
+FEW_TURNS = 10  # of the queue over the whole schedule
+LARGE_BATCH = 1024
+LINEAR_LR = 1.0  # pre-training rates are below it, those of linear evaluation above
+
+
+def pretraining(config: PretrainConfig, world_size: int, num_images: int | None) -> list[Finding]:
+    """Findings about a pre-training on `world_size` ranks.
+
+    Args:
+        config: of the run.
+        world_size: ranks.
+        num_images: in the data set; None: not known.
+    """
+    found = [problem("sizes", line) for line in size_problems(config, world_size)]
+    found += _batch_norm(config) + _optimiser(config)
+    if config.method == "moco":
+        found += _queue(config, num_images)
+    model, data = config.model, config.data
+    if data.image_size <= SMALL_IMAGE_PIXELS and model.stem == "imagenet" and model.arch != "resnet10":
+        found.append(warning("stem", f"images of {data.image_size} px shrink to 1/4 before the first block; "
+                             "--model.stem cifar keeps them"))  # fmt: skip
+    return found or [fine("settings", f"sizes fit {world_size} rank(s), and nothing is unusual")]
+
+
+def _batch_norm(config: PretrainConfig) -> list[Finding]:
+    group, batch = config.model.bn_group_size, config.optim.global_batch_size
+    if group == batch:
+        smaller = next((size for size in (32, 16, 8) if size < batch and batch % size == 0), batch // 2)
+        return [warning("BN groups", f"one group holds the whole batch ({batch}), so a query and its key share "
+                        "BatchNorm statistics and the loss can be cheated; groups work on a single GPU too: "
+                        f"--model.bn-group-size {smaller}")]  # fmt: skip
+    if group < 8:
+        return [warning("BN groups", f"statistics over {group} samples are noisy; the paper's 32 is usual")]
+    return []
+
+
+def _queue(config: PretrainConfig, num_images: int | None) -> list[Finding]:
+    found = []
+    queue, optim, moco = config.moco.queue_size, config.optim, config.moco
+    if num_images is not None and queue > num_images:
+        found.append(warning("queue", f"moco.queue_size {queue} is larger than the data set ({num_images}): "
+                             "older keys of the very same image are among its negatives; "
+                             f"--moco.queue-size {max(optim.global_batch_size, num_images // 4)} or less"))  # fmt: skip
+    if num_images is not None:
+        turns = num_images // optim.global_batch_size * optim.epochs * optim.global_batch_size / queue
+        if turns < FEW_TURNS:
+            found.append(warning("queue", f"it turns over {turns:.1f} times in the whole schedule, and starts with "
+                                 "random keys: a smaller moco.queue_size or more epochs"))  # fmt: skip
+    if queue < 4 * optim.global_batch_size:
+        found.append(warning("queue", f"moco.queue_size {queue} is only {queue / optim.global_batch_size:.1f} batches: "
+                             "MoCo lives from many negatives (the paper: 256 batches)"))  # fmt: skip
+    if config.model.head_hidden_dims and moco.temperature < 0.1:
+        found.append(warning("temperature", f"{moco.temperature} is v1's; with an MLP head 0.2 gave 66.2 % and "
+                             "0.07 62.9 % (arXiv 2003.04297, Table 2)"))  # fmt: skip
+    return found
+
+
+def _optimiser(config: PretrainConfig) -> list[Finding]:
+    optim, found = config.optim, []
+    if optim.base_lr >= LINEAR_LR:
+        found.append(warning("learning rate", f"optim.base_lr {optim.base_lr:g} is one of linear evaluation (30); "
+                             "pre-training takes 0.03 at batch 256"))  # fmt: skip
+    if optim.global_batch_size >= LARGE_BATCH and optim.optimizer == "sgd" and not optim.warmup_epochs:
+        found.append(warning("learning rate", f"batch {optim.global_batch_size} with SGD and no warm-up is often "
+                             "unstable: --optim.warmup-epochs 10, or --optim.optimizer lars"))  # fmt: skip
+    return found + _milestones(optim.milestones if optim.schedule == "step" else (), optim.epochs)
+
+
+def linear(config: LinearConfig) -> list[Finding]:
+    """Findings about a linear evaluation."""
+    found = _milestones(config.milestones, config.epochs)
+    if config.lr < LINEAR_LR:
+        found.append(warning("learning rate", f"lr {config.lr:g} is far below 30, which MoCo's frozen features want "
+                             "(arXiv 1911.05722, sec. 4.1): accuracy will be low"))  # fmt: skip
+    else:
+        found.append(fine("learning rate", f"lr {config.lr:g} looks large and is right: MoCo's features are small, "
+                             "and the published rate is 30"))  # fmt: skip
+    if config.weight_decay:
+        found.append(warning("weight decay", f"{config.weight_decay:g}; the published recipe has 0"))
+    return found
+
+
+def _milestones(milestones: tuple[int, ...], epochs: int) -> list[Finding]:
+    late = [epoch for epoch in milestones if epoch >= epochs]
+    if not late:
+        return []
+    return [warning("milestones", f"{late} lie past the end ({epochs} epochs), so the rate never drops there; "
+                    f"0.6 and 0.8 of the schedule are {epochs * 6 // 10} and {epochs * 8 // 10}")]  # fmt: skip

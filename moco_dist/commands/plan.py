@@ -43,7 +43,7 @@ def _plan(config: PretrainConfig, world_size: int, args: argparse.Namespace) -> 
     from moco_dist.distributed.world import World, world_from_env
     from moco_dist.planning import measurements, table
     from moco_dist.planning.arithmetic import sizes
-    from moco_dist.tracking import package_versions
+    from moco_dist.provenance import package_versions
 
     world = world_from_env(config.run.device) if args.calibrate else World()
     where = [args.measurements] if args.measurements else measurements.folders()

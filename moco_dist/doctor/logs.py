@@ -92,8 +92,8 @@ def _speed(rows: list[dict[str, Any]], config: PretrainConfig) -> list[Finding]:
         steps += ["--data.loader ffcv or dali"] if config.data.loader == "torchvision" else []
         steps += ["--shuffle.exchange all_to_all (decodes once)"] if config.shuffle.exchange == "loader" else []
         level = "error" if waits > LARGE_WAIT_SHARE else "warning"
-        found.append(Finding(level, "data", f"steps wait {100 * waits:.0f} % of their time for images: loading is slower than "
-                             f"the step; {', or '.join(steps)}"))  # fmt: skip
+        found.append(Finding(level, "data", f"steps wait {100 * waits:.0f} % of their time for images: loading is "
+                             f"slower than the step; {', or '.join(steps)}"))  # fmt: skip
     rates = [row["images_per_second"] for row in rows]
     if len(rates) >= 4 * LAST_ROWS:
         before, now = statistics.median(rates[:-LAST_ROWS]), statistics.median(rates[-LAST_ROWS:])

@@ -42,8 +42,8 @@ def shared_memory(config: PretrainConfig, ranks: int, local_batch: int) -> Findi
     free = status.f_bavail * status.f_frsize
     if free < needed:
         return problem("shared memory", f"{SHARED_MEMORY} has {free / 2**20:,.0f} MiB free, loaders may fill "
-                       f"{needed / 2**20:,.0f} MiB: docker run --shm-size or --ipc=host, in Kubernetes an emptyDir of medium "
-                       "Memory; or fewer data.num_workers")  # fmt: skip
+                       f"{needed / 2**20:,.0f} MiB: docker run --shm-size or --ipc=host, in Kubernetes an emptyDir "
+                       "of medium Memory; or fewer data.num_workers")  # fmt: skip
     return fine("shared memory", f"{free / 2**20:,.0f} MiB free, loaders may fill {needed / 2**20:,.0f} MiB")
 
 
@@ -103,7 +103,7 @@ def gpus(config: PretrainConfig, ranks: int) -> Finding:
             return problem("GPUs", f"there is an NVIDIA driver, and torch {torch.__version__} ({why}) cannot use it: "
                            "install the wheel for the driver's CUDA version, or update the driver")  # fmt: skip
         level = "error" if config.run.device == "cuda" else "warning"
-        return Finding(level, "GPUs", "none: a ResNet-50 at 224 px takes months on a CPU; configs/demo.yaml is for CPUs")
+        return Finding(level, "GPUs", "none, and a ResNet-50 takes months on a CPU; configs/demo.yaml is for CPUs")
     count = torch.cuda.device_count()
     if count < ranks:
         return problem("GPUs", f"{count} for {ranks} ranks: start {count} processes a host")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from moco_dist.config import TrackingConfig
 from moco_dist.doctor.finding import Finding, fine, problem, warning
-from moco_dist.tracking import without_credentials
+from moco_dist.tracking.server import without_credentials
 
 INTERFACES = Path("/sys/class/net")
 VIRTUAL = ("docker", "veth", "virbr", "br-", "cni", "flannel", "cali", "tun", "tap")

@@ -1,0 +1,84 @@
+"""Logs of runs that went wrong in the known ways, and of one that did not."""
+
+import json
+import math
+
+import pytest
+
+from moco_dist.config import PretrainConfig
+from moco_dist.config_source import to_yaml
+from moco_dist.doctor.logs import run
+from moco_dist.errors import UserError
+
+QUEUE, BATCH = 1024, 64  # full of real keys after 16 steps
+CHANCE = math.log(QUEUE + 1)
+
+
+@pytest.fixture
+def diagnose(tmp_path):
+    def diagnose(*rows, bn_group_size=32):
+        config = PretrainConfig.model_validate({
+            "run": {"dir": str(tmp_path)}, "data": {"root": "d"}, "moco": {"queue_size": QUEUE},
+            "optim": {"global_batch_size": BATCH}, "model": {"bn_group_size": bn_group_size},
+        })  # fmt: skip
+        (tmp_path / "config.yaml").write_text(to_yaml(config))
+        checkpoint = tmp_path / "checkpoints" / "step_00000100"
+        checkpoint.mkdir(parents=True, exist_ok=True)
+        (checkpoint / "checkpoint.json").write_text("{}")
+        healthy = {"lr": 0.03, "contrastive_top1": 30.0, "embedding_std": 0.8, "images_per_second": 200.0,
+                   "data_wait_share": 0.01}  # fmt: skip
+        lines = [json.dumps({**healthy, "step": 10 * (i + 1), **row}) for i, row in enumerate(rows)]
+        (tmp_path / "log.jsonl").write_text("\n".join(lines))
+        return [(f.level, f.about, f.text) for f in run(tmp_path)]
+
+    return diagnose
+
+
+FALLING = [{"loss": 6 - 0.05 * i} for i in range(40)]
+
+
+def test_a_healthy_run(diagnose):
+    assert diagnose(*FALLING)[0][0] == "ok"
+    assert len(diagnose(*FALLING)) == 1
+
+
+def test_loss_at_chance(diagnose):
+    ((level, about, text),) = diagnose(*[{"loss": CHANCE + 0.05, "contrastive_top1": 0.1}] * 20)
+    assert (level, about) == ("error", "chance")
+    assert f"ln(K + 1) = {CHANCE:.3f}" in text
+
+
+def test_collapse(diagnose):
+    found = diagnose(*[{"loss": CHANCE, "embedding_std": 0.001, "contrastive_top1": 50.0}] * 20)
+    assert [f[:2] for f in found] == [("error", "collapse")]
+    assert "optim.warmup_epochs" in found[0][2]
+
+
+def test_a_rising_loss_is_normal_while_the_queue_fills_and_not_later(diagnose):
+    ((level, _, text),) = diagnose({"loss": 4.0}, {"loss": 5.0}, {"loss": 5.8})
+    assert level == "ok"
+    assert "normal" in text
+    assert "step 16" in text
+    ((level, about, text),) = diagnose(*[{"loss": 4 + 0.05 * i} for i in range(40)])
+    assert (level, about) == ("warning", "loss")
+    assert "optim.base_lr" in text
+
+
+@pytest.mark.parametrize(("share", "level"), [(0.2, "warning"), (0.8, "error")])
+def test_waiting_for_data(diagnose, share, level):
+    ((found, about, text),) = diagnose(*[{**row, "data_wait_share": share} for row in FALLING])
+    assert (found, about) == (level, "data")
+    assert f"{100 * share:.0f} %" in text
+    assert "num_workers" in text
+
+
+def test_other_things_that_go_wrong(diagnose, tmp_path):
+    assert diagnose(*FALLING, {"loss": float("nan")})[0][:2] == ("error", "loss")
+    slow = [{**row, "images_per_second": 90.0 if i >= 35 else 200.0} for i, row in enumerate(FALLING)]
+    assert diagnose(*slow)[0][:2] == ("warning", "speed")
+    cheating = [{**row, "contrastive_top1": 99.0} for row in FALLING]
+    assert diagnose(*cheating) == diagnose(*FALLING)
+    assert diagnose(*cheating, bn_group_size=BATCH)[0][:2] == ("error", "BN groups")
+    assert diagnose()[0][:2] == ("warning", "log")
+    with pytest.raises(UserError, match="not the folder of a run"):
+        run(tmp_path / "nothing")

@@ -1,0 +1,125 @@
+"""`moco-dist doctor` in situations that are really broken: little shared memory, few files, a dead server."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+
+from moco_dist.config import PretrainConfig, TrackingConfig
+from moco_dist.config_source import read_config
+from moco_dist.doctor import machine, network
+
+NEEDED = ["--run.dir", "r", "--data.root", "d"]
+
+
+def config_of(*flags):
+    return read_config(PretrainConfig, None, [*NEEDED, *flags])
+
+
+def doctor(tmp_path, *flags, before=()):
+    words = [*before, sys.executable, "-m", "moco_dist", "doctor", "--run.dir", str(tmp_path / "r"), *flags]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(words, capture_output=True, text=True, env=environment, timeout=120)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("unshare") is None, reason="mounting needs root and unshare")
+def test_small_shared_memory_and_few_files(tmp_path):
+    """In a mount namespace with a /dev/shm of 1 MiB, and a limit of 300 files."""
+    script = 'mount -t tmpfs -o size=1m tmpfs /dev/shm && ulimit -n 300 && exec "$@"'
+    done = doctor(tmp_path, "--data.root", str(tmp_path), before=["unshare", "-m", "bash", "-c", script, "-"])
+    assert done.returncode == 1, done.stderr
+    errors = [line for line in done.stdout.splitlines() if line.startswith("error")]
+    assert len(errors) == 2
+    assert "/dev/shm has 1 MiB free" in errors[0]
+    assert "--shm-size" in errors[0]
+    assert "a process may open 300" in errors[1]
+    assert "ulimit -n 4096" in errors[1]
+
+
+@pytest.mark.slow
+def test_only_errors_make_the_exit_status(tmp_path):
+    done = doctor(tmp_path, "--data.num-workers", "0")
+    assert done.returncode == 0, done.stdout
+    assert "warning" in done.stdout
+    done = doctor(tmp_path, "--optim.global-batch-size", "100")
+    assert (done.returncode, done.stderr) == (1, "")
+    assert done.stdout.startswith("error    config: optim.global_batch_size 100")
+
+
+def test_missing_packages(monkeypatch):
+    for name in ("nvidia.dali", "deepspeed", "psycopg2"):
+        monkeypatch.setitem(sys.modules, name, None)
+    found = machine.packages(config_of(
+        "--data.loader", "dali", "--engine.kind", "deepspeed", "--tracking.uri", "postgresql+psycopg2://h/d"
+    ))  # fmt: skip
+    assert [f.about for f in found] == ["dali", "deepspeed", "psycopg2"]
+    assert all(f.level == "error" and "pip install" in f.text for f in found)
+    assert machine.packages(config_of("--tracking.backend", "none"))[0].level == "ok"
+
+
+def test_disk_and_run_folder(monkeypatch, tmp_path):
+    config = config_of("--run.dir", str(tmp_path / "new" / "run"))
+    assert machine.disk(config).level == "ok"
+    usage = shutil.disk_usage(tmp_path)._replace(free=10**6)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    assert machine.disk(config).level == "error"
+    assert "checkpoints take 1.1 GB" in machine.disk(config).text
+
+
+def test_mlflow_that_does_not_answer_or_is_something_else():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        uri = f"http://someone:hunter2@127.0.0.1:{probe.getsockname()[1]}"
+        found = network.mlflow_server(TrackingConfig(uri=uri))
+    assert found.level == "error"
+    assert "does not answer" in found.text
+    assert "hunter2" not in found.text
+
+    class Answers(BaseHTTPRequestHandler):
+        status = 200
+
+        def do_GET(self):
+            self.send_response(self.status)
+            self.end_headers()
+
+        def log_message(self, *args):
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Answers) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        config = TrackingConfig(uri=f"http://127.0.0.1:{server.server_port}")
+        for Answers.status, level in ((200, "ok"), (401, "ok"), (404, "error")):
+            assert network.mlflow_server(config).level == level
+        server.shutdown()
+        thread.join()
+
+
+def test_interfaces(tmp_path):
+    for name in ("lo", "eth0", "ib0", "docker0"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "operstate").write_text("up\n")
+
+    def found(**env):
+        return [(f.level, f.text) for f in network.interfaces(env, tmp_path)]
+
+    assert "NCCL_SOCKET_IFNAME=eth0" in found()[0][1]
+    assert found(NCCL_SOCKET_IFNAME="ib")[0][0] == "ok"
+    assert found(NCCL_SOCKET_IFNAME="^docker,lo")[0][0] == "ok"
+    assert found(NCCL_SOCKET_IFNAME="=ib")[0][0] == "error"
+    level, text = found(NCCL_SOCKET_IFNAME="eth", GLOO_SOCKET_IFNAME="eth")[0]
+    assert level == "error"
+    assert "GLOO_SOCKET_IFNAME is eth" in text
+
+
+def test_clocks():
+    assert network.clocks({"a": 1000.0, "b": 1000.2}).level == "ok"
+    found = network.clocks({"a": 1000.0, "b": 1007.5})
+    assert found.level == "warning"
+    assert "a is 7.5 s behind b" in found.text

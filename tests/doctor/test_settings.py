@@ -1,0 +1,52 @@
+"""What is allowed and does not work well is said in one line that has the cure."""
+
+import pytest
+
+from moco_dist.config import LinearConfig, PretrainConfig
+from moco_dist.config_source import read_config
+from moco_dist.doctor.settings import linear, pretraining
+
+NEEDED = ["--run.dir", "r", "--data.root", "d"]
+
+
+def findings(*flags, world_size=1, num_images=1_281_167):
+    found = pretraining(read_config(PretrainConfig, None, [*NEEDED, *flags]), world_size, num_images)
+    return [(f.level, f"{f.about}: {f.text}") for f in found]
+
+
+def test_the_published_recipe_has_nothing_unusual():
+    assert findings(world_size=8) == [("ok", "settings: sizes fit 8 rank(s), and nothing is unusual")]
+
+
+@pytest.mark.parametrize(
+    ("flags", "facts", "level", "expected"),
+    [
+        ([], {"num_images": 60_000}, "warning", "larger than the data set (60000)"),
+        (["--optim.epochs", "1"], {"num_images": 80_000}, "warning", "it turns over 1.2 times"),
+        ([], {"world_size": 16}, "error", "512 is the smallest that is"),
+        (["--model.bn-group-size", "256"], {}, "warning", "--model.bn-group-size 32"),
+        (["--model.bn-group-size", "4"], {}, "warning", "noisy"),
+        (["--moco.queue-size", "512"], {}, "warning", "only 2.0 batches"),
+        (["--moco.temperature", "0.07"], {}, "warning", "0.07 62.9 %"),
+        (["--optim.base-lr", "30"], {}, "warning", "pre-training takes 0.03"),
+        (["--optim.global-batch-size", "4096"], {}, "warning", "no warm-up"),
+        (["--optim.schedule", "step", "--optim.epochs", "150"], {}, "warning", "[160] lie past the end"),
+        (["--data.image-size", "32"], {}, "warning", "--model.stem cifar"),
+    ],
+)  # fmt: skip
+def test_unusual_settings(flags, facts, level, expected):
+    (found,) = [finding for finding in findings(*flags, **facts) if finding[0] != "ok"]
+    assert found[0] == level
+    assert expected in found[1]
+
+
+def test_linear_evaluation():
+    def lines(*flags):
+        return [(f.level, f.text) for f in linear(read_config(LinearConfig, None, ["--run-dir", "r", *flags]))]
+
+    ((level, text),) = lines()
+    assert level == "ok"
+    assert "lr 30 looks large and is right" in text
+    assert lines("--lr", "0.1")[0][0] == "warning"
+    assert "[60, 80] lie past the end" in lines("--epochs", "50")[0][1]
+    assert lines("--weight-decay", "0.0001")[-1][0] == "warning"

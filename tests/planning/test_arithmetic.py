@@ -1,0 +1,92 @@
+"""Bytes that a plan counts, beside what the program really keeps, sends and saves."""
+
+import pytest
+import torch
+
+from moco_dist.config import PretrainConfig
+from moco_dist.distributed.world import World
+from moco_dist.method.encoder import Encoder
+from moco_dist.method.infonce import exchange, info_nce
+from moco_dist.planning.arithmetic import parameters_of, saved_bytes, sizes
+from moco_dist.train import build
+from tests.world import run
+
+
+def config_of(**sections):
+    return PretrainConfig.model_validate({
+        "run": {"dir": "r", "device": "cpu"}, "data": {"root": "d", "image_size": 32},
+        "model": {"arch": "resnet10", "head_hidden_dims": [64], "bn_group_size": 8},
+        "moco": {"queue_size": 512}, "optim": {"global_batch_size": 64}, **sections,
+    })  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype", "tolerance"),
+    [("fp32", torch.float32, 0), ("bf16", torch.bfloat16, 0.01)],
+)
+def test_activations_are_those_of_a_real_forward_pass(precision, dtype, tolerance):
+    config = config_of(optim={"global_batch_size": 64, "precision": precision})
+    images = torch.zeros(32, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    real = saved_bytes(Encoder(config.model).to(memory_format=torch.channels_last), images, dtype)
+    counted = sizes(config, 2, 2).activation_bytes
+    assert abs(counted - real) <= tolerance * real
+    halved = config_of(optim={"global_batch_size": 64, "precision": precision, "grad_accum_steps": 2})
+    copies = 2 * parameters_of(config) if precision == "bf16" else 0  # the weights in 16 bits, at any batch
+    assert 0.45 < (sizes(halved, 2, 2).activation_bytes - copies) / (counted - copies) < 0.55
+
+
+def test_memory_and_checkpoint_are_those_of_the_state():
+    config = config_of()
+    state, engine = build(config, World())
+    planned, floats = sizes(config, 1, 1), sum(p.nbytes for p in state.query_encoder.parameters())
+    memory = planned.memory()
+    assert parameters_of(config) == planned.parameters
+    assert memory["query encoder's weights"] == memory["gradients"] == floats
+    assert memory["optimiser's momentum"] == sum(t.nbytes for t in engine.optimizer_tensors().values())
+    assert memory["queue shard"] == state.queue.keys.nbytes
+    tensors = sum(t.nbytes for t in state.tensors().values()) - state.queue.ptr.nbytes
+    assert planned.checkpoint_bytes() - tensors - state.queue.keys.nbytes == 2 * 4 * planned.statistics
+    assert sizes(config, 8, 8).memory()["queue shard"] == state.queue.keys.nbytes // 8
+
+
+def _received_features(world):
+    """Bytes of features that this rank receives in a step, from the sizes of what the collectives return."""
+    from moco_dist.method import infonce
+
+    received = 0
+
+    def counting(collective, share):
+        def call(x, world):
+            nonlocal received
+            out = collective(x, world)
+            received += round(share * max(x.nbytes, out.nbytes))
+            return out
+
+        return call
+
+    others = (world.world_size - 1) / world.world_size
+    infonce.all_gather = counting(infonce.all_gather, others)
+    infonce.reduce_scatter_sum = counting(infonce.reduce_scatter_sum, others)
+    n, dim = 64 // world.world_size, 128
+    q, k = (torch.nn.functional.normalize(torch.randn(n, dim), dim=1) for _ in range(2))
+    q_all, k_all = exchange(q, k, torch.arange(64), world)
+    info_nce(q, k_all[:n], q_all, torch.randn(512 // world.world_size, dim), 0.2, world)
+    return received
+
+
+def test_features_on_the_network_are_what_the_collectives_move():
+    for world_size in (2, 4):
+        planned = sizes(config_of(), world_size, world_size).received()["features"]
+        assert run(_received_features, world_size) == [planned] * world_size
+
+
+@pytest.mark.parametrize(("way", "megabytes"), [("loader", 0), ("all_to_all", 4.2), ("all_gather", 135)])
+def test_images_on_the_network_are_those_of_the_paper_on_how_it_works(way, megabytes):
+    config = PretrainConfig.model_validate(
+        {"run": {"dir": "r"}, "data": {"root": "d"}, "shuffle": {"exchange": way}, "model": {"arch": "resnet18"}}
+    )
+    planned = sizes(config, 8, 4)
+    assert planned.received()["images"] / 1e6 == pytest.approx(megabytes, rel=0.01)
+    if way == "all_to_all":  # each of a host's 4 ranks gets 4/7 of what it gets from 7 others from the other host
+        assert planned.into_host()["images"] == planned.received()["images"] * 4 * 4 // 7
+    assert planned.decodes == (32 * (2 - 1 / 8) if way == "loader" else 32)

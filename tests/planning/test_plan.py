@@ -1,0 +1,110 @@
+"""A plan: times only from measurements of that very hardware and those very settings, and a bottleneck that moves."""
+
+import dataclasses
+import json
+
+import pytest
+
+from moco_dist.cli import main
+from moco_dist.planning import measurements
+from moco_dist.planning.arithmetic import sizes
+from moco_dist.planning.forecast import Forecast, weak_scaling
+from moco_dist.planning.measurements import Measurement
+from tests.planning.test_arithmetic import config_of
+
+FLAGS = ["--model.arch", "resnet10", "--data.image-size", "32", "--moco.queue-size", "512", "--run.dir", "r",
+         "--model.head-hidden-dims", "[64]", "--optim.global-batch-size", "64", "--model.bn-group-size", "8",
+         "--data.root", "nowhere", "--run.device", "cpu"]  # fmt: skip
+
+
+def measured(config=None, **facts):
+    return Measurement(**{
+        "hardware": "NVIDIA H100 80GB HBM3", "date": "2026-11-01",
+        "settings": measurements.settings_of(config or config_of()),
+        "local_batch": 32, "world_size": 1, "num_nodes": 1, "parts": {"step": 0.1, "backward": 0.05}, "peak_bytes": 0,
+        "loader_core_seconds": None, "loader_world_size": 1, "all_reduce_bytes": 4, "all_reduce_seconds": 0.0,
+        "latency_seconds": 0.0, **facts,
+    })  # fmt: skip
+
+
+def plan(capsys, folder, *flags):
+    status = main(["plan", *FLAGS, "--measurements", str(folder), *flags])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_without_a_measurement_there_is_no_time(capsys, tmp_path):
+    status, out, _ = plan(capsys, tmp_path, "--gpu", "h100", "--nodes", "2", "--num-images", "6400")
+    assert status == 0
+    assert "not measured on h100: run with --calibrate there" in out
+    assert "give --link-gigabit-per-second" in out
+    assert "20,000 = 200 epochs x 100" in out
+    assert " ms" not in out
+    assert "hours" not in out
+
+
+def test_a_calibration_is_kept_and_used_for_these_settings_alone(capsys, tmp_path):
+    kept = measurements.write(measured(local_batch=64), {}, "test", tmp_path)
+    assert json.loads(kept.read_text())["theme"] == "calibration"
+    assert measurements.read([tmp_path]) == [measured(local_batch=64, path=str(kept))]
+    _, out, _ = plan(capsys, tmp_path, "--gpu", "h100", "--num-images", "6400")
+    assert "640 images/s" in out
+    assert "0.6 hours" in out
+    assert str(kept) in out
+    for other in (["--gpu", "a100"], ["--gpu", "h100", "--model.arch", "resnet18"], ["--optim.precision", "bf16"]):
+        assert "images/s" not in plan(capsys, tmp_path, *other)[1]
+    assert "measured are: NVIDIA H100" in plan(capsys, tmp_path, "--gpu", "a100")[1]
+
+
+def test_mistakes(capsys, tmp_path):
+    assert plan(capsys, tmp_path, "--nodes", "3")[0] == 2
+    assert "--nodes 0 is not greater" in plan(capsys, tmp_path, "--nodes", "0")[2]
+    assert "this machine has" in plan(capsys, tmp_path, "--calibrate", "--gpu", "h100")[2]
+    (tmp_path / "calibration_x.json").write_text("{")
+    assert "not a calibration" in plan(capsys, tmp_path)[2]
+
+
+def test_the_bottleneck_is_what_is_slowest():
+    planned = sizes(config_of(), 2, 1)
+    gradients = planned.received()["gradients"]
+
+    def forecast(seconds_for_gradients, loader=None):
+        return Forecast(planned, measured(), gradients / seconds_for_gradients, 0.0, loader, workers=2)
+
+    assert forecast(0.001).bottleneck().startswith("computing")
+    assert forecast(10).bottleneck().startswith("network")
+    assert forecast(0.001, loader=1.0).bottleneck().startswith("loading")
+    assert forecast(0.001, loader=1.0).step_seconds() == 0.5
+    fast, slow = forecast(0.001), forecast(10)
+    # Short transfers hide behind the backward pass but for the last bucket; long ones stick out by all but its length.
+    features = planned.received()["features"] / gradients
+    share = planned.last_bucket_share
+    assert fast.waited_for_network() == pytest.approx(0.001 * (share + features))
+    assert slow.waited_for_network() == pytest.approx(10 * (1 + features) - 0.05)
+
+
+def test_scaling_falls_with_a_slower_link_and_is_unknown_without_one():
+    planned = dataclasses.replace(sizes(config_of(), 2, 2))
+    rows = dict(weak_scaling(planned, measured(), 1e10, 1e9, 0.0))
+    slower = dict(weak_scaling(planned, measured(), 1e10, 1e8, 0.0))
+    assert list(rows) == [2**i for i in range(11)]
+    assert rows[1] == 1
+    assert all(rows[n] > slower[n] for n in rows if n > 2)
+    assert rows[2] == slower[2]
+    assert list(weak_scaling(planned, measured(), None, None, 0.0))[1:] == [(2**i, None) for i in range(1, 11)]
+
+
+@pytest.mark.slow
+def test_calibration_of_the_real_step(capsys, tmp_path, monkeypatch):
+    from moco_dist.planning import calibrate
+
+    monkeypatch.setattr(calibrate, "MAX_STEPS", 3)
+    status, out, err = plan(capsys, tmp_path, "--calibrate", "--num-images", "6400", "--tracking.backend", "none")
+    assert status == 0, err
+    assert "hours" in out
+    (kept,) = measurements.read([tmp_path])
+    parts = dict(kept.parts)
+    whole = parts.pop("step")
+    assert set(parts) == {"colours", "query forward", "backward", "optimiser", "keys, loss, queue"}
+    assert all(0 < seconds < 3 * whole for seconds in parts.values())
+    assert kept.loader_core_seconds is None  # no images there

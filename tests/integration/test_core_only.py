@@ -10,13 +10,14 @@ from moco_dist.data.prepare import prepare_shapes
 OPTIONAL = ("deepspeed", "ffcv", "mlflow", "nvidia.dali", "triton", "timm", "cv2", "numba")
 PROGRAM = f"""
 import sys
+from importlib.machinery import PathFinder
 
-class Missing:
-    def find_spec(self, name, path=None, target=None):
-        if name.startswith({OPTIONAL}):
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+class WithoutOptional(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.startswith({OPTIONAL}) else super().find_spec(name, path, target)
 
-sys.meta_path.insert(0, Missing())
+sys.meta_path[sys.meta_path.index(PathFinder)] = WithoutOptional
 from moco_dist.cli import main
 sys.exit(main(sys.argv[1:]))
 """

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launchers.job import Job, Size
+from launchers.job import Job, Size, pretraining
 from launchers.kubernetes import KubernetesOptions, how_to
 from launchers.slurm import SlurmOptions, limit_hours, script
+from launchers.slurm import how_to as slurm_how_to
 from moco_dist.cli import main
 from moco_dist.commands.launch import take_apart
 from moco_dist.config import PretrainConfig
@@ -52,6 +53,11 @@ def test_the_docs_name_every_example_and_its_command():
     for name, command in EXAMPLES.items():
         assert f"launchers/examples/{name}" in page
         assert f"moco-dist launch {command} --dry-run" in page, name
+
+
+def test_the_docs_show_what_slurm_users_are_told():
+    job, _ = pretraining([Path(CONFIG)], [], Size(nodes=2, gpus_per_node=4))
+    assert "\n".join(slurm_how_to([job], "1")) in Path("docs/launch.md").read_text()
 
 
 @pytest.mark.parametrize("name", [name for name in EXAMPLES if name.endswith("sbatch")])

@@ -1,0 +1,165 @@
+"""What `moco-dist plan` predicts, beside what then happens: seconds and bytes of a step on 1 and 2 hosts.
+
+    sudo python -m benchmarks.plan_validation [--rates 1,0.1] [--steps 20]
+
+Hosts are network namespaces (benchmarks/hosts.py), one rank each, links shaped. Each case calibrates, plans with the
+link's rate as a user would give it, and then takes real steps with the real loader. Calibration and steps take turns
+three times in one process, so that a busy machine slows both alike; the error is that of the ratio's median.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks import results
+from benchmarks.hosts import hosts, why_not
+from moco_dist.config import PretrainConfig
+from moco_dist.data.augment import apply_colours
+from moco_dist.data.datasets import find_images
+from moco_dist.data.exchange import key_views
+from moco_dist.data.plan import Plan
+from moco_dist.data.shapes import ShapeSettings, draw_image
+from moco_dist.distributed.collectives import barrier, process_group
+from moco_dist.distributed.world import World, world_from_env
+from moco_dist.planning import calibrate
+from moco_dist.planning.arithmetic import sizes
+from moco_dist.planning.forecast import Forecast
+from moco_dist.train import batches, build, train_step
+
+ROUNDS, CALIBRATION_STEPS = 3, 10
+PORT = 29477
+COUNTER = Path("/sys/class/net/eth0/statistics/rx_bytes")
+
+
+def config_of(root: str, world_size: int, exchange: str) -> PretrainConfig:
+    """A small ResNet at 48 px, 32 images a rank, loaded in the training process."""
+    return PretrainConfig.model_validate({
+        "run": {"dir": "unused", "device": "cpu"},
+        "data": {"root": root, "image_size": 48, "num_workers": 0},
+        "model": {"arch": "resnet10", "head_hidden_dims": [512]},
+        "moco": {"queue_size": 4096},
+        "optim": {"global_batch_size": 32 * world_size, "precision": "bf16"},
+        "shuffle": {"exchange": exchange},
+    })  # fmt: skip
+
+
+def rank_main(root: str, exchange: str, rate: float, steps: int) -> None:
+    """One rank: calibrate and plan, then run, three times in turn; rank 0 prints the readings."""
+    torch.set_num_threads(1)
+    world = world_from_env("cpu")
+    calibrate.MAX_STEPS = CALIBRATION_STEPS
+    config = config_of(root, world.world_size, exchange)
+    planned = sizes(config, world.world_size, 1)
+    with process_group(world):
+        readings = []
+        for number in range(ROUNDS):
+            measured = calibrate.calibrate(config, world.world_size, world)
+            forecast = Forecast(planned, measured, rate * 1e9 / 8, measured.latency_seconds,
+                                measured.loader_core_seconds, config.data.num_workers)  # fmt: skip
+            seconds, received = take_steps(config, world, number, steps)
+            readings.append({
+                "predicted_seconds": forecast.step_seconds(), "measured_seconds": seconds,
+                "predicted_bytes": sum(planned.received().values()), "measured_bytes": received,
+                "parts": {"computing": forecast.compute_seconds, "network": forecast.waited_for_network(),
+                          "loading": forecast.loading_seconds},
+            })  # fmt: skip
+        barrier(world)
+        if world.is_main:
+            print(json.dumps(readings))
+
+
+def take_steps(config: PretrainConfig, world: World, number: int, steps: int) -> tuple[float, float]:
+    """Mean seconds and received bytes of `steps` real steps, the two before them left out."""
+    folder = find_images(config.data.root, "train")
+    plan = Plan(len(folder.paths), config.optim.global_batch_size, number)
+    state, engine = build(config, world)
+    started, before = 0.0, 0
+    for step, batch, _ in batches(config, folder, plan, world, 0, steps + 2):
+        if step == 2:
+            barrier(world)
+            started, before = time.perf_counter(), received_bytes()
+        view_q = apply_colours(batch.view_q, batch.colours_q, config.augment, torch.bfloat16)
+        view_k = key_views(batch, config, plan, step, world, torch.bfloat16)
+        order = torch.from_numpy(plan.key_permutation(step))
+        train_step(state, engine, config, view_q, view_k, order, 0.001, False, world)
+    seconds = (time.perf_counter() - started) / steps
+    barrier(world)
+    return seconds, (received_bytes() - before) / steps
+
+
+def make_images(root: Path, count: int = 1000) -> None:
+    """Generated shapes, of one class: labels do not matter here."""
+    folder = root / "train" / "shapes"
+    folder.mkdir(parents=True)
+    for number in range(count):
+        draw_image(number % 10, np.random.default_rng(number), ShapeSettings()).save(folder / f"{number:04d}.jpg")
+
+
+def received_bytes() -> int:
+    """By this host's interface, headers included; 0 on a host without one."""
+    return int(COUNTER.read_text()) if COUNTER.exists() else 0
+
+
+def measure(root: str, num_hosts: int, exchange: str, rate: float, steps: int) -> dict:
+    """A row: one case on fresh hosts."""
+    with hosts(num_hosts) as made, tempfile.TemporaryFile("w+") as out:
+        made.shape(rate)
+        ranks = []
+        for host in range(num_hosts):
+            env = {**os.environ, "RANK": str(host), "WORLD_SIZE": str(num_hosts), "LOCAL_RANK": "0",
+                   "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": made.address(0), "MASTER_PORT": str(PORT),
+                   "GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1"}  # fmt: skip
+            words = [sys.executable, "-m", "benchmarks.plan_validation", "--rank", root, exchange, str(rate),
+                     "--steps", str(steps)]  # fmt: skip
+            stdout = out if host == 0 else subprocess.DEVNULL
+            ranks.append(subprocess.Popen(made.command(host, words), env=env, stdout=stdout))
+        if any(rank.wait() for rank in ranks):
+            raise SystemExit("a rank failed")
+        out.seek(0)
+        readings = json.loads(out.read().splitlines()[-1])
+    ratios = [r["predicted_seconds"] / r["measured_seconds"] for r in readings]
+    middle = sorted(readings, key=lambda r: r["predicted_seconds"] / r["measured_seconds"])[len(readings) // 2]
+    row = {
+        "hosts": num_hosts, "gigabit_per_second": rate, "exchange": exchange, **middle,
+        "seconds_error_percent": 100 * (statistics.median(ratios) - 1),
+        "seconds_error_percent_of_rounds": [round(100 * (ratio - 1), 1) for ratio in ratios],
+        "bytes_error_percent": 100 * (middle["predicted_bytes"] / middle["measured_bytes"] - 1)
+        if num_hosts > 1 else None,
+    }  # fmt: skip
+    print(f"{num_hosts} host(s) {rate:g} Gb/s {exchange}: predicted {row['predicted_seconds']:.3f} s, measured "
+          f"{row['measured_seconds']:.3f} s, error {row['seconds_error_percent']:+.1f} %; bytes predicted "
+          f"{row['predicted_bytes'] / 1e6:.2f} MB, measured {row['measured_bytes'] / 1e6:.2f} MB", flush=True)
+    return row
+
+
+def main() -> None:
+    """Measure and write the results file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rates", default="1,0.1", help="link rates in Gb/s")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--rank", nargs=3, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.rank:
+        rank_main(args.rank[0], args.rank[1], float(args.rank[2]), args.steps)
+        return
+    if reason := why_not():
+        raise SystemExit(reason)
+    first, *_ = rates = [float(rate) for rate in args.rates.split(",")]
+    with tempfile.TemporaryDirectory() as root:
+        make_images(Path(root))
+        cases = [(1, "loader", first), *((2, "loader", rate) for rate in rates), (2, "all_gather", rates[-1])]
+        rows = [measure(root, *case, steps=args.steps) for case in cases]
+    results.write("plan_validation", rows, arch="resnet10", image_size=48, local_batch_size=32, precision="bf16")
+
+
+if __name__ == "__main__":
+    main()

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from moco_dist.config import LinearConfig, PretrainConfig, Section, setting, size_problems
+from moco_dist.config import PretrainConfig, Section, setting, size_problems
+from moco_dist.config_evaluate import LinearConfig
 from moco_dist.config_source import leaf_fields, read_config
 from moco_dist.errors import UserError, nearest
 

@@ -8,7 +8,8 @@ import socket
 import time
 from pathlib import Path
 
-from moco_dist.config import LinearConfig, PretrainConfig
+from moco_dist.config import PretrainConfig
+from moco_dist.config_evaluate import LinearConfig
 from moco_dist.config_source import read_config, read_yaml
 from moco_dist.errors import UserError
 

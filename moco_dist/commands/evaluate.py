@@ -1,7 +1,7 @@
 """`moco-dist knn` and `moco-dist linear`."""
 
 from moco_dist.commands.configured import config_or_help
-from moco_dist.config import KnnConfig, LinearConfig
+from moco_dist.config_evaluate import KnnConfig, LinearConfig
 
 PEER_TIMEOUT_SECONDS = 60.0  # a pre-training has run.peer_timeout_seconds
 

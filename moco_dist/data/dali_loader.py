@@ -25,7 +25,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from moco_dist.config import DataConfig, EvalDataConfig
+from moco_dist.config import DataConfig
+from moco_dist.config_evaluate import EvalDataConfig
 from moco_dist.data.ahead import ahead
 from moco_dist.data.datasets import ImageFolder
 from moco_dist.data.jobs import Crop, Job, JobOf, with_successors

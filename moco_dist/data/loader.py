@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moco_dist.config import DataConfig, EvalDataConfig, PretrainConfig
+from moco_dist.config import DataConfig, PretrainConfig
+from moco_dist.config_evaluate import EvalDataConfig
 from moco_dist.data.batch import CropBatch
 from moco_dist.data.crops import centre_resize
 from moco_dist.data.datasets import PACKED_SUFFIX, ImageFolder

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from moco_dist.config import DataConfig, EvalDataConfig, OnError
+from moco_dist.config import DataConfig, OnError
+from moco_dist.config_evaluate import EvalDataConfig
 from moco_dist.data.datasets import ImageFolder, read_bytes
 from moco_dist.data.decode import CropsFor, cut
 from moco_dist.data.jobs import JobOf, with_successors

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from moco_dist.config import LinearConfig
+from moco_dist.config_evaluate import LinearConfig
 from moco_dist.data.datasets import share_of_classes
 from moco_dist.distributed.collectives import all_gather, all_reduce_sum
 from moco_dist.distributed.world import World

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moco_dist.config import EvalConfig, EvalDataConfig, KnnConfig, PretrainConfig
+from moco_dist.config import PretrainConfig
+from moco_dist.config_evaluate import EvalConfig, EvalDataConfig, KnnConfig
 from moco_dist.distributed.collectives import all_gather, gather_uneven
 from moco_dist.distributed.world import World
 from moco_dist.errors import UserError

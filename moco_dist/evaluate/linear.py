@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moco_dist.config import LinearConfig
+from moco_dist.config_evaluate import LinearConfig
 from moco_dist.data import counter_rng
 from moco_dist.data.crops import crop_box, crop_draws, is_flipped
 from moco_dist.data.datasets import rows_of

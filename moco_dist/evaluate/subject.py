@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moco_dist import checkpoint
-from moco_dist.config import EvalConfig, PretrainConfig
+from moco_dist.config import PretrainConfig
+from moco_dist.config_evaluate import EvalConfig
 from moco_dist.config_source import read_config
 from moco_dist.data.datasets import NO_CLASS, ImageFolder, find_images, rows_of, share_of_classes, subset
 from moco_dist.data.loader import eval_batches

@@ -12,7 +12,8 @@ from typing import Any
 from pydantic import BaseModel
 from tqdm import tqdm
 
-from moco_dist.config import EvalConfig, PretrainConfig
+from moco_dist.config import PretrainConfig
+from moco_dist.config_evaluate import EvalConfig
 from moco_dist.config_source import flatten
 from moco_dist.distributed.world import World
 from moco_dist.errors import Preempted, UserError

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from moco_dist.config import LinearConfig
+from moco_dist.config_evaluate import LinearConfig
 from moco_dist.distributed.world import World
 from moco_dist.evaluate.classifiers import held_out, initial_classifier, train_classifiers
 from moco_dist.evaluate.features import Features

@@ -2,7 +2,8 @@
 
 import pytest
 
-from moco_dist.config import LinearConfig, PretrainConfig
+from moco_dist.config import PretrainConfig
+from moco_dist.config_evaluate import LinearConfig
 from moco_dist.config_source import read_config
 from moco_dist.doctor.settings import linear, pretraining
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 import yaml
 
-from moco_dist.config import LinearConfig, PretrainConfig
+from moco_dist.config import PretrainConfig
+from moco_dist.config_evaluate import LinearConfig
 from moco_dist.config_source import read_config
 from moco_dist.distributed.world import World
 from moco_dist.method.encoder import build_encoder

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moco_dist.cli import main
-from moco_dist.config import KnnConfig
+from moco_dist.config_evaluate import KnnConfig
 from moco_dist.data.prepare import prepare_shapes
 from moco_dist.distributed.world import World
 from moco_dist.evaluate import features as features_module

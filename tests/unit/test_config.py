@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from moco_dist.commands.configured import config_or_help
-from moco_dist.config import AugmentConfig, KnnConfig, LinearConfig, PretrainConfig, size_problems
+from moco_dist.config import AugmentConfig, PretrainConfig, size_problems
+from moco_dist.config_evaluate import KnnConfig, LinearConfig
 from moco_dist.config_source import flatten, help_text, leaf_fields, read_config, to_yaml
 from moco_dist.errors import UserError
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from moco_dist.config import EvalDataConfig, PretrainConfig
+from moco_dist.config import PretrainConfig
+from moco_dist.config_evaluate import EvalDataConfig
 from moco_dist.data import dali_loader
 from moco_dist.data.beton import read_beton
 from moco_dist.data.datasets import ImageError, decode_image, find_images

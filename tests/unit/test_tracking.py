@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from moco_dist.cli import main
-from moco_dist.config import KnnConfig, PretrainConfig
+from moco_dist.config import PretrainConfig
+from moco_dist.config_evaluate import KnnConfig
 from moco_dist.config_source import flatten
 from moco_dist.distributed.world import World
 from moco_dist.errors import Preempted, UserError

@@ -87,6 +87,7 @@ def test_time_limit_saves_and_goes_on(slurm, config, submitted):
     number = done.stdout.strip()
     submitted.append(number)
     slurm.wait(number, lambda job: job.get("Restarts") == "1", 60, lambda: output(folder))
+    slurm.run(["scontrol", "update", f"JobId={number}", "TimeLimit=60"])  # or it is signalled again as it starts
     saved = re.search(r"preempted: saved at step (\d+)", output(folder))
     assert saved, output(folder)
     assert "preempted: queued again" in output(folder)

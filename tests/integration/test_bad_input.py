@@ -46,7 +46,7 @@ COMMAND_LINE = {
     "temperature 0": ([*NEW, "--moco.temperature", "0"], r"moco\.temperature: 0 is not greater than or equal to 0\.01"),
     "momentum 1": ([*NEW, "--moco.momentum", "1"], r"moco\.momentum: 1 is not less than 1"),
     "batch that does not divide": ([*NEW, "--optim.global-batch-size", "10"], r"10 is not a multiple of 4 .* 8 and 12 are"),
-    "queue under a batch": ([*NEW, "--moco.queue-size", "4"], r"moco\.queue_size 4 holds less than one batch .* 8 is the smallest"),
+    "queue under a batch": ([*NEW, "--moco.queue-size", "4"], r"moco\.queue_size 4 holds less than the 8 keys .* 8 is the smallest"),
     "image of 4 pixels": ([*NEW, "--data.image-size", "4"], r"data\.image_size: 4 is not greater than or equal to 8"),
     "negative workers": ([*NEW, "--data.num-workers", "-1"], r"data\.num_workers: -1 is not"),
     "zero stage without deepspeed": ([*NEW, "--engine.zero-stage", "1"], r"engine\.zero_stage 1 needs engine\.kind deepspeed"),

@@ -23,10 +23,10 @@ START_TRIES = 120  # half a second each
 
 
 class Server:
-    """`mlflow server` on a free port of this machine, with its database and artifacts in `folder`."""
+    """`mlflow server` on a free port of this machine, its artifacts and, without a URI, its database in `folder`."""
 
-    def __init__(self, folder):
-        self.folder = folder
+    def __init__(self, folder, backend_uri=None):
+        self.folder, self.backend_uri = folder, backend_uri or f"sqlite:///{folder / 'server.db'}"
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
@@ -36,11 +36,11 @@ class Server:
     def start(self):
         command = [
             sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port), "--workers", "1",
-            "--backend-store-uri", f"sqlite:///{self.folder / 'server.db'}",
             "--artifacts-destination", str(self.folder / "artifacts"),
         ]  # fmt: skip
         environment = {
             **os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true",
+            "MLFLOW_BACKEND_STORE_URI": self.backend_uri,  # not a flag: it may have a password
         }
         with (self.folder / "server.log").open("ab") as log:
             self.process = subprocess.Popen(

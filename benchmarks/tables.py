@@ -94,20 +94,8 @@ def update(result: Result) -> str:
     return markdown(["", "ms", "bytes / bandwidth, ms", "ratio"], rows) + origin(result)
 
 
-def step_parts(result: Result) -> str:
-    """Shares of a step."""
-    parts = list(dict.fromkeys(part for r in result["rows"] for part in r["share"]))
-    columns = ["mode", "local batch", "step, s", "source images/s", "of the ceiling, %", *(f"{p}, %" for p in parts)]
-    rows = [
-        [r["mode"], str(r["local_batch"]), f"{r['step_seconds']:.3f}", f"{r['images_per_second']:.1f}",
-         f"{100 * r['share_of_ceiling']:.0f}", *(f"{100 * r['share'].get(p, 0):.1f}" for p in parts)]
-        for r in result["rows"]
-    ]  # fmt: skip
-    return markdown(columns, rows) + origin(result)
-
-
 TABLES: dict[str, Callable[[Result], str]] = {
-    table.__name__: table for table in (network, peer_step, step_parts, infonce, update)
+    table.__name__: table for table in (network, peer_step, infonce, update)
 }
 
 

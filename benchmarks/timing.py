@@ -39,10 +39,3 @@ def bytes_per_second(device: str = "cpu", megabytes: int = 512) -> float:
     source = torch.ones(megabytes * 2**20, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * source.nbytes / in_turn({"copy": lambda: target.copy_(source)}, 7, device)["copy"]
-
-
-def flops_per_second(device: str, dtype: torch.dtype, side: int = 0) -> float:
-    """Measured rate of a large matrix product in `dtype`, a multiplication and an addition counted as two."""
-    side = side or (8192 if torch.device(device).type == "cuda" else 2048)
-    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    return 2 * side**3 / in_turn({"product": lambda: a @ b}, 5, device)["product"]

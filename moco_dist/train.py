@@ -40,6 +40,7 @@ from moco_dist.provenance import git_state, package_versions
 from moco_dist.resume import facts_to_agree_on, resume, without_secrets
 from moco_dist.saver import Saver
 from moco_dist.tracking import Tracker
+from moco_dist.weights import BACKBONE
 
 
 class StepResult(NamedTuple):
@@ -111,7 +112,7 @@ def pretrain(config: PretrainConfig, world: World, tracker: Tracker) -> Path:
                 if world.is_main:
                     marker_path(run_dir).write_text(json.dumps({"step": state.step}))
                 raise Preempted(state.step)
-        checkpoint.export_backbone(state, run_dir / "backbone.safetensors", world)
+        checkpoint.export_backbone(state, run_dir / BACKBONE, world)
         saver.finish()
         return checkpoint.latest(run_dir)
     finally:

@@ -14,7 +14,6 @@ from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from moco_dist.data.index import image_paths
-from moco_dist.data.measured import read_measured
 from moco_dist.data.storage import read_patiently
 from moco_dist.errors import UserError, nearest
 
@@ -37,18 +36,15 @@ class ImageFolder:
         paths: N relative paths with `/` between folders, sorted.
         labels: (N,) int64, indices into `classes`; NO_CLASS for images directly in `root`.
         classes: names of the folders directly in `root`, sorted.
-        sizes: (N, 2) width and height in pixels, where `data prepare` or `data verify` has measured just these images.
-            A file that was overwritten since may have another size.
     """
 
     root: Path
     paths: list[str]
     labels: NDArray[np.int64]
     classes: tuple[str, ...]
-    sizes: NDArray[np.int64] | None = None
 
 
-def find_images(root: Path, split: Literal["train", "val"]) -> ImageFolder:
+def find_images(root: Path, split: Literal["train", "val"], remember: bool = True) -> ImageFolder:
     """The images of one split: of ROOT/train or ROOT/val, or of ROOT itself for training where it has neither.
 
     An image's class is the first folder on its way, at any depth below; hidden files and folders are left out.
@@ -57,6 +53,7 @@ def find_images(root: Path, split: Literal["train", "val"]) -> ImageFolder:
     Args:
         root: the data set's folder, or a packed file.
         split: `train` or `val`.
+        remember: whether an index may be written into a large folder.
 
     Raises:
         UserError: there is no such folder, no image in it, or `val` has a class that `train` lacks.
@@ -82,15 +79,13 @@ def find_images(root: Path, split: Literal["train", "val"]) -> ImageFolder:
         for name in _folder_names(val):
             if name not in classes:
                 raise UserError(f"{val} has a class {name} that {train} lacks{nearest(name, classes)}")
-    paths = image_paths(folder)
+    paths = image_paths(folder, remember)
     if not paths:
         raise UserError(f"no image found in {folder}; files called {', '.join(IMG_EXTENSIONS)} count as images")
     label_of = {name: label for label, name in enumerate(classes)}
     firsts = (path.partition("/") for path in paths)
     labels = [label_of[first] if below else NO_CLASS for first, below, _ in firsts]
-    measured = read_measured(folder)
-    sizes = measured.sizes[:, 1:] if measured is not None and measured.paths == paths else None
-    return ImageFolder(folder, paths, np.array(labels, dtype=np.int64), tuple(classes), sizes)
+    return ImageFolder(folder, paths, np.array(labels, dtype=np.int64), tuple(classes))
 
 
 def subset(folder: ImageFolder, max_samples: int | None) -> ImageFolder:
@@ -103,8 +98,7 @@ def subset(folder: ImageFolder, max_samples: int | None) -> ImageFolder:
 
 def rows_of(folder: ImageFolder, rows: NDArray[np.int64]) -> ImageFolder:
     """Some of the images, in the order of `rows`; the classes stay."""
-    sizes = None if folder.sizes is None else folder.sizes[rows]
-    return ImageFolder(folder.root, [folder.paths[i] for i in rows], folder.labels[rows], folder.classes, sizes)
+    return ImageFolder(folder.root, [folder.paths[i] for i in rows], folder.labels[rows], folder.classes)
 
 
 def share_of_classes(labels: NDArray[np.int64], share: float, seed: list[int], leave: int = 0) -> NDArray[np.bool_]:
@@ -115,15 +109,6 @@ def share_of_classes(labels: NDArray[np.int64], share: float, seed: list[int], l
         rows = order[labels[order] == label]
         chosen[rows[: min(len(rows) - leave, math.ceil(share * len(rows)))]] = True
     return chosen
-
-
-def read_image(path: Path) -> Image.Image:
-    """The whole image as RGB: `decode_image` of the file.
-
-    Raises:
-        ImageError: the file is missing, or `decode_image`'s reasons.
-    """
-    return decode_image(read_bytes(path), str(path))
 
 
 def read_bytes(path: Path) -> bytes:

@@ -19,8 +19,11 @@ MIN_IMAGES = 10_000  # below it, listing takes less than a second
 SETTLED_SECONDS = 2  # a folder changed later than so long ago may change again within the clock's resolution
 
 
-def image_paths(folder: Path) -> list[str]:
-    """Sorted relative paths, with `/`, of all visible images below `folder`, from the index where it is right."""
+def image_paths(folder: Path, remember: bool = True) -> list[str]:
+    """Sorted relative paths, with `/`, of all visible images below `folder`, from the index where it is right.
+
+    `remember`: whether to write one.
+    """
     started_ns = time.time_ns()
     top = sorted(entry.name for entry in os.scandir(folder) if not entry.name.startswith("."))
     index = folder / NAME
@@ -32,7 +35,7 @@ def image_paths(folder: Path) -> list[str]:
     folders: dict[str, int] = {}
     paths = sorted(_scan(folder, "", folders))
     newest = max(folders.values(), default=0)
-    if len(paths) >= MIN_IMAGES and newest < started_ns - SETTLED_SECONDS * 10**9:
+    if remember and len(paths) >= MIN_IMAGES and newest < started_ns - SETTLED_SECONDS * 10**9:
         _write(index, {"top": top, "folders": folders, "paths": paths})
     return paths
 

@@ -1,7 +1,7 @@
 """What the images of a folder measure, found by decoding each of them once, and remembered in FOLDER.
 
 The file is FOLDER/.moco_dist_sizes.npz: paths, bytes, widths and heights, in plain arrays without pickle. It tells
-`data verify` what has changed since, and a loader an image's size before it is opened.
+`data verify` what has changed since.
 """
 
 import contextlib

@@ -117,11 +117,10 @@ def prepare_imagefolder(out: Path, source: Path) -> Path:
         UserError: `source` has no readable images or a layout that does not fit, or `out` holds something else.
     """
     source = source.absolute()
-    if out.resolve().is_relative_to(source.resolve()):
-        raise UserError(f"{out} lies in its source {source}; choose a folder outside")
-    splits = {"train": find_images(source, "train")}
+    _require_outside(out, source)
+    splits = {"train": find_images(source, "train", remember=False)}
     if (source / "val").is_dir():
-        splits["val"] = find_images(source, "val")
+        splits["val"] = find_images(source, "val", remember=False)
     recipe = {
         "name": "imagefolder",
         "source": str(source),
@@ -130,18 +129,7 @@ def prepare_imagefolder(out: Path, source: Path) -> Path:
     if _is_there(out, recipe):
         return out
     with _appearing(out, recipe) as partial:
-        unreadable: list[str] = []
-        for split, found in splits.items():
-            sizes = _measure(found, f"reading {split}")
-            good = _good(sizes)
-            unreadable += [problem for problem in sizes.values() if isinstance(problem, str)]
-            if not good:
-                raise UserError(f"none of the {len(sizes)} files in {found.root} can be read; {unreadable[-1]}")
-            for path in good:
-                link = partial / split / path
-                link.parent.mkdir(parents=True, exist_ok=True)
-                link.symlink_to(found.root / path)
-            write_measured(partial / split, good)
+        unreadable = [line for split, found in splits.items() for line in _link(found, found.paths, partial / split)]
         if unreadable:
             (partial / UNREADABLE).write_text("\n".join(unreadable) + "\n", "utf-8", "surrogateescape")
     return out
@@ -174,11 +162,11 @@ def prepare_imagenet(
 ) -> Path:
     """ImageNet-1k, checked: every image is decoded, and their number is the published one.
 
-    What was interrupted goes on with the next call.
+    Unpacking that was interrupted goes on with the next call.
 
     Args:
         out: folder to make.
-        source: the folder of the three archives (`tars`), or SOURCE/train and SOURCE/val unpacked by someone
+        source: the folder of the three archives (`tars`), or one that somebody unpacked, in a layout of `imagenet`
             (`folder`: `out` becomes links to it).
         kind: which of them.
         sizes: numbers of classes and images; default: ImageNet-1k's.
@@ -194,11 +182,7 @@ def prepare_imagenet(
     if _is_there(out, recipe):
         return out
     if kind == "folder":
-        found = {split: find_images(source, split) for split in ("train", "val")}
-        numbers = (len(found["train"].classes), len(found["train"].paths), len(found["val"].paths))
-        if numbers != sizes:
-            raise UserError(f"{source} has {_of(numbers)}; ImageNet-1k has {_of(sizes)}")
-        return prepare_imagefolder(out, source)
+        return _link_imagenet(out, source, sizes, recipe)
     unpacked = out.with_name(f".{out.name}.unpacked")
     imagenet.unpack(source, unpacked, sizes)
     problems = []
@@ -217,10 +201,29 @@ def prepare_imagenet(
     return out
 
 
+def _link_imagenet(out: Path, source: Path, sizes: imagenet.Sizes, recipe: dict[str, Any]) -> Path:
+    _require_outside(out, source)
+    found = imagenet.find_unpacked(source.absolute())
+    numbers = (len(found.train.classes), len(found.train.paths), len(found.val.paths))
+    if numbers != sizes:
+        raise UserError(f"{source} has {_of(numbers)}; ImageNet-1k has {_of(sizes)}")
+    with _appearing(out, recipe) as partial:
+        unreadable = [
+            *_link(found.train, found.train.paths, partial / "train"),
+            *_link(found.val, found.val_places, partial / "val"),
+        ]
+        if unreadable:
+            count = f"{len(unreadable)} image(s) of {source} cannot be read"
+            raise UserError("\n".join([*unreadable[:10], f"{count}; data prepare imagefolder leaves such images out"]))
+        if found.names:
+            imagenet.write_names(found.names, partial)
+    return out
+
+
 def verify(root: Path) -> list[str]:
     """Decode every image of a data set, and compare it with what `prepare`, or an earlier `verify`, found.
 
-    The sizes of a split without a problem are remembered (`ImageFolder.sizes`), where ROOT can be written to.
+    The sizes of a split without a problem are remembered, where ROOT can be written to.
 
     Returns:
         a line for each image that cannot be read, is missing, new or changed, and for each split with another number.
@@ -302,6 +305,11 @@ def _finish(partial: Path, out: Path, recipe: dict[str, Any]) -> None:
     print(f"{out} is ready: {recipe['name']}, {_described(counts)}{note}")
 
 
+def _require_outside(out: Path, source: Path) -> None:
+    if out.resolve().is_relative_to(source.resolve()):
+        raise UserError(f"{out} lies in its source {source}; choose a folder outside")
+
+
 def _of(sizes: tuple[int, int, int]) -> str:
     return f"{sizes[0]:,} classes, {sizes[1]:,} training and {sizes[2]:,} validation images"
 
@@ -352,6 +360,30 @@ def _measure(found: ImageFolder, what: str) -> dict[str, Size | str]:
         return Size(len(data), image.width, image.height)
 
     return dict(zip(found.paths, in_threads(measure, len(found.paths), what), strict=True))
+
+
+def _link(found: ImageFolder, places: list[str], folder: Path) -> list[str]:
+    """Decode every image; `folder` becomes links to those that can be read, by `places`, in the order of found.paths.
+
+    Returns:
+        why the others cannot be read.
+
+    Raises:
+        UserError: none can.
+    """
+    sizes = _measure(found, f"reading {folder.name}")
+    unreadable = [problem for problem in sizes.values() if isinstance(problem, str)]
+    if len(unreadable) == len(sizes):
+        raise UserError(f"none of the {len(sizes)} files in {found.root} can be read; {unreadable[-1]}")
+    good = {}
+    for (path, size), place in zip(sizes.items(), places, strict=True):
+        if isinstance(size, Size):
+            link = folder / place
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(found.root / path)
+            good[place] = size
+    write_measured(folder, good)
+    return unreadable
 
 
 def _good(sizes: dict[str, Size | str]) -> dict[str, Size]:

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from moco_dist.data import datasets
-from moco_dist.data.datasets import NO_CLASS, ImageError, find_images, read_image, subset
+from moco_dist.data.datasets import NO_CLASS, ImageError, decode_image, find_images, read_bytes, subset
 from moco_dist.errors import UserError
 
 
@@ -80,6 +80,10 @@ def test_subset_is_spread_over_all_classes(tmp_path):
     assert [path[0] for path in part.paths] == [part.classes[label] for label in part.labels]
     assert subset(folder, None) is folder
     assert subset(folder, 1000) is folder
+
+
+def read_image(path):
+    return decode_image(read_bytes(path), str(path))
 
 
 @pytest.fixture

@@ -2,7 +2,14 @@
 
 import io
 import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
 import tarfile
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +19,7 @@ from moco_dist.cli import main
 from moco_dist.data import imagenet
 from moco_dist.data.datasets import find_images
 from moco_dist.data.imagenet import DEVKIT, TRAIN, VAL, Sizes
+from moco_dist.data.measured import read_measured
 from moco_dist.data.prepare import prepare_imagenet, verify
 from moco_dist.errors import UserError
 
@@ -97,13 +105,144 @@ def test_an_interruption_goes_on_at_the_missing_class(source, tmp_path, monkeypa
     assert not list(tmp_path.glob(".imagenet*"))
 
 
-def test_a_folder_that_somebody_unpacked(source, tmp_path):
+def test_a_folder_that_somebody_unpacked(source, tmp_path, capsys):
     unpacked = prepare_imagenet(tmp_path / "unpacked", source, "tars", SIZES)
     out = prepare_imagenet(tmp_path / "imagenet", unpacked, "folder", SIZES)
     assert find_images(out, "train").paths == find_images(unpacked, "train").paths
+    prepare_imagenet(out, unpacked, "folder", SIZES)
+    assert "already there" in capsys.readouterr().out
     next((unpacked / "val").glob("*/*")).unlink()
     with pytest.raises(UserError, match="3 classes, 12 training and 4 validation images; ImageNet-1k has 3 classes"):
         prepare_imagenet(tmp_path / "again", unpacked, "folder", SIZES)
+
+
+VAL_NAMES = [f"ILSVRC2012_val_{i + 1:08d}" for i in range(len(VAL_CLASSES))]
+
+
+@pytest.fixture
+def flat(source, tmp_path):
+    """FLAT/train/CLASS/IMAGE and FLAT/val/IMAGE, as the archives unpack; and what they should become."""
+    unpacked = prepare_imagenet(tmp_path / "unpacked", source, "tars", SIZES)
+    (tmp_path / "flat" / "val").mkdir(parents=True)
+    shutil.copytree(unpacked / "train", tmp_path / "flat" / "train")
+    for path in (unpacked / "val").glob("*/*"):
+        shutil.copy(path, tmp_path / "flat" / "val")
+    return tmp_path / "flat", unpacked
+
+
+def devkit_archive(source, flat):
+    shutil.copy(source / DEVKIT, flat)
+    return flat
+
+
+def devkit_folder(source, flat):
+    with tarfile.open(source / DEVKIT) as archive:
+        archive.extractall(flat, filter="data")
+    return flat
+
+
+def kaggle(source, flat):
+    images = flat.parent / "kaggle" / "ILSVRC" / "Data" / "CLS-LOC"
+    images.parent.mkdir(parents=True)
+    flat.rename(images)
+    (images / "test").mkdir()
+    wnids = list(CLASSES)
+    rows = [f"{name},{wnids[label]} 1 2 3 4 {wnids[label]} 5 6 7 8 "
+            for name, label in zip(VAL_NAMES, VAL_CLASSES, strict=True)]  # fmt: skip
+    root = images.parents[2]
+    (root / "LOC_val_solution.csv").write_text("\n".join(["ImageId,PredictionString", *reversed(rows)]))
+    (root / "LOC_synset_mapping.txt").write_text("".join(f"{wnid} {words}\n" for wnid, words in CLASSES.items()))
+    return root
+
+
+@pytest.mark.parametrize("layout", [devkit_archive, devkit_folder, kaggle])
+def test_a_folder_whose_validation_images_have_no_class_folders(source, flat, tmp_path, layout):
+    folder, unpacked = flat
+    root = layout(source, folder)
+    before = sorted(root.rglob("*"))
+    out = prepare_imagenet(tmp_path / "imagenet", root, "folder", SIZES)
+    for split in ("train", "val"):
+        ours, reference = find_images(out, split), find_images(unpacked, split)
+        assert (ours.paths, ours.classes) == (reference.paths, reference.classes)
+        assert np.array_equal(ours.labels, reference.labels)
+        assert read_measured(out / split).paths == ours.paths
+        for path in ours.paths:
+            assert (ours.root / path).read_bytes() == (reference.root / path).read_bytes()
+    assert json.loads((out / "classes.json").read_text()) == CLASSES
+    assert sorted(root.rglob("*")) == before
+    assert verify(out) == []
+
+
+def test_what_such_a_folder_lacks_is_one_line(source, flat, tmp_path):
+    folder, _ = flat
+    out = tmp_path / "imagenet"
+    with pytest.raises(UserError, match=f"images in no class folder; .* lacks .*{DEVKIT} .*or Kaggle's LOC_val_sol"):
+        prepare_imagenet(out, folder, "folder", SIZES)
+    root = kaggle(source, folder)
+    table = root / "LOC_val_solution.csv"
+    whole = table.read_text()
+    table.write_text(whole.replace(VAL_NAMES[2], "another"))
+    with pytest.raises(UserError, match=f"has a validation image {VAL_NAMES[2]}.JPEG of no known class"):
+        prepare_imagenet(out, root, "folder", SIZES)
+    table.write_text("a,b\n1,2\n")
+    with pytest.raises(UserError, match="LOC_val_solution.csv is not the table that Kaggle gives out"):
+        prepare_imagenet(out, root, "folder", SIZES)
+    table.write_text(whole)
+    broken = next(root.rglob("*_val_*.JPEG"))
+    broken.write_bytes(b"")
+    with pytest.raises(UserError, match=f"{broken}: the file is empty\n1 image.* prepare imagefolder leaves"):
+        prepare_imagenet(out, root, "folder", SIZES)
+    assert not list(tmp_path.glob("*imagenet*"))
+
+
+SLOW_COMMAND = f"""
+import shutil, sys, time
+from moco_dist.cli import main
+from moco_dist.data import imagenet
+imagenet.Sizes.__new__.__defaults__ = {tuple(SIZES)}
+copy = shutil.copyfileobj
+shutil.copyfileobj = lambda *files: (time.sleep(float(sys.argv[1]) * ("_val_" in files[1].name)), copy(*files))
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGKILL])
+def test_the_command_interrupted_among_the_validation_images_goes_on_there(source, tmp_path, signum):
+    """The real command, slowed down, with the sizes of these archives."""
+    out = tmp_path / "imagenet"
+    words = ["data", "prepare", "imagenet", "--source", str(source), "--out", str(out)]
+
+    def command(seconds):
+        return subprocess.Popen([sys.executable, "-c", SLOW_COMMAND, seconds, *words], text=True,
+                                env={**os.environ, "PYTHONPATH": os.getcwd()},
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+
+    def written():
+        return {path.name: path.stat().st_mtime_ns for path in tmp_path.glob(".imagenet.unpacked/.val.partial/*/*")
+                if path.stat().st_size}  # fmt: skip
+
+    with command("0.3") as first:
+        deadline = time.monotonic() + 60
+        while len(written()) < 2 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        first.send_signal(signum)
+        said = first.communicate()[1]
+    assert first.returncode == (130 if signum == signal.SIGINT else -signal.SIGKILL), said
+    assert said == ("interrupted\n" if signum == signal.SIGINT else "")
+    assert not out.exists()
+    kept = written()
+    assert 2 <= len(kept) < len(VAL_CLASSES)
+    cut = next(Path(tmp_path / ".imagenet.unpacked").glob(f".val.partial/*/{next(iter(kept))}"))
+    cut.write_bytes(cut.read_bytes()[:9])  # as the image that was being written
+    with command("0") as second:
+        assert second.communicate()[1] == ""
+    assert second.returncode == 0
+    again = {path.name: path.stat().st_mtime_ns for path in (out / "val").glob("*/*")}
+    assert len(again) == len(VAL_CLASSES)
+    assert all(again[name] == time_ns for name, time_ns in kept.items() if name != cut.name)
+    assert verify(out) == []
+    assert not list(tmp_path.glob(".imagenet*"))
 
 
 def damage(source, name, change):
@@ -185,4 +324,4 @@ def test_a_class_with_an_unreadable_image_is_unpacked_again(source, tmp_path):
         prepare_imagenet(tmp_path / "imagenet", source, "tars", SIZES)
     out = prepare_imagenet(tmp_path / "imagenet", source, "tars", SIZES)
     assert verify(out) == []
-    assert find_images(out, "val").sizes.tolist() == [[30, 20]] * 5
+    assert read_measured(out / "val").sizes[:, 1:].tolist() == [[30, 20]] * 5

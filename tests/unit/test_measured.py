@@ -1,10 +1,10 @@
-"""Sizes of images are remembered, follow their images, and tell what has changed."""
+"""Sizes of images are remembered, and tell what has changed."""
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from moco_dist.data.datasets import find_images, rows_of
+from moco_dist.data.datasets import find_images
 from moco_dist.data.measured import NAME, read_measured
 from moco_dist.data.prepare import verify
 
@@ -15,23 +15,22 @@ def root(tmp_path):
     for i, name in enumerate(("cat/é.jpg", "cat/b.png", "dog/c.jpg", "d.jpg")):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         Image.new("RGB", (10 + i, 8)).save(tmp_path / name)
-    assert find_images(tmp_path, "train").sizes is None
+    assert read_measured(tmp_path) is None
     assert verify(tmp_path) == []
     return tmp_path
 
 
-def test_sizes_follow_their_images(root):
-    folder = find_images(root, "train")
-    assert folder.paths == ["cat/b.png", "cat/é.jpg", "d.jpg", "dog/c.jpg"]
-    assert folder.sizes.tolist() == [[11, 8], [10, 8], [13, 8], [12, 8]]
-    assert rows_of(folder, np.array([3, 0])).sizes.tolist() == [[12, 8], [11, 8]]
+def test_sizes_are_those_of_their_images(root):
+    measured = read_measured(root)
+    assert measured.paths == find_images(root, "train").paths == ["cat/b.png", "cat/é.jpg", "d.jpg", "dog/c.jpg"]
+    assert measured.sizes[:, 1:].tolist() == [[11, 8], [10, 8], [13, 8], [12, 8]]
+    assert measured.sizes[:, 0].tolist() == [(root / path).stat().st_size for path in measured.paths]
 
 
 def test_every_change_is_named(root):
     Image.new("RGB", (99, 8)).save(root / "d.jpg")
     (root / "cat" / "b.png").rename(root / "cat" / "new.png")
     (root / "dog" / "c.jpg").write_bytes(b"")
-    assert find_images(root, "train").sizes is None  # other images than were measured
     reasons = [line.partition(f"{root}/")[2].partition(":")[0] for line in verify(root)]
     assert sorted(reasons) == ["cat/b.png is missing", "cat/new.png is new", "d.jpg has changed", "dog/c.jpg"]
     assert "cat/new.png" not in read_measured(root).paths  # a damaged set is not remembered as it is
@@ -42,9 +41,8 @@ def test_a_damaged_file_is_none_and_made_anew(root, content):
     file = root / NAME
     file.write_bytes(file.read_bytes()[:-40] if content is None else content)
     assert read_measured(root) is None
-    assert find_images(root, "train").sizes is None
     assert verify(root) == []
-    assert find_images(root, "train").sizes is not None
+    assert read_measured(root) is not None
 
 
 def test_objects_are_not_unpickled(root):

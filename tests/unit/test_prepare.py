@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from moco_dist.data import prepare, published
-from moco_dist.data.datasets import find_images, read_image
+from moco_dist.data import index, prepare, published
+from moco_dist.data.datasets import decode_image, find_images
 from moco_dist.data.prepare import prepare_cifar10, prepare_fashion_mnist, prepare_imagefolder, prepare_shapes
 from moco_dist.data.shapes import SHAPES, ShapeSettings
 from moco_dist.errors import UserError
@@ -62,7 +62,7 @@ def test_fashion_mnist_from_idx_files(tmp_path, source, capsys):
         for path, label in zip(folder.paths, folder.labels, strict=True):
             number = int(Path(path).stem)
             assert label == number * 7 % 10
-            assert (np.asarray(read_image(folder.root / path)) == 20 * label).all()
+            assert (np.asarray(Image.open(folder.root / path).convert("RGB")) == 20 * label).all()
 
 
 def test_a_second_call_finds_it_and_does_nothing(tmp_path, source, capsys):
@@ -160,7 +160,7 @@ def test_cifar10_has_its_colours_and_classes(tmp_path, monkeypatch):
     monkeypatch.setattr(published, "CIFAR10", Downloaded)
     folder = find_images(prepare_cifar10(tmp_path / "c10"), "train")
     assert (folder.classes, len(folder.paths)) == (("airplane", "automobile"), 20)
-    assert read_image(folder.root / "automobile/00001.png").getpixel((0, 0)) == (10, 20, 30)
+    assert Image.open(folder.root / "automobile/00001.png").getpixel((0, 0)) == (10, 20, 30)
 
 
 def test_cifar10_that_cannot_be_downloaded_is_one_line(tmp_path, monkeypatch):
@@ -301,7 +301,7 @@ def test_all_sorts_of_images_have_their_colours(tmp_path, photos):
     out = prepare_imagefolder(tmp_path / "out", photos.root)
 
     def pixels(path):
-        return np.asarray(read_image(out / "train" / path)).astype(int)
+        return np.asarray(decode_image((out / "train" / path).read_bytes(), path)).astype(int)
 
     assert np.array_equal(pixels("cat/2024/png called.JPG"), photos.image)
     assert np.array_equal(pixels("dog/transparent.webp").shape, photos.image.shape)
@@ -336,7 +336,14 @@ def test_imagefolder_without_one_good_image_says_so(tmp_path):
     assert visible_and_hidden(tmp_path) == {"in"}
 
 
-def test_imagefolder_does_not_write_into_its_source(tmp_path, photos):
+def test_imagefolder_does_not_write_into_its_source(tmp_path, photos, monkeypatch):
+    before = visible_and_hidden(photos.root)
+    minute_ago = time.time() - 60
+    for folder in (photos.root, *(path for path in photos.root.rglob("*") if path.is_dir())):
+        os.utime(folder, (minute_ago, minute_ago))
+    monkeypatch.setattr(index, "MIN_IMAGES", 1)  # elsewhere, this writes an index
+    prepare_imagefolder(tmp_path / "first", photos.root)
+    assert visible_and_hidden(photos.root) == before
     with pytest.raises(UserError, match="lies in its source"):
         prepare_imagefolder(photos.root / "out", photos.root)
     with pytest.raises(UserError, match="photoss is not a folder; did you mean photos"):

@@ -4,23 +4,35 @@ No code of `moco_dist.method`, `engine` or `train` is used: torchvision's ResNet
 group, all N x (1 + K) logits, cross_entropy, a ring buffer filled row by row.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
 
-class Reference:
-    """One process that sees the whole global batch."""
+def rate_of_epoch(epoch, *, lr, epochs, milestones=None):
+    """The learning rate of a whole epoch, as published: a tenth at each of v1's milestones, or v2's cosine."""
+    if milestones is None:
+        return lr * 0.5 * (1 + math.cos(math.pi * epoch / epochs))
+    for milestone in milestones:
+        if epoch >= milestone:
+            lr = lr / 10
+    return lr
 
-    def __init__(self, weights, queue, *, hidden, dim, group, momentum, temperature, lr, sgd_momentum, weight_decay):
+
+class Reference:
+    """One process that sees the whole global batch. `hidden` None: v1's linear head; else v2's MLP."""
+
+    def __init__(self, weights, queue, *, hidden, dim, group, momentum, temperature, sgd_momentum, weight_decay):
         self.f_q, self.f_k = self._encoder(hidden, dim), self._encoder(hidden, dim)
         self.f_q.load_state_dict(weights, strict=False)
         self.f_k.load_state_dict(weights, strict=False)
         self.queue, self.ptr = queue.clone(), 0
         self.group, self.momentum, self.temperature = group, momentum, temperature
         self.sgd = torch.optim.SGD(
-            self.f_q.parameters(), lr=lr, momentum=sgd_momentum, weight_decay=weight_decay, foreach=False
+            self.f_q.parameters(), lr=0.0, momentum=sgd_momentum, weight_decay=weight_decay, foreach=False
         )
         self.running = {"q": self._statistics(self.f_q), "k": self._statistics(self.f_k)}
 
@@ -28,7 +40,10 @@ class Reference:
     def _encoder(hidden, dim):
         backbone = ResNet(BasicBlock, [1, 1, 1, 1])
         backbone.fc = nn.Identity()
-        head = nn.Sequential(nn.Linear(512, hidden), nn.ReLU(), nn.Linear(hidden, dim))
+        if hidden is None:
+            head = nn.Sequential(nn.Linear(512, dim))
+        else:
+            head = nn.Sequential(nn.Linear(512, hidden), nn.ReLU(), nn.Linear(hidden, dim))
         model = nn.Sequential()
         model.add_module("backbone", backbone)
         model.add_module("head", head)
@@ -50,8 +65,9 @@ class Reference:
             running[name] = 0.9 * running[name] + 0.1 * batch_mean
         return out
 
-    def step(self, x_q, x_k, shuffle):
+    def step(self, x_q, x_k, shuffle, lr):
         """One step on the global batch; returns the loss and the gradients by name."""
+        self.sgd.param_groups[0]["lr"] = lr
         with torch.no_grad():
             for p_q, p_k in zip(self.f_q.parameters(), self.f_k.parameters(), strict=True):
                 p_k.copy_(self.momentum * p_k + (1 - self.momentum) * p_q)

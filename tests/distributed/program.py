@@ -7,7 +7,7 @@ from moco_dist.checkpoint import averaged
 from moco_dist.config import PretrainConfig
 from moco_dist.data.plan import Plan
 from moco_dist.distributed.collectives import gather_uneven
-from moco_dist.optim import peak_learning_rate
+from moco_dist.optim import learning_rate
 from moco_dist.train import build, train_step
 
 NUM_SAMPLES, SIDE = 160, 24
@@ -20,7 +20,8 @@ def small_config(**overrides):
         "data": {"root": "unused"},
         "model": {"arch": "resnet10", "head_hidden_dims": [24], "embedding_dim": 16, "bn_group_size": 8},
         "moco": {"queue_size": 152, "momentum": 0.9, "temperature": 0.2},
-        "optim": {"global_batch_size": 64, "base_lr": 0.1, "precision": "fp64", "epochs": 1000},
+        "optim": {"global_batch_size": 64, "base_lr": 0.1, "precision": "fp64", "epochs": 1000,
+                  "schedule": "step", "milestones": [999]},
     }
     for section, settings in overrides.items():
         values[section] = {**values.get(section, {}), **settings}
@@ -58,9 +59,8 @@ def run_program(world, config, steps, mutate=None):
         view_q = table[torch.from_numpy(plan.query_indices(step, world)), 0]
         view_k = table[torch.from_numpy(plan.key_indices(step, world)), 1]
         order = torch.from_numpy(plan.key_permutation(step))
-        result = train_step(
-            state, engine, config, view_q, view_k, order, peak_learning_rate(config.optim), step % 2 == 0, world
-        )
+        lr = learning_rate(config.optim, step, plan.steps_per_epoch)
+        result = train_step(state, engine, config, view_q, view_k, order, lr, step % 2 == 0, world)
         losses.append(gather_uneven(result.loss[None], world).mean().item())
     return {
         "initial": initial,

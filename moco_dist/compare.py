@@ -23,6 +23,7 @@ NOT_COMPARED = ("run.dir", "run.resume", "run.stop_at_step", "tracking.", "log."
 CURVES = {
     "loss": "loss",
     "knn_top1": "kNN top-1 during training, %",
+    "probe_top1": "linear probe's top-1 during training, %",
     "contrastive_top1": "contrastive top-1, %",
     "embedding_std": "spread of the embeddings",
 }

@@ -273,9 +273,11 @@ class LogConfig(Section):
 
     every_steps: PositiveInt = setting(50, "one line of the log, and the only synchronisation of host and device",
                                        unit="steps")
-    knn_every_epochs: int = setting(0, "kNN accuracy on a sample during training; 0 is never", unit="epochs", ge=0)
-    knn_train_samples: PositiveInt = setting(20_000, "images in the kNN's memory during training", unit="samples")
-    knn_val_samples: PositiveInt = setting(5_000, "images classified by the kNN during training", unit="samples")
+    knn_every_epochs: int = setting(
+        0, "accuracy of kNN and of a linear probe on a sample during training; 0 is never", unit="epochs", ge=0
+    )
+    knn_train_samples: PositiveInt = setting(20_000, "training images of that sample", unit="samples")
+    knn_val_samples: PositiveInt = setting(5_000, "validation images of that sample", unit="samples")
 
 
 class CheckpointConfig(Section):

@@ -163,7 +163,8 @@ def _as_line(row: dict[str, Any], stop: int) -> str:
             f"data wait {100 * row['data_wait_share']:.0f} %",
             f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d} left",
         ]
-    parts += [f"kNN {row['knn_top1']:.2f} %"] if "knn_top1" in row else []
+    names = {"knn_top1": "kNN", "probe_top1": "linear probe"}
+    parts += [f"{name} {row[key]:.2f} %" for key, name in names.items() if key in row]
     return "  ".join(parts)
 
 

@@ -195,7 +195,7 @@ def _curves(
         ("loss (InfoNCE)", "step", {"loss": logged("loss")}, (chance, f"chance: {formula} = {chance:.2f}")),
         ("learning rate", "step", {"lr": logged("lr")}, None),
         ("contrastive accuracy, %", "step", {f"top-{k}": logged(f"contrastive_top{k}") for k in (1, 5)}, None),
-        ("kNN top-1 during training, %", "step", {"kNN": logged("knn_top1")}, None),
+        ("top-1 during training, %", "step", {"kNN": logged("knn_top1"), "linear probe": logged("probe_top1")}, None),
         ("spread of the embeddings", "step", {"std": logged("embedding_std")}, (0.0, "0: collapsed")),
         ("images per second", "step", {"images/s": logged("images_per_second")}, None),
         ("linear evaluation: top-1, %", "epoch", {ROWS[e]: linear(e) for e in reversed(ROWS)}, None),

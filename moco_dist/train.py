@@ -26,7 +26,7 @@ from moco_dist.engine import Engine
 from moco_dist.engine.ddp import DDPEngine
 from moco_dist.engine.speed import compile_options, compiled_on_gpu, set_backends
 from moco_dist.errors import Preempted, UserError
-from moco_dist.evaluate.knn import knn_during_training
+from moco_dist.evaluate.during_training import accuracies_during_training
 from moco_dist.logbook import Logbook
 from moco_dist.method.batch_norm import set_micro_batch
 from moco_dist.method.encoder import build_encoder
@@ -101,8 +101,8 @@ def pretrain(config: PretrainConfig, world: World, tracker: Tracker) -> Path:
                 config.log.knn_every_epochs and state.step == stop
             ):
                 started = time.perf_counter()
-                knn_top1 = knn_during_training(state.query_encoder, config, world)
-                logbook.record({"step": state.step, "knn_top1": knn_top1})
+                accuracies = accuracies_during_training(state.query_encoder, config, world)
+                logbook.record({"step": state.step, **accuracies})
                 logbook.exclude(time.perf_counter() - started)
             if is_save_step:
                 saver.save(state, {**facts, "pending_losses": logbook.pending_losses()})

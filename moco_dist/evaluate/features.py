@@ -7,6 +7,7 @@ out of date but images that were changed under the same name. The folder has to 
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from tqdm import tqdm
 
 from moco_dist.data.datasets import ImageFolder
 from moco_dist.data.loader import eval_batches
+from moco_dist.distributed.collectives import all_reduce_sum
 from moco_dist.distributed.world import World
 from moco_dist.evaluate.subject import Evaluation, FrozenEncoder, digest, write_atomically
 
@@ -78,6 +80,23 @@ def own_chunks(total: int, world: World) -> list[range]:
     """This rank's chunks, as ranges of rows. Ranks take turns: what an interruption left is shared by all, too."""
     starts = range(world.rank * CHUNK_SAMPLES, total, world.world_size * CHUNK_SAMPLES)
     return [range(start, min(start + CHUNK_SAMPLES, total)) for start in starts]
+
+
+@torch.no_grad()
+def standardise(train: Features, val: Features, world: World) -> None:
+    """Shift and scale each dimension, in place, to mean 0 and variance 1/D over all ranks' training features.
+
+    The squared length of a feature is then 1 on average. A dimension that never changes becomes 0.
+    """
+    dim = train.values.shape[1]
+    mean = all_reduce_sum(train.values.sum(0, dtype=torch.float64), world) / train.total
+    for features in (train, val):
+        features.values.sub_(mean)
+    squares = torch.linalg.vector_norm(train.values, dim=0, dtype=torch.float64).square()
+    std = (all_reduce_sum(squares, world) / train.total).sqrt()
+    std = torch.where(std > 1e-6 * std.max(), std, torch.inf)
+    for features in (train, val):
+        features.values.div_(std * math.sqrt(dim))
 
 
 def _encode(

@@ -13,10 +13,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from moco_dist.config import PretrainConfig
-from moco_dist.config_evaluate import EvalConfig, EvalDataConfig, KnnConfig
+from moco_dist.config_evaluate import KnnConfig
 from moco_dist.distributed.collectives import all_gather, gather_uneven
 from moco_dist.distributed.world import World
 from moco_dist.errors import UserError
@@ -24,18 +23,14 @@ from moco_dist.evaluate.features import Features, extract
 from moco_dist.evaluate.subject import (
     Evaluation,
     frozen,
-    frozen_copy,
     frozen_encoder,
-    labelled_images,
     open_evaluation,
     write_atomically,
     write_result,
 )  # fmt: skip
-from moco_dist.method.precision import compute_dtype
 from moco_dist.report import NeighbourRow
 
 QUERIES = 256  # of a rank at once: the similarities take 4 x 256 x (size of the whole memory) bytes a rank
-TRAINING_K, TRAINING_TEMPERATURE = 20, 0.07
 NUM_EXAMPLES, EXAMPLE_NEIGHBOURS = 8, 5
 
 
@@ -65,44 +60,6 @@ def run_knn(config: KnnConfig, world: World) -> list[dict[str, Any]]:
         named = {f"knn_top1_k{k}": value for k, value in accuracy.items()}
         results.append(write_result(evaluation, "knn", encoder, named, time.perf_counter() - started))
     return results
-
-
-def knn_during_training(encoder: nn.Module, config: PretrainConfig, world: World) -> float:
-    """The kNN accuracy in percent at k = 20, on the images that `config.log` asks for. Called by all ranks.
-
-    Args:
-        encoder: the query encoder in training; it is copied, with its running statistics averaged over ranks.
-        config: settings of the run.
-        world: this process.
-
-    Raises:
-        UserError: as `training_evaluation`.
-    """
-    evaluation = training_evaluation(config, world)
-    copy = frozen_copy(encoder, 0, evaluation)
-    train, val = (extract(evaluation, copy, split, keep=False).to(world.device) for split in ("train", "val"))
-    k = min(TRAINING_K, train.total)
-    accuracy = knn_accuracy(
-        train.values, train.labels, val.values, val.labels, [k], TRAINING_TEMPERATURE, len(evaluation.train.classes),
-        world,
-    )  # fmt: skip
-    return accuracy[k]
-
-
-def training_evaluation(config: PretrainConfig, world: World) -> Evaluation:
-    """What `knn_during_training` evaluates on; to be called before a training that will need it.
-
-    Raises:
-        UserError: there is no validation set, or images without a class.
-    """
-    shared = ("loader", "num_workers", "prefetch_batches", "dali")
-    data = EvalDataConfig(**{name: getattr(config.data, name) for name in shared})
-    num_train = min(config.log.knn_train_samples, config.data.max_samples or config.log.knn_train_samples)
-    train, val = labelled_images(config.data.root, num_train, config.log.knn_val_samples)
-    crop = config.data.image_size
-    dtype = compute_dtype(config.optim.precision, world.device)
-    evaluation = EvalConfig(run_dir=config.run.dir, data=data)
-    return Evaluation(evaluation, config, train, val, round(crop * 8 / 7), crop, dtype, world)
 
 
 def knn_accuracy(

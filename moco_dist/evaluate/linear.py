@@ -29,11 +29,11 @@ from moco_dist.data.crops import crop_box, crop_draws, is_flipped
 from moco_dist.data.datasets import rows_of
 from moco_dist.data.jobs import Crop, Job, row_job
 from moco_dist.data.loader import load
-from moco_dist.distributed.collectives import all_reduce_sum, gather_uneven
+from moco_dist.distributed.collectives import gather_uneven
 from moco_dist.distributed.world import World
 from moco_dist.errors import UserError
 from moco_dist.evaluate.classifiers import Outcome, held_out, together, train_classifiers
-from moco_dist.evaluate.features import Features, extract
+from moco_dist.evaluate.features import Features, extract, standardise
 from moco_dist.evaluate.subject import (
     Evaluation,
     FrozenEncoder,
@@ -159,23 +159,6 @@ def random_crops(
         return Crop(crop_box(draws[row], width, height, scale), is_flipped(draws[row], FLIP_PROBABILITY))
 
     return row_job(own[number], crop)
-
-
-@torch.no_grad()
-def standardise(train: Features, val: Features, world: World) -> None:
-    """Shift and scale each dimension, in place, to mean 0 and variance 1/D over all ranks' training features.
-
-    The squared length of a feature is then 1 on average. A dimension that never changes becomes 0.
-    """
-    dim = train.values.shape[1]
-    mean = all_reduce_sum(train.values.sum(0, dtype=torch.float64), world) / train.total
-    for features in (train, val):
-        features.values.sub_(mean)
-    squares = torch.linalg.vector_norm(train.values, dim=0, dtype=torch.float64).square()
-    std = (all_reduce_sum(squares, world) / train.total).sqrt()
-    std = torch.where(std > 1e-6 * std.max(), std, torch.inf)
-    for features in (train, val):
-        features.values.div_(std * math.sqrt(dim))
 
 
 def _progress_path(evaluation: Evaluation, config: LinearConfig, encoder: FrozenEncoder) -> Path:

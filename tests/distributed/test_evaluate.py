@@ -1,4 +1,4 @@
-"""kNN and linear evaluation on several ranks give what one process gives, and count every image once."""
+"""kNN, linear evaluation and the probe on several ranks give what one process gives, and count every image once."""
 
 import functools
 
@@ -9,9 +9,10 @@ import torch
 from moco_dist.config_evaluate import LinearConfig
 from moco_dist.distributed.world import World
 from moco_dist.evaluate.classifiers import held_out, initial_classifier, train_classifiers
-from moco_dist.evaluate.features import Features
+from moco_dist.evaluate.during_training import ridge_accuracy
+from moco_dist.evaluate.features import Features, standardise
 from moco_dist.evaluate.knn import knn_accuracy
-from moco_dist.evaluate.linear import _part, cached_batches, global_batches, standardise
+from moco_dist.evaluate.linear import _part, cached_batches, global_batches
 from tests.unit.test_knn import CLASSES, clusters
 from tests.world import run
 
@@ -40,6 +41,23 @@ def knn(world):
 def test_knn_is_the_same_on_any_number_of_ranks(world_size):
     expected = knn(World())
     for found in run(knn, world_size):
+        assert found == expected
+
+
+def probe(world):
+    splits = []
+    for seed, total in ((0, NUM_TRAIN), (1, NUM_VAL)):
+        values, labels = clusters(total, DIM, seed)
+        splits.append(Features(*share(values, labels, world, cuts_of(total, world.world_size)), total))
+    standardise(*splits, world)
+    return ridge_accuracy(*splits, CLASSES, world)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_the_probe_is_the_same_on_any_number_of_ranks(world_size):
+    expected = probe(World())
+    assert 100 / CLASSES < expected < 100
+    for found in run(probe, world_size):
         assert found == expected
 
 

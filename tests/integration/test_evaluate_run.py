@@ -6,12 +6,19 @@ import pytest
 import torch
 
 from moco_dist.cli import main
+from moco_dist.config import PretrainConfig
 from moco_dist.config_evaluate import KnnConfig
+from moco_dist.config_source import read_config
 from moco_dist.data.prepare import prepare_shapes
 from moco_dist.distributed.world import World
 from moco_dist.evaluate import features as features_module
+from moco_dist.evaluate.during_training import accuracies_during_training
 from moco_dist.evaluate.features import extract
 from moco_dist.evaluate.subject import frozen, frozen_encoder, open_evaluation
+from moco_dist.logbook import read_log
+from moco_dist.method.encoder import build_encoder
+from moco_dist.report import write_report
+from moco_dist.weights import load_trained
 
 TINY = [
     "--data.image-size", "32", "--data.num-workers", "0", "--model.arch", "resnet10",
@@ -25,12 +32,30 @@ EVALUATION = ["--data.num-workers", "0", "--tracking", "none"]
 def run_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("evaluate")
     data = prepare_shapes(folder / "shapes", num_train=80, num_val=30)
-    assert main(["pretrain", "--data.root", str(data), "--run.dir", str(folder / "run"), *TINY]) == 0
+    flags = ["--log.knn-every-epochs", "1", *TINY]
+    assert main(["pretrain", "--data.root", str(data), "--run.dir", str(folder / "run"), *flags]) == 0
     return folder / "run"
 
 
 def written(run_dir, name):
     return json.loads((run_dir / "eval" / f"{name}.json").read_text())
+
+
+def test_accuracies_during_training_are_logged_and_drawn(run_dir):
+    rows = [row for row in read_log(run_dir) if "knn_top1" in row]
+    assert [row["step"] for row in rows] == [10]
+    for key in ("knn_top1", "probe_top1"):
+        assert rows[0][key] * 30 / 100 == pytest.approx(round(rows[0][key] * 30 / 100))  # of 30 images
+    assert "linear probe" in write_report(run_dir).read_text()
+
+
+def test_the_probe_during_training_sees_the_features_of_the_checkpoint(run_dir):
+    """Encoded anew from the saved weights, as `moco-dist knn` does, the features give the same two accuracies."""
+    config = read_config(PretrainConfig, run_dir / "config.yaml", [])
+    encoder = build_encoder(config.model, 1)
+    load_trained(encoder, run_dir)
+    row = next(row for row in read_log(run_dir) if "knn_top1" in row)
+    assert accuracies_during_training(encoder, config, World()).items() <= row.items()
 
 
 def test_knn(run_dir, capsys):

@@ -171,7 +171,8 @@ def test_the_page_has_the_accuracies_of_the_table(run_dir):
 
 
 def test_curves_are_those_that_were_logged(run_dir):
-    _log(run_dir, [_row(50), {"step": 50, "knn_top1": 30.0}, _row(100, loss=float("nan")), _row(150, loss=6.25)])
+    accuracies = {"step": 50, "knn_top1": 30.0, "probe_top1": 41.5}
+    _log(run_dir, [_row(50), accuracies, _row(100, loss=float("nan")), _row(150, loss=6.25)])
     _evaluate(run_dir, "linear", "trained", linear_top1=9, curve=[{"epoch": 1, "loss": 2.0, "top1": 55.5}])
     page = _Page(write_report(run_dir))
     alts = [image.attributes["alt"] for image in page.section("curves").all("img")]
@@ -179,7 +180,7 @@ def test_curves_are_those_that_were_logged(run_dir):
         "loss (InfoNCE): at the end loss 6.25",
         "learning rate: at the end lr 0.03",
         "contrastive accuracy, %: at the end top-1 10, top-5 30",
-        "kNN top-1 during training, %: at the end kNN 30",
+        "top-1 during training, %: at the end kNN 30, linear probe 41.5",
         "spread of the embeddings: at the end std 0.9",
         "images per second: at the end images/s 512.4",
         "linear evaluation: top-1, %: at the end pre-trained 55.5",

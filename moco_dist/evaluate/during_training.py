@@ -1,0 +1,93 @@
+"""What a pre-training measures of itself: kNN and a linear probe on the same frozen features of a sample of images.
+
+The probe is ridge regression onto the classes' indicators, in closed form: nothing to tune, and a fraction of the time
+that encoding the sample takes. It follows linear evaluation without being as good: `moco-dist linear` is the result.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from moco_dist.config import PretrainConfig
+from moco_dist.config_evaluate import EvalConfig, EvalDataConfig
+from moco_dist.distributed.collectives import all_reduce_sum
+from moco_dist.distributed.world import World
+from moco_dist.evaluate.features import Features, extract, standardise
+from moco_dist.evaluate.knn import knn_accuracy
+from moco_dist.evaluate.subject import Evaluation, frozen_copy, labelled_images
+from moco_dist.method.precision import compute_dtype
+
+TRAINING_K, TRAINING_TEMPERATURE = 20, 0.07
+RIDGE = 0.1  # of the mean variance along a direction
+CHUNK = 4096  # rows at once
+
+
+def accuracies_during_training(encoder: nn.Module, config: PretrainConfig, world: World) -> dict[str, float]:
+    """Top-1 in percent, on the images that `config.log` asks for. Called by all ranks.
+
+    Args:
+        encoder: the query encoder in training; it is copied, with its running statistics averaged over ranks.
+        config: settings of the run.
+        world: this process.
+
+    Returns:
+        knn_top1, by 20 neighbours, and probe_top1, by `ridge_accuracy`; the same on all ranks.
+
+    Raises:
+        UserError: as `training_evaluation`.
+    """
+    evaluation = training_evaluation(config, world)
+    copy = frozen_copy(encoder, 0, evaluation)
+    train, val = (extract(evaluation, copy, split, keep=False).to(world.device) for split in ("train", "val"))
+    k, num_classes = min(TRAINING_K, train.total), len(evaluation.train.classes)
+    by_k = knn_accuracy(
+        train.values, train.labels, val.values, val.labels, [k], TRAINING_TEMPERATURE, num_classes, world
+    )
+    standardise(train, val, world)
+    return {"knn_top1": by_k[k], "probe_top1": ridge_accuracy(train, val, num_classes, world)}
+
+
+def training_evaluation(config: PretrainConfig, world: World) -> Evaluation:
+    """What `accuracies_during_training` evaluates on.
+
+    Raises:
+        UserError: there is no validation set, or images without a class.
+    """
+    shared = ("loader", "num_workers", "prefetch_batches", "dali")
+    data = EvalDataConfig(**{name: getattr(config.data, name) for name in shared})
+    num_train = min(config.log.knn_train_samples, config.data.max_samples or config.log.knn_train_samples)
+    train, val = labelled_images(config.data.root, num_train, config.log.knn_val_samples)
+    crop = config.data.image_size
+    dtype = compute_dtype(config.optim.precision, world.device)
+    evaluation = EvalConfig(run_dir=config.run.dir, data=data)
+    return Evaluation(evaluation, config, train, val, round(crop * 8 / 7), crop, dtype, world)
+
+
+@torch.no_grad()
+def ridge_accuracy(train: Features, val: Features, num_classes: int, world: World) -> float:
+    """Top-1 in percent of the linear map from features to class indicators that least squares gives.
+
+    W = (X'X + λI)⁻¹ X'Y, with λ = RIDGE times the mean eigenvalue of X'X; what is added to all scores is each class's
+    share, since X has mean 0. In float64, and so the same on any number of ranks up to rounding. Receives 2 (D² + DC)
+    numbers.
+
+    Args:
+        train: this rank's share of the standardised features (`standardise`).
+        val: this rank's share, standardised likewise.
+        num_classes: C; labels are below it.
+        world: this process.
+    """
+    dim = train.values.shape[1]
+    sums = train.values.new_zeros(dim + 1, dim + num_classes, dtype=torch.float64)  # X'X and X'Y; below, Y's
+    for values, labels in zip(train.values.split(CHUNK), train.labels.split(CHUNK), strict=True):
+        x, y = values.double(), F.one_hot(labels, num_classes).double()
+        sums[:dim] += x.T @ torch.cat([x, y], dim=1)
+        sums[dim, dim:] += y.sum(0)
+    sums = all_reduce_sum(sums, world)
+    gram, targets, shares = sums[:dim, :dim], sums[:dim, dim:], sums[dim, dim:] / train.total
+    gram.diagonal().add_((RIDGE * gram.diagonal().mean()).clamp(min=torch.finfo(gram.dtype).tiny))  # if collapsed: 0
+    weights = torch.linalg.solve(gram, targets)
+    hits = train.values.new_zeros((), dtype=torch.int64)
+    for values, labels in zip(val.values.split(CHUNK), val.labels.split(CHUNK), strict=True):
+        hits += ((values.double() @ weights + shares).argmax(1) == labels).sum()
+    return 100 * all_reduce_sum(hits, world).item() / val.total

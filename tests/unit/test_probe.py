@@ -1,0 +1,47 @@
+"""The linear probe during training against ridge regression written out in numpy."""
+
+import numpy as np
+import pytest
+import torch
+
+from moco_dist.distributed.world import World
+from moco_dist.evaluate import during_training
+from moco_dist.evaluate.during_training import ridge_accuracy
+from moco_dist.evaluate.features import Features, standardise
+from tests.unit.test_knn import CLASSES, clusters
+
+
+def features(num, dim, seed):
+    values, labels = clusters(num, dim, seed)
+    return Features(values, labels, torch.arange(num), num)
+
+
+def plain_accuracy(train, val, ridge):
+    """By an explicit inverse, with the intercept as a column of ones that is not penalised."""
+    mean, std = train.values.double().mean(0), train.values.double().std(0, correction=0)
+    x, z = (((f.values.double() - mean) / std / f.values.shape[1] ** 0.5).numpy() for f in (train, val))
+    x, z = (np.hstack([a, np.ones((len(a), 1))]) for a in (x, z))
+    penalty = np.eye(x.shape[1]) * ridge * len(x) / (x.shape[1] - 1)
+    penalty[-1, -1] = 0
+    weights = np.linalg.inv(x.T @ x + penalty) @ x.T @ np.eye(CLASSES)[train.labels.numpy()]
+    return 100 * ((z @ weights).argmax(1) == val.labels.numpy()).mean()
+
+
+@pytest.mark.parametrize("num_train", [300, 12])  # fewer samples than dimensions, too
+def test_equals_ridge_regression_written_out(num_train, monkeypatch):
+    monkeypatch.setattr(during_training, "CHUNK", 100)
+    train, val = features(num_train, 16, 0), features(150, 16, 1)
+    expected = plain_accuracy(train, val, during_training.RIDGE)
+    standardise(train, val, World())
+    assert ridge_accuracy(train, val, CLASSES, World()) == pytest.approx(expected)
+    assert 100 / CLASSES < expected < 100
+
+
+def test_features_that_have_collapsed_tell_the_commonest_class():
+    train, val = features(40, 6, 0), features(30, 6, 1)
+    for part in (train, val):
+        part.values.fill_(0.3)
+        part.labels[: part.total * 2 // 3] = 2
+    standardise(train, val, World())
+    share = 100 * (val.labels == 2).double().mean().item()
+    assert ridge_accuracy(train, val, CLASSES, World()) == pytest.approx(share)

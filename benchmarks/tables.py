@@ -94,8 +94,24 @@ def update(result: Result) -> str:
     return markdown(["", "ms", "bytes / bandwidth, ms", "ratio"], rows) + origin(result)
 
 
+def step_parts(result: Result) -> str:
+    """A step by its parts, and beside a supervised one."""
+    encoders = ("key forward", "query forward", "backward")
+    rest = ("colours", "momentum update", "loss and queue", "optimiser", "other")
+    columns = ["", "local batch", "step, s", "images/s", "of the ceiling, %",
+               *(f"{part}, %" for part in encoders + rest),
+               "encoders' floor, s", "data wait, %"]  # fmt: skip
+    rows = [
+        [r["way"], str(r["local_batch"]), f"{r['seconds']['moco']:.3g}", f"{r['images_per_second']:.3g}",
+         f"{100 * r['share_of_ceiling']:.0f}", *(f"{100 * r['share_of_step'][part]:.1f}" for part in encoders + rest),
+         f"{r['floor_seconds']['convolutions and products']:.3g}", f"{100 * r['data_wait_share']:.0f}"]
+        for r in result["rows"]
+    ]  # fmt: skip
+    return markdown(columns, rows) + origin(result)
+
+
 TABLES: dict[str, Callable[[Result], str]] = {
-    table.__name__: table for table in (network, peer_step, infonce, update)
+    table.__name__: table for table in (network, peer_step, step_parts, infonce, update)
 }
 
 

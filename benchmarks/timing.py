@@ -35,7 +35,17 @@ def in_turn(alternatives: Mapping[str, Callable[[], Any]], repeats: int, device:
 
 
 def bytes_per_second(device: str = "cpu", megabytes: int = 512) -> float:
-    """Measured memory bandwidth: bytes read plus bytes written of a large copy, a second."""
-    source = torch.ones(megabytes * 2**20, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / in_turn({"copy": lambda: target.copy_(source)}, 7, device)["copy"]
+    """Measured memory bandwidth: bytes read plus bytes written, a second, of y <- y + x on large arrays.
+
+    In place, as updates of weights are: what a plain copy overwrites, a CPU may read first, which nobody counts.
+    """
+    x = torch.ones(megabytes * 2**18, device=device)
+    y = torch.zeros_like(x)
+    return 3 * x.nbytes / in_turn({"add": lambda: y.add_(x)}, 7, device)["add"]
+
+
+def flops_per_second(device: str, dtype: torch.dtype, size: int | None = None) -> float:
+    """Measured rate of a large matrix product: two FLOPs for each multiplication and addition."""
+    size = size or (8192 if torch.device(device).type == "cuda" else 2048)
+    a = torch.ones(size, size, device=device, dtype=dtype)
+    return 2 * size**3 / in_turn({"product": lambda: a @ a}, 7, device)["product"]

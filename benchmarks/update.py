@@ -3,8 +3,8 @@
     python -m benchmarks.update [--repeats 9] [--arch resnet50] [--quick]
 
 The floor is bytes / bandwidth: 12 bytes a float32 parameter for the momentum update, 20 for SGD with momentum, and the
-bandwidth of a large copy, measured in the same run. Beside them the usual ways: two multi-tensor passes for the
-momentum update, torch's SGD without `fused`. Seconds are medians, in turn. Half a minute on two cores.
+bandwidth of `y += x` on large arrays, measured in the same run. Beside them the usual ways: two multi-tensor passes for
+the momentum update, torch's SGD without `fused`. Seconds are medians, in turn. Half a minute on two cores.
 --quick: no result.
 """
 

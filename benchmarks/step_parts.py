@@ -1,0 +1,245 @@
+"""Where a step's time goes, beside a supervised step of the same ResNet, and beside its floors.
+
+    python -m benchmarks.step_parts [--arch resnet50] [--image-size 224] [--batches 32 64] [--ways eager compile graphs]
+        [--repeats 3] [--quick]
+
+One rank, MoCo v2's settings, precision by the program's default for the device. Whole steps of MoCo and of supervised
+training (same engine, same optimiser, cross-entropy over 1,000 classes) take turns; medians. The parts come from steps
+of their own, between which the device is waited for; that makes a step a little longer, so parts are given as
+shares of their sum.
+
+The ceiling: a supervised step is a forward and a backward pass of twice its work, 3 forwards; MoCo's key forward makes
+it 4. So MoCo's images/s can be 3/4 of the supervised.
+
+The floors: the FLOPs of the encoders' convolutions and products / the rate of a large matrix product in the same
+precision, and the bytes of momentum update and optimiser / the bandwidth of `y += x` on large arrays; both rates are
+measured in the same run.
+
+"Data wait" is of another loop: the program's loader on photographs of 500 x 375 (as in benchmarks.loader), with all
+cores but one, feeding the same step. On CPUs it competes with the step for the cores.
+
+On a GPU all local batches 32, 64, 128, 256 and all ways; on a CPU batch 32, eager (three minutes on two cores).
+--quick: a small encoder, no result.
+"""
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, cast
+from unittest import mock
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import results
+from benchmarks.loader import make_photos
+from benchmarks.timing import bytes_per_second, flops_per_second, in_turn, synchronise
+from moco_dist import train
+from moco_dist.config import PretrainConfig
+from moco_dist.data import counter_rng
+from moco_dist.data.augment import apply_colours, draw_colours
+from moco_dist.data.batch import CropBatch
+from moco_dist.data.datasets import find_images
+from moco_dist.data.plan import Plan
+from moco_dist.distributed.world import World
+from moco_dist.engine import Engine
+from moco_dist.engine.ddp import DDPEngine
+from moco_dist.engine.speed import compiled_on_gpu
+from moco_dist.method.encoder import BLOCKS, build_encoder
+from moco_dist.method.precision import compute_dtype
+from moco_dist.method.queue import Queue
+from moco_dist.optim import build_optimizer
+from moco_dist.planning.calibrate import Marks
+
+CLASSES = 1000
+WAYS: dict[str, dict[str, Any]] = {
+    "eager": {},
+    "compile": {"compile": "step"},
+    "graphs": {"compile": "step", "cuda_graphs": True},
+}
+# Functions of the step, and the part that each is: what is left of a step is "other".
+PARTS = {
+    (train, "momentum_update"): "momentum update",
+    (train, "encode_keys"): "key forward",
+    (train, "exchange"): "loss and queue",
+    (train, "info_nce"): "loss and queue",
+    (Queue, "enqueue"): "loss and queue",
+}
+MOMENTUM_BYTES, SGD_BYTES = 12, 20  # of a float32 parameter
+
+
+def settings(arch: str, image_size: int, local_batch: int, way: str, root: str) -> PretrainConfig:
+    """MoCo v2's, for one rank."""
+    workers = max(1, len(os.sched_getaffinity(0)) - 1)
+    return PretrainConfig.model_validate({
+        "run": {"dir": "unused"},
+        "data": {"root": root, "image_size": image_size, "num_workers": workers},
+        "model": {"arch": arch, "bn_group_size": 32},
+        "optim": {"global_batch_size": local_batch},
+        "engine": WAYS[way],
+    })  # fmt: skip
+
+
+class Supervised:
+    """A step of training with labels: forward, backward, optimiser, on views that have their colours already."""
+
+    def __init__(self, config: PretrainConfig, world: World) -> None:
+        self._encoder = build_encoder(config.model, 0)
+        self._encoder.head = nn.Sequential(nn.Linear(self._encoder.feature_dim, CLASSES))
+        model = nn.Sequential(self._encoder.backbone, self._encoder.head).to(world.device)
+        dtype = compute_dtype(config.optim.precision, world.device)
+        self._engine = DDPEngine(model, build_optimizer(model, config.optim), dtype, config.engine, world)
+        batch, side = config.optim.global_batch_size, config.data.image_size
+        self._images = torch.randn(batch, 3, side, side, device=world.device).to(memory_format=torch.channels_last)
+        self._labels = torch.randint(CLASSES, (batch,), device=world.device)
+
+    def step(self) -> None:
+        """One."""
+        self._engine.backward(F.cross_entropy(self._engine(self._images).float(), self._labels))
+        self._engine.step(0.0)
+
+
+class Moco:
+    """The program's step on one rank, as `train.pretrain` does it: colours of both views, then `train_step`."""
+
+    def __init__(self, config: PretrainConfig, world: World) -> None:
+        self._config, self._world = config, world
+        self.state, self._engine = train.build(config, world)
+        self._dtype = compute_dtype(config.optim.precision, world.device)
+        self._colour = compiled_on_gpu(apply_colours, config.engine, world.device)
+        self._random = random_batch(config).to(torch.device(world.device))
+
+    def step(self, batch: CropBatch | None = None, marks: Marks | None = None) -> None:
+        """One step, of random crops if no others are given."""
+        batch, engine = batch or self._random, cast(Engine, marks) if marks else self._engine
+        with marks.part("colours") if marks else nullcontext():
+            view_q = self._colour(batch.view_q, batch.colours_q, self._config.augment, self._dtype)
+            view_k = self._colour(batch.view_k, batch.colours_k, self._config.augment, self._dtype)
+        order = torch.arange(len(view_k), device=self._world.device)
+        train.train_step(self.state, engine, self._config, view_q, view_k, order, 0.0, False, self._world)
+
+    def seconds_of_parts(self) -> dict[str, float]:
+        """Of one step, the device waited for between parts."""
+        marks = Marks(self._engine, self._world)
+        with marked(marks):
+            started = marks.now()
+            self.step(marks=marks)
+            elapsed = marks.now() - started
+        return {**marks.seconds, "other": elapsed - sum(marks.seconds.values())}
+
+    def wait_share(self, steps: int) -> float:
+        """Share of the loop spent waiting for the loader, after two steps that are not counted."""
+        folder = find_images(self._config.data.root, "train")
+        plan = Plan(len(folder.paths), self._config.optim.global_batch_size, 0)
+        waited = started = 0.0
+        for number, batch, seconds in train.batches(self._config, folder, plan, self._world, 0, steps + 2):
+            if number == 2:
+                synchronise(self._world.device)
+                waited, started = 0.0, time.perf_counter() - seconds
+            waited += seconds
+            self.step(batch)
+        synchronise(self._world.device)
+        return waited / (time.perf_counter() - started)
+
+
+def random_batch(config: PretrainConfig) -> CropBatch:
+    """Crops of noise, with colours as step 0 draws them."""
+    count, side = config.optim.global_batch_size, config.data.image_size
+    crops = torch.randint(0, 256, (count, side, side, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
+    samples = np.arange(count)
+    colours = [
+        draw_colours(config.augment, 0, 0, samples, stream)
+        for stream in (counter_rng.STREAM_COLOUR_Q, counter_rng.STREAM_COLOUR_K)
+    ]
+    return CropBatch(crops, crops, torch.from_numpy(samples), torch.from_numpy(samples), *colours)
+
+
+@contextmanager
+def marked(marks: Marks) -> Iterator[None]:
+    """`train_step` with the functions of PARTS timed."""
+    with ExitStack() as patches:
+        for (owner, name), part in PARTS.items():
+            patches.enter_context(mock.patch.object(owner, name, timed(getattr(owner, name), marks, part)))
+        yield
+
+
+def timed(function: Callable, marks: Marks, part: str) -> Callable:
+    """`function`, its seconds added to a part."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with marks.part(part):
+            return function(*args, **kwargs)
+
+    return call
+
+
+def measure(config: PretrainConfig, way: str, repeats: int, world: World) -> dict[str, Any]:
+    """One row."""
+    moco, supervised = Moco(config, world), Supervised(config, world)
+    moco.step()  # compiles
+    seconds = in_turn({"moco": moco.step, "supervised": supervised.step}, repeats, world.device)
+    readings = [moco.seconds_of_parts() for _ in range(repeats + 1)][1:]
+    parts = {name: statistics.median(reading[name] for reading in readings) for name in readings[0]}
+    count = config.optim.global_batch_size
+    parameters = sum(p.numel() for p in moco.state.query_encoder.parameters())
+    dtype = compute_dtype(config.optim.precision, world.device)
+    floors = {
+        "convolutions and products": flops(config, world) / flops_per_second(world.device, dtype),
+        "momentum update and optimiser": (MOMENTUM_BYTES + SGD_BYTES) * parameters / bytes_per_second(world.device),
+    }
+    total = sum(parts.values())
+    return {
+        "way": way, "local_batch": count, "seconds": seconds, "images_per_second": count / seconds["moco"],
+        "share_of_ceiling": seconds["supervised"] / 0.75 / seconds["moco"],
+        "share_of_step": {name: value / total for name, value in parts.items()}, "floor_seconds": floors,
+        "data_wait_share": moco.wait_share(repeats),
+    }  # fmt: skip
+
+
+def flops(config: PretrainConfig, world: World) -> int:
+    """Of the products and convolutions of one step's encoders, counted on an eager copy."""
+    values = config.model_dump(mode="json")
+    eager = Moco(PretrainConfig.model_validate({**values, "engine": {}}), world)
+    counter = FlopCounterMode(display=False)
+    with counter:
+        eager.step()
+    return counter.get_total_flops()
+
+
+def main() -> None:
+    """Measure and write the results file."""
+    on_gpu = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", choices=list(BLOCKS), default="resnet50")
+    parser.add_argument("--image-size", type=int, default=224)
+    parser.add_argument("--batches", type=int, nargs="+", default=[32, 64, 128, 256] if on_gpu else [32])
+    parser.add_argument("--ways", choices=list(WAYS), nargs="+", default=list(WAYS) if on_gpu else ["eager"])
+    parser.add_argument("--repeats", type=int, default=20 if on_gpu else 3)
+    parser.add_argument("--quick", action="store_true")
+    args = parser.parse_args()
+    if args.quick:
+        args.arch, args.image_size, args.batches, args.repeats = "resnet10", 64, [32], 2
+    world = World(device="cuda" if on_gpu else "cpu")
+    rows = []
+    with tempfile.TemporaryDirectory() as scratch:
+        make_photos(Path(scratch), 2 * max(args.batches))
+        for way in args.ways:
+            for batch in args.batches:
+                torch.compiler.reset()
+                row = measure(settings(args.arch, args.image_size, batch, way, scratch), way, args.repeats, world)
+                rows.append(row)
+                print(row, flush=True)
+    if not args.quick:
+        results.write("step_parts", rows, arch=args.arch, image_size=args.image_size, threads=torch.get_num_threads())
+
+
+if __name__ == "__main__":
+    main()

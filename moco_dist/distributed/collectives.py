@@ -13,9 +13,9 @@ from typing import cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, Shard, init_device_mesh
 
+from moco_dist.distributed.meeting import ended_at_once, meet
 from moco_dist.distributed.world import World
 from moco_dist.errors import UnreachableError
 
@@ -37,13 +37,14 @@ def process_group(world: World, timeout_seconds: float = 600, alone_too: bool = 
         torch.cuda.set_device(device)
     timeout = datetime.timedelta(seconds=timeout_seconds)
     try:
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-            store=dist.HashStore() if world.world_size == 1 else _store(world, timeout),
-            rank=world.rank,
-            world_size=world.world_size,
-            timeout=timeout,
-        )
+        with ended_at_once():
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                store=dist.HashStore() if world.world_size == 1 else meet(world, timeout),
+                rank=world.rank,
+                world_size=world.world_size,
+                timeout=timeout,
+            )
     except (RuntimeError, ValueError) as error:
         address = ":".join(os.environ.get(name, name) for name in ("MASTER_ADDR", "MASTER_PORT"))
         who = f"rank {world.rank} cannot meet the other {world.world_size - 1}"
@@ -52,15 +53,6 @@ def process_group(world: World, timeout_seconds: float = 600, alone_too: bool = 
         yield
     finally:
         dist.destroy_process_group()
-
-
-def _store(world: World, timeout: datetime.timedelta) -> dist.Store:
-    """Where ranks find each other's addresses.
-
-    torchrun may keep its store when it restarts ranks, and with it the addresses of those that died.
-    """
-    store, _, _ = next(rendezvous("env://", world.rank, world.world_size, timeout=timeout))
-    return dist.PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
 def all_gather(x: Tensor, world: World) -> Tensor:

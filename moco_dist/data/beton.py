@@ -65,7 +65,7 @@ def read_beton(path: Path) -> Beton:
         UserError: it is missing, no .beton file, incomplete, or without images and labels.
     """
     try:
-        content = np.memmap(path, np.uint8, mode="c")  # private: pixels can be handed to torch, which wants to write
+        content = np.memmap(path, np.uint8, mode="r")
         header = content[: _HEADER.itemsize].view(_HEADER)[0]
         if header["version"] != VERSION:
             raise ValueError(f"version {header['version']}, not {VERSION}")

@@ -3,10 +3,15 @@
 All processes of a machine read the file through its page cache, so it is in memory once. At the start of a batch the
 kernel is told which places come next, and reads them while the first images are decoded: that is what makes a file
 larger than memory fast enough, without FFCV's quasi-random order, which would change what a batch is made of.
+
+Images are read, not mapped: a read error of mapped memory would kill the process instead of being waited out and told.
 """
 
+import contextlib
+import errno
 import functools
-import mmap
+import os
+import weakref
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,8 +20,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moco_dist.data.beton import JPEG, Beton, read_beton
-from moco_dist.data.datasets import NO_CLASS, ImageFolder
+from moco_dist.data.datasets import NO_CLASS, ImageError, ImageFolder
 from moco_dist.data.decode import CropsFor, cut, cut_pixels
+from moco_dist.data.storage import patiently
 from moco_dist.errors import UserError, nearest
 
 
@@ -45,6 +51,7 @@ class PackedFile:
     def __init__(self, folder: ImageFolder) -> None:
         self.path, self.folder = folder.root.parent, folder
         self._beton: Beton | None = opened(self.path)
+        self._fd: int | None = None
         row_of = {name: row for row, name in enumerate(self._beton.names)}
         self._rows = np.array([row_of[f"{folder.root.name}/{path}"] for path in folder.paths])
 
@@ -52,24 +59,43 @@ class PackedFile:
         return len(self._rows)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_beton": None}  # a worker that is not a fork maps the file itself
+        return {**self.__dict__, "_beton": None, "_fd": None}  # a worker that is not a fork opens the file itself
 
     def announce(self, samples: NDArray[np.int64]) -> None:
         """Have the kernel read these images ahead."""
         beton = self._open()
-        pages = beton.content._mmap  # type: ignore[attr-defined]
-        for row in self._rows[samples].tolist():
-            start = int(beton.start[row]) // mmap.PAGESIZE * mmap.PAGESIZE
-            pages.madvise(mmap.MADV_WILLNEED, start, int(beton.start[row] + beton.size[row]) - start)
+        with contextlib.suppress(OSError):  # told when the images are read
+            for row in self._rows[samples].tolist():
+                os.posix_fadvise(self._file(), int(beton.start[row]), int(beton.size[row]), os.POSIX_FADV_WILLNEED)
 
     def cut(self, sample: int, size: int, crops_for: CropsFor) -> list[Tensor]:
         """The views of one of them, as `decode.cut`."""
         beton, row = self._open(), self._rows[sample]
-        start, width, height = int(beton.start[row]), int(beton.width[row]), int(beton.height[row])
-        data = beton.content[start : start + int(beton.size[row])]
+        name = f"{self.folder.root / self.folder.paths[sample]}"
+        try:
+            data = patiently(lambda: self._read(int(beton.start[row]), int(beton.size[row])), name)
+        except OSError as error:
+            raise ImageError(f"cannot read image {name}: {(error.strerror or str(error)).lower()}") from error
         if beton.mode[row] == JPEG:
-            return cut(data.data, str(self.folder.root / self.folder.paths[sample]), size, crops_for)
-        return cut_pixels(np.asarray(data).reshape(height, width, 3), size, crops_for(width, height))
+            return cut(memoryview(data), name, size, crops_for)
+        width, height = int(beton.width[row]), int(beton.height[row])
+        return cut_pixels(np.frombuffer(data, np.uint8).reshape(height, width, 3), size, crops_for(width, height))
+
+    def _read(self, start: int, size: int) -> bytearray:
+        data = bytearray(size)  # torch wants pixels that can be written
+        try:
+            if os.preadv(self._file(), [data], start) < size:
+                raise OSError(errno.EIO, "the file ends before it")
+        except OSError:
+            self._fd = None  # a file server may have forgotten it: the next try opens the file anew
+            raise
+        return data
+
+    def _file(self) -> int:
+        if self._fd is None:
+            self._fd = os.open(self.path, os.O_RDONLY)
+            weakref.finalize(self, os.close, self._fd)
+        return self._fd
 
     def _open(self) -> Beton:
         if self._beton is None:

@@ -4,7 +4,11 @@ import errno
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
 
 WAITS_SECONDS = (0.5, 2.0, 8.0)  # before the second, third and fourth try
 SLOW_SECONDS = 10.0  # a file that takes longer is told
@@ -16,23 +20,32 @@ _last_told = -TELL_EVERY_SECONDS
 
 
 def read_patiently(path: Path) -> bytes:
-    """The content of a file. A read error is tried again, three times within 11 seconds; errors and slowness are told.
+    """The content of a file, by `patiently`.
 
     Raises:
         OSError: it is missing or forbidden, or has failed four times.
     """
+    return patiently(path.read_bytes, str(path))
+
+
+def patiently(read: Callable[[], T], name: str) -> T:
+    """`read()`. A read error is tried again, three times within 11 seconds; errors and slowness are told by `name`.
+
+    Raises:
+        OSError: of `read`, that waiting does not change, or for the fourth time.
+    """
     for wait_seconds in (*WAITS_SECONDS, None):
         started = time.monotonic()
         try:
-            content = path.read_bytes()
+            content = read()
         except OSError as error:
             if error.errno in FINAL or wait_seconds is None:
                 raise
-            _tell(f"reading {path} failed ({_reason(error)}); tried again in {wait_seconds:g} s")
+            _tell(f"reading {name} failed ({_reason(error)}); tried again in {wait_seconds:g} s")
             time.sleep(wait_seconds)
             continue
         if (seconds := time.monotonic() - started) > SLOW_SECONDS:
-            _tell(f"reading {path} took {seconds:.0f} s")
+            _tell(f"reading {name} took {seconds:.0f} s")
         return content
     raise AssertionError("the last try returns or raises")
 

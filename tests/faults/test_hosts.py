@@ -1,4 +1,4 @@
-"""Hosts as network namespaces: one loses its power or its link; the other says who, and goes on alone."""
+"""Hosts as network namespaces: one loses its power, its link or its rank; the other says who, and training goes on."""
 
 import os
 import re
@@ -7,10 +7,11 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 
 from benchmarks.hosts import hosts, why_not
-from tests.faults.processes import TINY, losses, steps_logged
+from tests.faults.processes import TINY, command, losses, steps_logged
 
 pytestmark = [
     pytest.mark.slow,
@@ -22,15 +23,15 @@ STOP = 400
 
 
 class Cluster:
-    """Two hosts, a rank on each, under torchrun with --nnodes 1:2."""
+    """Two hosts, a rank on each, under torchrun with --nnodes 1:2. The first is that of the rendezvous."""
 
-    def __init__(self, network, data, run_dir):
+    def __init__(self, network, data, run_dir, torchrun="torch.distributed.run"):
         self.network, self.run_dir, self.agents = network, run_dir, []
         self._outputs = [run_dir.with_name(f"host{host}.txt") for host in range(network.count)]
         for host in range(network.count):
             words = [
                 "env", "OMP_NUM_THREADS=1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1", "GLOO_SOCKET_IFNAME=eth0",
-                sys.executable, "-m", "torch.distributed.run", "--nnodes", "1:2", "--nproc-per-node", "1",
+                sys.executable, "-m", torchrun, "--nnodes", "1:2", "--nproc-per-node", "1",
                 "--max-restarts", "3", "--rdzv-backend", "c10d", "--rdzv-id", "faults",
                 "--rdzv-endpoint", f"{network.address(0)}:29517", "--rdzv-conf", f"{RENDEZVOUS},is_host={host == 0}",
                 "--local-addr", network.address(host), "--shutdown-timeout", "3",
@@ -50,6 +51,11 @@ class Cluster:
             assert self.agents[0].poll() is None, f"{what}:\n{self.output(0)}"
             time.sleep(0.1)
 
+    def wait_until_it_goes_on(self):
+        before = steps_logged(self.run_dir)
+        self.wait_for(lambda: "goes on at step" in self.output(0) + self.output(1), "training again")
+        self.wait_for(lambda: steps_logged(self.run_dir) > before, "further than before")
+
     def pids(self, host):
         name = f"{self.network.prefix}-{host}"
         found = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True, check=True).stdout
@@ -64,6 +70,12 @@ class Cluster:
         self.cut_link(host)
         for pid in self.pids(host):
             os.kill(pid, signal.SIGKILL)
+
+    def kill_rank(self, host):
+        """Its torchrun lives."""
+        for process in map(psutil.Process, self.pids(host)):
+            if "moco_dist" in process.cmdline() and "--nnodes" not in process.cmdline():
+                process.kill()
 
     def stop(self):
         for host in range(self.network.count):
@@ -84,9 +96,7 @@ def test_the_other_host_names_it_and_goes_on(tiny_data, tmp_path, fault):
             assert both
             # The host of rank 0 and of the rendezvous stays; the fault is the other's, whichever ranks torchrun chose.
             getattr(cluster, fault)(1)
-            before = steps_logged(run_dir)
-            cluster.wait_for(lambda: "goes on at step" in cluster.output(0) + cluster.output(1), "training again")
-            cluster.wait_for(lambda: steps_logged(run_dir) > before, "further than before")
+            cluster.wait_until_it_goes_on()
             seen = cluster.output(0)
         finally:
             cluster.stop()
@@ -96,3 +106,40 @@ def test_the_other_host_names_it_and_goes_on(tiny_data, tmp_path, fault):
     assert start % 4 == 0
     assert start >= 8  # at most one interval is lost
     assert list(losses(run_dir)) == sorted(losses(run_dir))
+
+
+def test_a_killed_rank_is_started_again_and_both_hosts_go_on(tiny_data, tmp_path):
+    """Its torchrun counts a restart and the other's none: ranks that told starts apart by it would never meet."""
+    run_dir = tmp_path / "run"
+    with hosts(2) as network:
+        cluster = Cluster(network, tiny_data, run_dir)
+        try:
+            cluster.wait_for(lambda: steps_logged(run_dir) >= 12, "two hosts train")
+            cluster.kill_rank(1)
+            cluster.wait_until_it_goes_on()
+            seen = cluster.output(0) + cluster.output(1)
+        finally:
+            cluster.stop()
+    assert seen.count("on 2 rank(s)") == 2
+    assert int(re.search(r"goes on at step (\d+)", seen)[1]) in (8, 12)
+    assert list(losses(run_dir)) == sorted(losses(run_dir))
+
+
+def test_without_the_host_of_the_rendezvous_the_rest_ends_and_can_be_started_again(tiny_data, tmp_path):
+    """By launchers.torchrun; torch's own gets no answer and waits on."""
+    run_dir = tmp_path / "run"
+    with hosts(2) as network:
+        cluster = Cluster(network, tiny_data, run_dir, torchrun="launchers.torchrun")
+        try:
+            cluster.wait_for(lambda: steps_logged(run_dir) >= 12, "two hosts train")
+            cluster.power_cut(0)
+            assert cluster.agents[1].wait(120) == 69, cluster.output(1)
+        finally:
+            cluster.stop()
+        step = steps_logged(run_dir)
+        words = command(tiny_data, run_dir, "--run.stop-at-step", str(step + 2), ranks=1)
+        again = subprocess.run(network.command(1, words), capture_output=True, text=True, check=False)
+    assert re.search(r"(rank \d on host \S+|the rendezvous store) has not (been heard of|answered) for 4 s",
+                     cluster.output(1))  # fmt: skip
+    assert again.returncode == 0, again.stderr
+    assert re.search(r"goes on at step \d+", again.stdout)

@@ -1,6 +1,7 @@
 """Kubernetes: a manifest of everything a run needs but its two volume claims, and its creation."""
 
 import subprocess
+import time
 from pathlib import PurePosixPath
 from typing import Literal
 from urllib.parse import urlsplit
@@ -14,6 +15,7 @@ from moco_dist.errors import UserError
 
 DATA, RUNS = "/data", "/runs"  # where the claims are, in a container
 CONFIG = "/etc/moco-dist/config.yaml"
+RUNTIME_SECONDS = 10  # until Trainer's webhook has heard of a runtime that was made just before its TrainJob
 SHM_GIB_PER_GPU = 2  # 8 loaders, two prefetched batches each, of 32 samples with two views of 224 px: 0.2 GB; x 10
 
 
@@ -75,7 +77,9 @@ def _problems(config: PretrainConfig) -> list[str]:
 
 
 def submit(job: Job, text: str, options: KubernetesOptions) -> list[str]:
-    """Give the manifest to the cluster that kubectl is set up for.
+    """Give the manifest to the cluster that kubectl is set up for; what it refuses in part is taken back.
+
+    There is no dry run by the server first: Trainer's webhook refuses a TrainJob whose runtime is not there.
 
     Returns:
         what to tell the user.
@@ -84,25 +88,58 @@ def submit(job: Job, text: str, options: KubernetesOptions) -> list[str]:
         UserError: kubectl is missing, or it or the cluster refuses.
     """
     try:
-        done = subprocess.run(["kubectl", "create", "-f", "-"], input=text, capture_output=True, text=True, check=False)
+        done = _create(text)
     except FileNotFoundError as error:
         raise UserError("kubectl is not here; install it, or take the manifest of --dry-run") from error
+    created = done.stdout.split()
+    for _ in range(RUNTIME_SECONDS):
+        if "must be created before the TrainJob" not in done.stderr:
+            break
+        time.sleep(1)
+        done = _create(text.rpartition("\n---\n")[2])  # the TrainJob alone
+        created += done.stdout.split()
     if done.returncode:
-        again = f"; kubectl delete -f of the same manifest makes room for {job.name}" if "exists" in done.stderr else ""
-        raise UserError(f"kubectl: {' '.join(done.stderr.split())}{again}")
-    return [*done.stdout.splitlines(), *how_to(job, options)]
+        if created:
+            _kubectl("delete", "--namespace", options.namespace, "--ignore-not-found", *created)
+        raise UserError(f"kubectl: {_reason(done.stderr, job, options)}")
+    return [*(f"created {name}" for name in created), *how_to(job, options)]
+
+
+def _create(text: str) -> subprocess.CompletedProcess[str]:
+    return _kubectl("create", "--output", "name", "--filename", "-", input=text)
+
+
+def _kubectl(*words: str, input: str | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["kubectl", *words], input=input, capture_output=True, text=True, check=False)
+
+
+def _reason(errors: str, job: Job, options: KubernetesOptions) -> str:
+    """What kubectl said, as one line, and what to do about it where that is known."""
+    if "AlreadyExists" in errors:
+        return (f"{job.name} already exists in namespace {options.namespace}; stop it first: {_stop(job, options)}; "
+                "or give --run.dir another last part")  # fmt: skip
+    if "no matches for kind" in errors:
+        return "Kubeflow Trainer is not on this cluster; --form indexed-job needs no operator"
+    if "failed to download openapi" in errors:
+        reason = errors.partition("failed to download openapi: ")[2].partition("; if you choose")[0]
+        return f"cannot talk to the cluster: {reason}"
+    return " ".join(errors.replace('error when creating "STDIN": ', "").split())
 
 
 def how_to(job: Job, options: KubernetesOptions) -> list[str]:
     """How to follow, stop and resume a run."""
-    kind, label = ("job", f"app={job.name}")
+    label = f"app={job.name}"
     if options.form == "trainjob":
-        kind, label = "trainjob", f"jobset.sigs.k8s.io/jobset-name={job.name}"
-    of = f"--namespace {options.namespace}"
-    parts = {"job": "service", "trainjob": "trainingruntime"}[kind]
-    delete = f"kubectl delete {of} {kind}/{job.name} {parts}/{job.name} configmap/{job.name}-config"
+        label = f"jobset.sigs.k8s.io/jobset-name={job.name}"
+    follow = f"kubectl logs --namespace {options.namespace} --follow --prefix --max-log-requests {job.size.nodes}"
     return [
-        f"follow:  kubectl logs {of} --follow --prefix --selector {label}",
-        f"stop:    {delete}    (it saves first)",
+        f"follow:  {follow} --selector {label}",
+        f"stop:    {_stop(job, options)}    (it saves first)",
         f"resume:  the same command again, after `stop`; it goes on from the newest checkpoint in {job.run_dir}",
     ]
+
+
+def _stop(job: Job, options: KubernetesOptions) -> str:
+    kinds = ("trainjob", "trainingruntime") if options.form == "trainjob" else ("job", "service")
+    parts = " ".join(f"{kind}/{job.name}" for kind in kinds)
+    return f"kubectl delete --namespace {options.namespace} {parts} configmap/{job.name}-config"

@@ -25,3 +25,15 @@ class Parser(argparse.ArgumentParser):
         elif invalid := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message):
             hint = nearest(invalid[1], [word.strip("' ") for word in invalid[2].split(",")])
         raise UserError(f"{self.prog}: {message}{hint}; {self.prog} --help shows what it takes")
+
+
+def require_positive(args: argparse.Namespace, *names: str) -> None:
+    """Those of the arguments that were given.
+
+    Raises:
+        UserError: one is 0 or less.
+    """
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value <= 0:
+            raise UserError(f"--{name.replace('_', '-')} {value:g} is not greater than 0")

@@ -8,6 +8,7 @@ import socket
 import time
 from pathlib import Path
 
+from moco_dist.commands.arguments import Parser, require_positive
 from moco_dist.config import PretrainConfig
 from moco_dist.config_evaluate import LinearConfig
 from moco_dist.config_source import read_config, read_yaml
@@ -20,23 +21,30 @@ NOTHING_GIVEN = ["--run.dir", "runs/doctor", "--data.root", "data"]
 
 def main(words: list[str]) -> int:
     """What is wrong with a machine, a config or a run; the exit status is 1 if there is an error among it."""
-    parser = argparse.ArgumentParser(
-        "moco-dist doctor", allow_abbrev=False,
-        usage="moco-dist doctor [CONFIG.yaml ...] [--section.key VALUE] | --run DIR",
+    parser = Parser(
+        "moco-dist doctor",
+        usage="moco-dist doctor [CONFIG.yaml ...] [options] [--section.key VALUE] | --run DIR",
         description="One line a finding, with what to do. Under torchrun it looks at every host, and compares clocks.",
     )  # fmt: skip
     parser.add_argument("--run", type=Path, metavar="DIR", help="read the log of this run instead")
+    parser.add_argument("--nodes", type=int, help="this is one of so many hosts of the run; default: those here")
+    parser.add_argument("--gpus-per-node", type=int, help="ranks on each of them; default: this host's GPUs")
     args, rest = parser.parse_known_args(words)
+    require_positive(args, "nodes", "gpus_per_node")
+    is_planned = args.nodes is not None or args.gpus_per_node is not None
 
     from moco_dist.doctor import finding, logs, settings
 
     if args.run is not None:
-        if rest:
-            raise UserError(f"unexpected argument {rest[0]!r}; --run takes a folder alone")
+        if rest or is_planned:
+            unexpected = repr(rest[0]) if rest else "--nodes or --gpus-per-node"
+            raise UserError(f"unexpected argument {unexpected}; --run takes a folder alone")
         return _print(logs.run(args.run))
     files = [Path(word) for word in itertools.takewhile(lambda word: not word.startswith("-"), rest)]
     flags = rest[len(files) :]
     if files and LINEAR_KEYS & set(read_yaml(files[0])):
+        if is_planned:
+            raise UserError("--nodes and --gpus-per-node: sizes of a linear evaluation do not depend on them")
         needed = [] if "run_dir" in read_yaml(files[0]) else ["--run-dir", "runs/doctor"]
         return _print(settings.linear(read_config(LinearConfig, files[0], [*needed, *flags], files[1:])))
     try:
@@ -44,10 +52,10 @@ def main(words: list[str]) -> int:
                              flags if files else [*NOTHING_GIVEN, *flags], files[1:])  # fmt: skip
     except UserError as error:
         return _print([finding.problem("config", line) for line in str(error).splitlines()])
-    return _machine(config, has_config=bool(files))
+    return _machine(config, bool(files), args)
 
 
-def _machine(config: PretrainConfig, has_config: bool) -> int:
+def _machine(config: PretrainConfig, has_config: bool, args: argparse.Namespace) -> int:
     import torch
 
     from moco_dist.data.datasets import find_images, subset
@@ -56,7 +64,9 @@ def _machine(config: PretrainConfig, has_config: bool) -> int:
     from moco_dist.doctor import finding, machine, network, settings
 
     world = world_from_env("cpu")  # gloo answers on any host, also where a GPU is what is wrong
-    ranks = world.local_world_size if world.world_size > 1 else max(1, torch.cuda.device_count())
+    here = world.local_world_size if world.world_size > 1 else max(1, torch.cuda.device_count())
+    ranks = args.gpus_per_node or here
+    world_size = ranks * (args.nodes or world.num_nodes)
     found = []
     num_images = None
     if has_config:
@@ -65,10 +75,10 @@ def _machine(config: PretrainConfig, has_config: bool) -> int:
             found.append(finding.fine("data", f"{num_images:,} images in {config.data.root}"))
         except UserError as error:
             found.append(finding.problem("data", str(error)))
-    found += [*machine.check(config, ranks, max(world.world_size, ranks)), *network.interfaces(), network.host_name()]
+    found += [*machine.check(config, ranks, world_size), *network.interfaces(), network.host_name()]
     found.append(network.mlflow_server(config.tracking))
     if world.is_main:
-        found += settings.pretraining(config, max(world.world_size, ranks), num_images)
+        found += settings.pretraining(config, world_size, num_images)
     with process_group(world):
         barrier(world)
         facts = {"host": socket.gethostname(), "time": time.time(), "is_first": world.local_rank == 0,

@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from moco_dist.commands.arguments import Parser, require_positive
 from moco_dist.commands.configured import config_or_help
 from moco_dist.config import PretrainConfig, size_problems
 from moco_dist.errors import UserError
@@ -10,8 +11,8 @@ from moco_dist.errors import UserError
 
 def main(words: list[str]) -> int:
     """What a pre-training will need and take, before it is started."""
-    parser = argparse.ArgumentParser(
-        "moco-dist plan", allow_abbrev=False, usage="moco-dist plan [CONFIG.yaml ...] [options] [--section.key VALUE]",
+    parser = Parser(
+        "moco-dist plan", usage="moco-dist plan [CONFIG.yaml ...] [options] [--section.key VALUE]",
         description="Memory, bytes, decode rate, hours and scaling of a pre-training, each with its source.",
         epilog="Settings of the config may be given as for pretrain: see moco-dist pretrain --help.",
     )  # fmt: skip
@@ -24,12 +25,10 @@ def main(words: list[str]) -> int:
     parser.add_argument("--calibrate", action="store_true",
                         help="measure on this machine for a minute first; under torchrun also the network")  # fmt: skip
     parser.add_argument("--measurements", type=Path, metavar="DIR",
-                        help="where calibrations are kept; default: ~/.cache/moco_dist")  # fmt: skip
+                        help="where calibrations are kept, and results of benchmarks/loader.py; "
+                        "default: ~/.cache/moco_dist, and a checkout's benchmarks/results")  # fmt: skip
     args, rest = parser.parse_known_args(words)
-    for name in ("nodes", "gpus_per_node", "link_gigabit_per_second", "num_images"):
-        value = getattr(args, name)
-        if value is not None and value <= 0:
-            raise UserError(f"--{name.replace('_', '-')} {value:g} is not greater than 0")
+    require_positive(args, "nodes", "gpus_per_node", "link_gigabit_per_second", "num_images")
     config = config_or_help("plan", PretrainConfig, rest)
     assert config is not None  # argparse has answered --help
     world_size = args.nodes * args.gpus_per_node
@@ -61,7 +60,8 @@ def _plan(config: PretrainConfig, world_size: int, args: argparse.Namespace) -> 
         args.gpu = gpu
     inputs = table.Inputs(
         config, sizes(config, world_size, args.gpus_per_node), args.gpu, args.link_gigabit_per_second,
-        _num_images(config, args.num_images), measurements.read(where),
+        _num_images(config, args.num_images), measurements.read(where), measurements.benchmark_of_loader(where, config),
+        ", ".join(map(str, where)),
     )  # fmt: skip
     print(f"{config.model.arch}, {config.data.image_size} px, {config.optim.global_batch_size} samples a step on "
           f"{args.nodes} host(s) x {args.gpus_per_node}\n")  # fmt: skip

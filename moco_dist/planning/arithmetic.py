@@ -55,13 +55,14 @@ class Sizes:
         c = self.config
         pixels = n * 3 * c.data.image_size**2
         images = {"loader": 0, "all_to_all": others * pixels // w, "all_gather": others * pixels * FLOAT_BYTES}
-        views = 2 if c.moco.symmetric else 1
-        # q and k to every rank, and each query's sums back: `method/infonce.py`.
-        features = others * n * (2 * self.key_bytes + self.key_bytes + FLOAT_BYTES) * views
+        if c.method == "moco":  # q and k to every rank, and each query's sums back: `method/infonce.py`
+            features = others * n * (3 * self.key_bytes + FLOAT_BYTES) * (2 if c.moco.symmetric else 1)
+        else:  # both views' features to every rank, and their gradients back: `method/ntxent.py`
+            features = others * n * 4 * self.key_bytes
         return {
             "gradients": 2 * others * self.parameters * FLOAT_BYTES // w,
-            "features": features if c.method == "moco" else others * n * 2 * self.key_bytes,
-            "images": images[c.shuffle.exchange] * views,
+            "features": features,
+            "images": images[c.shuffle.exchange],
         }
 
     def into_host(self) -> dict[str, int]:
@@ -106,7 +107,8 @@ def sizes(config: PretrainConfig, world_size: int, local_world_size: int) -> Siz
     local_batch = config.optim.global_batch_size // world_size
     with FakeTensorMode():
         encoder = Encoder(config.model)
-        micro_batch = local_batch // config.optim.grad_accum_steps * (2 if config.method == "simclr" else 1)
+        both_views = config.method == "simclr" or config.moco.symmetric
+        micro_batch = local_batch // config.optim.grad_accum_steps * (2 if both_views else 1)
         side = config.data.image_size
         images = torch.zeros(micro_batch, 3, side, side).contiguous(memory_format=torch.channels_last)
         activations = saved_bytes(encoder, images, dtype_of(config))

@@ -2,6 +2,7 @@
 
 A file is JSON with `theme: calibration` and says what every result of benchmarks/ says: hardware, versions, date,
 command. A measurement counts only for the very settings that its time depends on; nothing is scaled from others.
+Where no calibration has timed the loader, a result of benchmarks/loader.py stands in, with its own images named.
 """
 
 import json
@@ -68,6 +69,14 @@ class Measurement:
         return 2 * (self.world_size - 1) / self.world_size * self.all_reduce_bytes / self.all_reduce_seconds
 
 
+@dataclass(frozen=True)
+class CoreSeconds:
+    """CPU seconds of one core, and where they come from, for a person."""
+
+    seconds: float
+    source: str
+
+
 def settings_of(config: PretrainConfig) -> dict[str, Any]:
     """The settings that times depend on, as plain values."""
     values, picked = config.model_dump(mode="json"), {}
@@ -120,6 +129,32 @@ def read(where: list[Path]) -> list[Measurement]:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} is not a calibration: {error}; remove it, and run with --calibrate") from error
     return sorted(found, key=lambda measured: measured.date)
+
+
+def benchmark_of_loader(where: list[Path], config: PretrainConfig) -> CoreSeconds | None:
+    """A file's, by the newest result of benchmarks/loader.py for this loader and size of crops; None: there is none.
+
+    Raises:
+        UserError: a file is damaged.
+    """
+    data, found = config.data, []
+    row_name = {
+        "torchvision": "loader torchvision",
+        "ffcv": "loader ffcv, JPEGs",
+        "dali": f"loader dali, decoding on the {data.dali.decode_on.upper()}",
+    }[data.loader]
+    for path in sorted(path for folder in where for path in folder.glob("loader_*.json")):
+        try:
+            result = json.loads(path.read_text(encoding="utf-8"))
+            milliseconds = {row["name"]: row["cpu_ms_per_image"] for row in result["rows"]}.get(row_name)
+            if result["crop_size"] == data.image_size and milliseconds is not None:
+                width, height = result["image_size"]
+                source = (f"measured {result['date']} on {result['hardware']} ({path}): files of {width} x {height} px "
+                          f"and {result['mean_file_bytes'] / 1000:.0f} kB, two crops of each")  # fmt: skip
+                found.append((result["date"], CoreSeconds(milliseconds / 1000, source)))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} is not a result of benchmarks/loader.py: {error}; remove it") from error
+    return max(found, key=lambda dated: dated[0])[1] if found else None
 
 
 def of_gpu(measurements: list[Measurement], gpu: str | None) -> list[Measurement]:

@@ -6,7 +6,7 @@ from moco_dist.config import PretrainConfig
 from moco_dist.planning import measurements
 from moco_dist.planning.arithmetic import Sizes
 from moco_dist.planning.forecast import Forecast, weak_scaling
-from moco_dist.planning.measurements import Measurement
+from moco_dist.planning.measurements import CoreSeconds, Measurement
 
 ARITHMETIC = "arithmetic"
 
@@ -29,6 +29,8 @@ class Inputs:
         link_gigabit_per_second: of a host; None: as measured between hosts, if it was.
         num_images: in the data set, and where that number comes from; None: not known.
         known: all measurements.
+        benchmark: of the loader, a file; for where no measurement has timed it.
+        places: the folders that measurements were looked for in.
     """
 
     config: PretrainConfig
@@ -37,6 +39,8 @@ class Inputs:
     link_gigabit_per_second: float | None
     num_images: tuple[int, str] | None
     known: list[Measurement]
+    benchmark: CoreSeconds | None = None
+    places: str = ""
 
 
 def plan(inputs: Inputs) -> list[Line]:
@@ -44,7 +48,7 @@ def plan(inputs: Inputs) -> list[Line]:
     sizes = inputs.sizes
     usable = measurements.of_gpu(inputs.known, inputs.gpu)
     step = measurements.for_step(usable, inputs.config, sizes.local_batch)
-    loader = measurements.for_loader(inputs.known, inputs.config, sizes.local_batch, sizes.world_size)
+    loading = _loader_core_seconds(inputs)
     hosts = sizes.world_size // sizes.local_world_size
     within, between = (measurements.for_network(usable, nodes) for nodes in (1, 2))
     rate_within = within.ring_bytes_per_second if within else None
@@ -55,7 +59,7 @@ def plan(inputs: Inputs) -> list[Line]:
     latency = used.latency_seconds if used else 0.0
     forecast = Forecast(
         sizes, step, rate_between if hosts > 1 else rate_within, latency,
-        loader.loader_core_seconds if loader else None, inputs.config.data.num_workers,
+        loading.seconds if loading else None, inputs.config.data.num_workers,
     )  # fmt: skip
     network_source = _network_source(inputs, hosts, used)
     nothing = measurements.missing(inputs.known, inputs.gpu)
@@ -63,10 +67,19 @@ def plan(inputs: Inputs) -> list[Line]:
         *_memory(sizes, step),
         *_network(sizes, forecast, network_source),
         *_step(forecast, step, nothing, network_source),
-        *_loading(forecast, inputs, loader),
+        *_loading(forecast, inputs, loading),
         *_schedule(forecast, inputs, nothing),
         *_scaling(weak_scaling(sizes, step, rate_within, rate_between, latency), sizes, nothing, hosts, within),
     ]
+
+
+def _loader_core_seconds(inputs: Inputs) -> CoreSeconds | None:
+    """Of a rank's batch: calibrated, or the benchmark's for its files."""
+    sizes, file = inputs.sizes, inputs.benchmark
+    calibrated = measurements.for_loader(inputs.known, inputs.config, sizes.local_batch, sizes.world_size)
+    if calibrated and calibrated.loader_core_seconds is not None:
+        return CoreSeconds(calibrated.loader_core_seconds, calibrated.source)
+    return CoreSeconds(file.seconds * sizes.decodes, file.source) if file else None
 
 
 def _memory(sizes: Sizes, step: Measurement | None) -> list[Line]:
@@ -123,7 +136,7 @@ def _step(forecast: Forecast, step: Measurement | None, nothing: str, network_so
     ]
 
 
-def _loading(forecast: Forecast, inputs: Inputs, loader: Measurement | None) -> list[Line]:
+def _loading(forecast: Forecast, inputs: Inputs, loading: CoreSeconds | None) -> list[Line]:
     sizes, data = forecast.sizes, inputs.config.data
     compute, network = forecast.compute_seconds, forecast.waited_for_network()
     decodes = f"{sizes.decodes:.0f} a GPU and step"
@@ -133,14 +146,16 @@ def _loading(forecast: Forecast, inputs: Inputs, loader: Measurement | None) -> 
         needed = f"{decodes}; {per_host:,.0f} a second and host, or the GPUs wait"
     lines = [Line("files to decode", needed if compute and network is not None else f"{decodes}; rate {needed}",
                   ARITHMETIC + "; step as above")]  # fmt: skip
-    if forecast.loader_core_seconds is None or loader is None:
-        return [*lines, Line("cores to decode", "not measured: run with --calibrate where data.root is")]
-    each = forecast.loader_core_seconds / sizes.decodes
-    lines.append(Line(f"  {data.loader}", f"{1000 * each:.2f} core-ms a file", loader.source))
+    if loading is None:
+        missing = f"benchmarks/loader.py for {data.loader} at {data.image_size} px in {inputs.places}"
+        return [*lines, Line("cores to decode", "not measured: run with --calibrate where data.root is (no "
+                             f"calibration, and no result of {missing})")]  # fmt: skip
+    each = loading.seconds / sizes.decodes
+    lines.append(Line(f"  {data.loader}", f"{1000 * each:.2f} core-ms a file", loading.source))
     if compute is not None and network is not None:
-        cores = forecast.loader_core_seconds / (compute + network)
+        cores = loading.seconds / (compute + network)
         lines.append(Line("cores to decode", f"{cores:.1f} a GPU, {cores * sizes.local_world_size:.0f} a host "
-                          f"(data.num_workers is {data.num_workers})", loader.source))  # fmt: skip
+                          f"(data.num_workers is {data.num_workers})", loading.source))  # fmt: skip
     return lines
 
 

@@ -83,10 +83,13 @@ def _tensors(nest):
     return [x for part in nest for x in _tensors(part)] if isinstance(nest, list | tuple) else []
 
 
-def collectives_of_a_step(world, way, optimizer="sgd"):
+def config_of(way, optimizer="sgd"):
+    return small_config(optim={"precision": "fp32", "optimizer": optimizer, "grad_accum_steps": 1},
+                        shuffle={"exchange": way})  # fmt: skip
+
+
+def collectives_of_a_step(world, config):
     """Of the third step, key views and all: DDP arranges its buckets anew in the second, with a broadcast."""
-    config = small_config(optim={"precision": "fp32", "optimizer": optimizer, "grad_accum_steps": 1},
-                          shuffle={"exchange": way})  # fmt: skip
     state, engine = build(config, world)
     plan = Plan(NUM_SAMPLES, config.optim.global_batch_size, config.run.seed)
     per_rank = config.optim.global_batch_size // world.world_size
@@ -99,14 +102,15 @@ def collectives_of_a_step(world, way, optimizer="sgd"):
             view_k = key_views(batch, config, plan, step, world, torch.float32)
             order = torch.from_numpy(plan.key_permutation(step))
             train_step(state, engine, config, view_q, view_k, order, 0.1, False, world)
-    return both.seen, sum(p.nbytes for p in state.query_encoder.parameters()), config
+    return both.seen, sum(p.nbytes for p in state.query_encoder.parameters())
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "lars"])
 def test_a_step_is_two_small_collectives_and_the_gradients(optimizer):
     """No image crosses the network: a few kB of features where the images would be 64 times as much."""
     world_size = 4
-    for seen, parameters, config in run(collectives_of_a_step, world_size, "loader", optimizer):
+    config = config_of("loader", optimizer)
+    for seen, parameters in run(collectives_of_a_step, world_size, config):
         batch, dim = config.optim.global_batch_size, config.model.embedding_dim
         small = [collective for collective in seen if collective[0] != "allreduce"]
         # the reduce-scatter, as `reduce_scatter_sum` does it on CPUs
@@ -119,7 +123,8 @@ def test_other_exchanges_send_what_they_say():
     """`data/exchange.py`: uint8 crops once, or every rank's float32 views to all."""
     world_size = 4
     for way, name, bytes_a_value in (("all_to_all", "alltoall_base", 1), ("all_gather", "allgather", 4)):
-        for seen, _, config in run(collectives_of_a_step, world_size, way):
+        config = config_of(way)
+        for seen, _ in run(collectives_of_a_step, world_size, config):
             views = config.optim.global_batch_size // (world_size if way == "all_to_all" else 1)
             assert seen[0] == (name, views * 3 * SIDE * SIDE * bytes_a_value)
             assert [kind for kind, _ in seen if kind != "allreduce"] == [name, "allgather", "alltoall_base"]

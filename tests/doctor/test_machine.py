@@ -10,6 +10,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
+from moco_dist.cli import main
 from moco_dist.config import PretrainConfig, TrackingConfig
 from moco_dist.config_source import read_config
 from moco_dist.doctor import machine, network
@@ -50,6 +51,39 @@ def test_only_errors_make_the_exit_status(tmp_path):
     done = doctor(tmp_path, "--optim.global-batch-size", "100")
     assert (done.returncode, done.stderr) == (1, "")
     assert done.stdout.startswith("error    config: optim.global_batch_size 100")
+
+
+@pytest.mark.slow
+def test_two_ranks_of_torchrun_say_everything_once(tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    words = ["-m", "moco_dist", "doctor", *NEEDED, "--data.num-workers", "0"]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*torchrun, *words], capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == len(set(lines)) == len({line.split(":")[0] for line in lines})
+    assert "ok       settings: sizes fit 2 rank(s), and nothing is unusual" in lines
+
+
+def test_sizes_are_those_of_the_planned_hosts(tmp_path, capsys):
+    flags = ["--run.dir", str(tmp_path / "r"), "--data.root", "d", "--data.num-workers", "0", "--run.device", "cpu"]
+    assert main(["doctor", *flags, "--nodes", "2", "--gpus-per-node", "4"]) == 0
+    assert "sizes fit 8 rank(s)" in capsys.readouterr().out
+    assert main(["doctor", *flags, "--nodes", "3", "--gpus-per-node", "8"]) == 1
+    out = capsys.readouterr().out
+    assert "error    sizes: optim.global_batch_size 256 is not a multiple of 768 = 24 rank(s)" in out
+    assert main(["doctor", *flags, "--nodes", "2", "--gpus-per-node", "64", "--data.num-workers", "1"]) == 1
+    assert "cores: 64 rank(s) with 1 workers want 128" in capsys.readouterr().out
+    for words, line in [
+        (["--nodes", "0"], "--nodes 0 is not greater than 0"),
+        (["--nodes", "two"], "argument --nodes: invalid int value: 'two'"),
+        (["--run", "r", "--nodes", "2"], "--run takes a folder alone"),
+        (["configs/linear_r50_100ep.yaml", "--nodes", "2"], "sizes of a linear evaluation do not depend on them"),
+    ]:
+        assert main(["doctor", *words]) == 2
+        err = capsys.readouterr().err
+        assert line in err
+        assert err.count("\n") == 1
 
 
 def test_missing_packages(monkeypatch):

@@ -62,8 +62,8 @@ class Cluster:
             return failure(409, "AlreadyExists", f'{plural} "{name}" already exists')
         if plural == "trainjobs" and self.late:
             self.late -= 1
-            return failure(403, "Forbidden", 'admission webhook "validator.trainjob.trainer.kubeflow.org" denied the '
-                           "request: specified trainingRuntime must be created before the TrainJob is created")  # fmt: skip
+            why = "specified trainingRuntime must be created before the TrainJob is created"
+            return failure(403, "Forbidden", f'admission webhook "validator.trainjob" denied the request: {why}')
         thing["metadata"].update(uid=str(uuid.uuid4()), namespace=namespace, resourceVersion="1")
         if not dry_run:
             self.objects[plural, namespace, name] = thing

@@ -6,9 +6,10 @@ import torch
 from moco_dist.config import PretrainConfig
 from moco_dist.distributed.world import World
 from moco_dist.method.encoder import Encoder
-from moco_dist.method.infonce import exchange, info_nce
 from moco_dist.planning.arithmetic import parameters_of, saved_bytes, sizes
 from moco_dist.train import build
+from tests.distributed.program import SIDE
+from tests.distributed.test_collectives import collectives_of_a_step
 from tests.world import run
 
 
@@ -35,6 +36,14 @@ def test_activations_are_those_of_a_real_forward_pass(precision, dtype, toleranc
     assert 0.45 < (sizes(halved, 2, 2).activation_bytes - copies) / (counted - copies) < 0.55
 
 
+def test_a_step_with_both_views_as_queries_keeps_twice_as_much():
+    one, symmetric, simclr = (
+        sizes(config_of(**sections), 2, 2).activation_bytes
+        for sections in ({}, {"moco": {"queue_size": 512, "symmetric": True}}, {"method": "simclr"})
+    )
+    assert 2 * one == symmetric == simclr
+
+
 def test_memory_and_checkpoint_are_those_of_the_state():
     config = config_of()
     state, engine = build(config, World())
@@ -49,35 +58,24 @@ def test_memory_and_checkpoint_are_those_of_the_state():
     assert sizes(config, 8, 8).memory()["queue shard"] == state.queue.keys.nbytes // 8
 
 
-def _received_features(world):
-    """Bytes of features that this rank receives in a step, from the sizes of what the collectives return."""
-    from moco_dist.method import infonce
-
-    received = 0
-
-    def counting(collective, share):
-        def call(x, world):
-            nonlocal received
-            out = collective(x, world)
-            received += round(share * max(x.nbytes, out.nbytes))
-            return out
-
-        return call
-
-    others = (world.world_size - 1) / world.world_size
-    infonce.all_gather = counting(infonce.all_gather, others)
-    infonce.reduce_scatter_sum = counting(infonce.reduce_scatter_sum, others)
-    n, dim = 64 // world.world_size, 128
-    q, k = (torch.nn.functional.normalize(torch.randn(n, dim), dim=1) for _ in range(2))
-    q_all, k_all = exchange(q, k, torch.arange(64), world)
-    info_nce(q, k_all[:n], q_all, torch.randn(512 // world.world_size, dim), 0.2, world)
-    return received
+def _collectives(world, configs):
+    return [collectives_of_a_step(world, config)[0] for config in configs]
 
 
-def test_features_on_the_network_are_what_the_collectives_move():
-    for world_size in (2, 4):
-        planned = sizes(config_of(), world_size, world_size).received()["features"]
-        assert run(_received_features, world_size) == [planned] * world_size
+@pytest.mark.slow
+def test_a_step_receives_what_is_counted():
+    """Of a real step over gloo, of each method: gradients, features and images, by what its collectives move."""
+    world_size, data, symmetric = 2, {"root": "d", "image_size": SIDE}, {"moco": {"queue_size": 512, "symmetric": True}}
+    ways = [({}, "loader"), (symmetric, "loader"), (symmetric, "all_gather"), ({"method": "simclr"}, "loader")]
+    configs = [config_of(data=data, shuffle={"exchange": exchange}, **method) for method, exchange in ways]
+    for of_rank in run(_collectives, world_size, configs):
+        for seen, config in zip(of_rank, configs, strict=True):
+            planned = sizes(config, world_size, world_size).received()
+            moved = {kind: sum(size for name, size in seen if name == kind) for kind, _ in seen}
+            assert moved.pop("allreduce") == planned["gradients"]  # 2 (W - 1) / W of its bytes
+            assert moved.keys() <= {"allgather", "alltoall_base"}
+            assert sum(moved.values()) // 2 == planned["features"] + planned["images"]
+            assert (planned["images"] > 0) == (config.shuffle.exchange == "all_gather")
 
 
 @pytest.mark.parametrize(("way", "megabytes"), [("loader", 0), ("all_to_all", 4.2), ("all_gather", 135)])

@@ -2,10 +2,15 @@
 
 import dataclasses
 import json
+import os
+import re
+import subprocess
+import sys
 
 import pytest
 
 from moco_dist.cli import main
+from moco_dist.data.prepare import prepare_shapes
 from moco_dist.planning import measurements
 from moco_dist.planning.arithmetic import sizes
 from moco_dist.planning.forecast import Forecast, weak_scaling
@@ -54,6 +59,32 @@ def test_a_calibration_is_kept_and_used_for_these_settings_alone(capsys, tmp_pat
     for other in (["--gpu", "a100"], ["--gpu", "h100", "--model.arch", "resnet18"], ["--optim.precision", "bf16"]):
         assert "images/s" not in plan(capsys, tmp_path, *other)[1]
     assert "measured are: NVIDIA H100" in plan(capsys, tmp_path, "--gpu", "a100")[1]
+
+
+def test_a_result_of_the_loader_s_benchmark_stands_in_for_a_calibration(capsys, tmp_path):
+    def row(name, milliseconds):
+        return {"name": name, "cpu_ms_per_image": milliseconds}
+
+    names = {"loader torchvision": 2.0, "loader ffcv, JPEGs": 1.0, "loader dali, decoding on the CPU": None}
+    rows = [row(name, milliseconds) for name, milliseconds in names.items()]
+    facts = {"date": "2026-11-02", "hardware": "8 cores of a CPU", "crop_size": 32, "image_size": [500, 375],
+             "mean_file_bytes": 54_627, "rows": rows}  # fmt: skip
+    (tmp_path / "loader_new.json").write_text(json.dumps(facts))
+    older = {**facts, "date": "2025-01-01", "rows": [row("loader torchvision", 9.0)]}
+    (tmp_path / "loader_old.json").write_text(json.dumps(older))
+    _, out, _ = plan(capsys, tmp_path, "--nodes", "2")
+    assert "2.00 core-ms a file" in out
+    path = tmp_path / "loader_new.json"
+    assert f"measured 2026-11-02 on 8 cores of a CPU ({path}): files of 500 x 375 px and 55 kB" in out
+    measurements.write(measured(), {}, "test", tmp_path)  # the step, and not the loader
+    _, out, _ = plan(capsys, tmp_path, "--nodes", "2", "--link-gigabit-per-second", "1000")
+    assert "1.0 a GPU, 1 a host" in out  # 2 hosts: 48 files a rank and step of 0.1 s
+    assert "1.00 core-ms a file" in plan(capsys, tmp_path, "--data.loader", "ffcv")[1]
+    for loader, side in (("dali", 32), ("torchvision", 64)):
+        _, out, _ = plan(capsys, tmp_path, "--data.loader", loader, "--data.image-size", str(side))
+        assert f"no result of benchmarks/loader.py for {loader} at {side} px in {tmp_path})" in out
+    (tmp_path / "loader_new.json").write_text("[]")
+    assert "is not a result of benchmarks/loader.py" in plan(capsys, tmp_path)[2]
 
 
 def test_mistakes(capsys, tmp_path):
@@ -108,3 +139,36 @@ def test_calibration_of_the_real_step(capsys, tmp_path, monkeypatch):
     assert set(parts) == {"colours", "query forward", "backward", "optimiser", "keys, loss, queue"}
     assert all(0 < seconds < 3 * whole for seconds in parts.values())
     assert kept.loader_core_seconds is None  # no images there
+
+
+FEW_STEPS = """
+import sys
+from moco_dist.cli import main
+from moco_dist.planning import calibrate
+calibrate.MAX_STEPS = 3
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_two_ranks_of_torchrun_measure_the_links_too(tmp_path):
+    data = prepare_shapes(tmp_path / "shapes", num_train=128, num_val=10)
+    (tmp_path / "command.py").write_text(FEW_STEPS)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    words = ["plan", *FLAGS, "--data.root", str(data), "--gpus-per-node", "2", "--calibrate", "--measurements",
+             str(tmp_path / "kept")]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
+    done = subprocess.run([*torchrun, str(tmp_path / "command.py"), *words], env=environment, timeout=200,
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (kept,) = measurements.read([tmp_path / "kept"])
+    planned = sizes(config_of(), 2, 2)
+    assert (kept.world_size, kept.num_nodes, kept.local_batch) == (2, 1, 32)
+    assert kept.all_reduce_bytes == planned.parameters * 4
+    assert kept.all_reduce_seconds > kept.latency_seconds > 0
+    assert kept.loader_core_seconds > 0
+    assert done.stdout.count("kept:") == done.stdout.count("whole schedule") == 1  # one rank tells it
+    assert re.search(r"gradients +\S+ MB, \S+ m?s ", done.stdout)
+    assert "400 = 200 epochs x 2" in done.stdout
+    assert "not measured" not in done.stdout
+    assert re.search(r"1: 100 %  2: \d+ %  4: \?", done.stdout)

@@ -1,4 +1,4 @@
-"""The schema of every setting of `moco-dist knn` and `moco-dist linear`; see `config`.
+"""The schema of every setting of `moco-dist knn`, `linear` and `detect`; see `config`.
 
 Sources: v1 = MoCo (arXiv 1911.05722).
 """
@@ -6,10 +6,11 @@ Sources: v1 = MoCo (arXiv 1911.05722).
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from moco_dist.config import Loader, LoadingConfig, PositiveInt, Probability, Section, setting
 
+DETECTION_SOURCE = "the original release's detection/configs/pascal_voc_R_50_C4_24k"
 ENCODERS = ("trained", "untrained", "pixels")
 Encoders = tuple[Literal["trained", "untrained", "pixels"], ...]
 
@@ -98,3 +99,56 @@ class LinearConfig(EvalConfig):
     )
     sweep: SweepConfig = SweepConfig()
     seed: int = setting(0, "of the classifier's weights, the order of samples and the crops", ge=0, lt=2**31)
+
+
+VOC_CLASSES = (
+    "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
+    "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
+)  # fmt: skip
+
+
+class DetectDataConfig(Section):
+    """Images with boxes, in the folders of PASCAL VOC."""
+
+    root: Path = setting(..., "folder with JPEGImages, Annotations and ImageSets/Main, or of several such folders")
+    train_sets: tuple[str, ...] = setting(
+        ("VOC2007/trainval", "VOC2012/trainval"), "FOLDER/SET is ROOT/FOLDER/ImageSets/Main/SET.txt; SET alone is of "
+        "ROOT itself", source="v1 sec. 4.2.1", min_length=1,
+    )
+    test_sets: tuple[str, ...] = setting(("VOC2007/test",), "the same", source="v1 sec. 4.2.1", min_length=1)
+    classes: tuple[str, ...] = setting(VOC_CLASSES, "names of the objects; another name is an error", min_length=1)
+    num_workers: int = setting(4, "loader processes per rank (0 loads in the training process)", ge=0, le=256)
+
+
+class DetectConfig(Section):
+    """`moco-dist detect`: Faster R-CNN on the backbone, all of it trained, on images with boxes."""
+
+    run_dir: Path | None = setting(None, "folder of the pre-training run; the result is RUN/eval/detection.json")
+    weights: Path | None = setting(
+        None, "instead of a run: a file as `moco-dist import` takes it; the result is FILE.detection.json"
+    )
+    arch: Literal["resnet10", "resnet18", "resnet34", "resnet50"] = setting("resnet50", "of the network in `weights`")
+    data: DetectDataConfig
+    steps: PositiveInt = setting(24_000, "length of the training", unit="steps", source=DETECTION_SOURCE)
+    global_batch_size: PositiveInt = setting(16, "over all ranks", unit="images", source=DETECTION_SOURCE)
+    lr: float = setting(0.02, "after the warm-up, at any batch size", source=DETECTION_SOURCE, gt=0)
+    warmup_steps: int = setting(100, "the rate grows linearly", unit="steps", source=DETECTION_SOURCE, ge=0)
+    milestones: tuple[PositiveInt, ...] = setting(
+        (18_000, 22_000), "steps at which the rate is multiplied by 0.1", unit="steps", source=DETECTION_SOURCE
+    )
+    sgd_momentum: float = setting(0.9, "of SGD", ge=0, lt=1)
+    weight_decay: float = setting(1e-4, "of SGD, on all but BatchNorm", ge=0)
+    short_sides: tuple[Annotated[int, Field(ge=32, le=4096)], ...] = setting(
+        tuple(range(480, 801, 32)), "in training, one of them for each image; in the test, the largest", unit="pixels",
+        source="v1 sec. 4.2.1", min_length=1,
+    )
+    seed: int = setting(0, "of the detector's weights, the order of images, flips, sizes and sampled boxes",
+                        ge=0, lt=2**31)
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto takes CUDA where there is a GPU")
+    tracking: Literal["mlflow", "none"] = setting("mlflow", "mlflow: a child of the pre-training's run")
+
+    @model_validator(mode="after")
+    def _one_backbone(self) -> "DetectConfig":
+        if (self.run_dir is None) == (self.weights is None):
+            raise ValueError("give either run_dir, the folder of a run, or weights, a file of weights")
+        return self

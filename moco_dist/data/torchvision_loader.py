@@ -20,6 +20,7 @@ from moco_dist.data.datasets import ImageFolder, read_bytes
 from moco_dist.data.decode import CropsFor, cut
 from moco_dist.data.jobs import JobOf, with_successors
 from moco_dist.distributed.world import World
+from moco_dist.errors import UserError
 
 T = TypeVar("T")
 
@@ -84,7 +85,7 @@ def batches_from_workers(
     source: Source, job_of: JobOf[T], numbers: range, size: int, data: DataConfig | EvalDataConfig, world: World
 ) -> Iterator[T]:
     """The batches of `numbers`, in pinned memory where there is a GPU, from `data.num_workers` processes."""
-    batches = iter(
+    return batches_of(
         DataLoader(
             Batches(source, job_of, size, data.on_error),
             batch_size=None,
@@ -92,18 +93,30 @@ def batches_from_workers(
             num_workers=data.num_workers,
             pin_memory=world.device != "cpu",
             prefetch_factor=data.prefetch_batches if data.num_workers else None,
-            worker_init_fn=_leave_signals_to_the_rank,
+            worker_init_fn=leave_signals_to_the_rank,
         )
     )
+
+
+def batches_of(loader: DataLoader) -> Iterator:
+    """A loader's batches; its workers end with them.
+
+    Raises:
+        UserError: a worker's, as it was: torch puts the worker's traceback before its text.
+    """
+    batches = iter(loader)
     try:
         yield from batches
+    except UserError as error:
+        text = str(error).rstrip().rpartition(f".{type(error).__name__}: ")[2]
+        raise type(error)(text) from error
     finally:
         # After an error the traceback holds the iterator, and when both are collected together its queues go first:
         # workers never hear that they may end, and torch waits many seconds for each of them.
         getattr(batches, "_shutdown_workers", lambda: None)()
 
 
-def _leave_signals_to_the_rank(worker: int) -> None:
+def leave_signals_to_the_rank(worker: int) -> None:
     """Slurm and torchrun signal a rank's whole process group; its last steps still need their batches.
 
     A worker ends when its rank closes the loader, or is gone.

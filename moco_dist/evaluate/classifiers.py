@@ -6,7 +6,6 @@ Recipe number 0 is the published one, on every training image. The others leave 
 which the best of them is chosen: never by the validation images, whose accuracy is the result.
 """
 
-import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
@@ -27,7 +24,7 @@ from moco_dist.distributed.collectives import all_gather, all_reduce_sum
 from moco_dist.distributed.world import World
 from moco_dist.errors import UserError
 from moco_dist.evaluate.features import Features
-from moco_dist.evaluate.subject import write_atomically
+from moco_dist.evaluate.progress import load_progress, save_progress
 
 CURVE_POINTS = 20
 # Epoch to its batches: features (B, D) on the device, the same on all ranks, and the B numbers of their images.
@@ -121,7 +118,7 @@ def train_classifiers(
     sgd = torch.optim.SGD(groups, lr=config.lr, momentum=config.sgd_momentum)
     is_left_out = held_out(train_labels, config.sweep.held_out_share, config.seed)
     labels = torch.from_numpy(train_labels).to(device)
-    curve = _load_progress(progress, classifiers, sgd) if progress else []
+    curve = load_progress(progress, classifiers, sgd) if progress else []
     accuracy = top_accuracies(classifiers.heads[0], val, world)
     for epoch in range(len(curve), config.epochs):
         decay = 0.1 ** sum(epoch >= milestone for milestone in config.milestones)
@@ -143,7 +140,7 @@ def train_classifiers(
             accuracy = top_accuracies(classifiers.heads[0], val, world)
             curve[-1]["top1"] = accuracy["linear_top1"]
         if progress and world.is_main:
-            _save_progress(progress, classifiers, sgd, curve)
+            save_progress(progress, classifiers, sgd, curve)
     if progress and world.is_main:
         progress.unlink(missing_ok=True)
     outcome = Outcome(accuracy, curve, per_class_accuracy(classifiers.heads[0], val, num_classes, world), [])
@@ -223,24 +220,3 @@ def per_class_accuracy(classifier: nn.Module, val: Features, num_classes: int, w
         counts += torch.stack([right.bincount(minlength=num_classes), labels.bincount(minlength=num_classes)])
     right, total = all_reduce_sum(counts, world).double()
     return (100 * right / total).tolist()
-
-
-def _save_progress(path: Path, module: nn.Module, sgd: torch.optim.SGD, curve: list[dict[str, float]]) -> None:
-    tensors = dict(module.state_dict())
-    for name, parameter in module.named_parameters():
-        tensors |= {f"{name}.{key}": value for key, value in sgd.state[parameter].items() if value is not None}
-    content = safetensors.torch.save(tensors, metadata={"curve": json.dumps(curve)})
-    write_atomically(path, content)
-
-
-def _load_progress(path: Path, module: nn.Module, sgd: torch.optim.SGD) -> list[dict[str, float]]:
-    """Fill classifiers and SGD; returns the curve so far, empty where there is no such file."""
-    if not path.is_file():
-        return []
-    with safetensors.safe_open(path, "pt", device=str(next(module.parameters()).device)) as file:
-        for name, parameter in module.named_parameters():
-            parameter.data.copy_(file.get_tensor(name))
-            for key in file.keys():  # noqa: SIM118, it is no dict
-                if key.startswith(f"{name}."):
-                    sgd.state[parameter][key.removeprefix(f"{name}.")] = file.get_tensor(key)
-        return json.loads(file.metadata()["curve"])

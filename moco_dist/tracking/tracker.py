@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from tqdm import tqdm
 
 from moco_dist.config import PretrainConfig
-from moco_dist.config_evaluate import EvalConfig
+from moco_dist.config_evaluate import DetectConfig, EvalConfig
 from moco_dist.config_source import flatten
 from moco_dist.distributed.world import World
 from moco_dist.errors import Preempted, UserError
@@ -81,15 +81,15 @@ class Tracker:
         return cls(outbox, run_dir)
 
     @classmethod
-    def for_evaluation(cls, config: EvalConfig, command: str, encoder: str) -> "Tracker":
+    def for_evaluation(cls, config: EvalConfig | DetectConfig, command: str, encoder: str) -> "Tracker":
         """A new child of the pre-training's run; does nothing where that was not tracked.
 
         Args:
             config: its settings are the child's parameters; `run_dir` is the folder of the pre-training.
-            command: `knn` or `linear`.
+            command: `knn`, `linear` or `detect`.
             encoder: what gave the features.
         """
-        if config.tracking == "none":
+        if config.tracking == "none" or config.run_dir is None:
             return cls()
         begin = _begin(f"{command} {encoder}", {"evaluation": command, "encoder": encoder}, config)
         return cls._beside(config.run_dir, begin, ends_run=True)

@@ -13,7 +13,8 @@ from moco_dist.distributed.world import World
 from moco_dist.method.encoder import build_encoder
 from moco_dist.train import build, train_step
 
-CONFIGS = [path for path in sorted(Path("configs").glob("*.yaml")) if "linear" not in path.stem]
+EVALUATIONS = {"linear", "detection"}
+CONFIGS = [path for path in sorted(Path("configs").glob("*.yaml")) if not EVALUATIONS & set(path.stem.split("_"))]
 GROUP, SIDE = 4, 32
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from moco_dist.data.prepare import prepare_shapes
 
-OPTIONAL = ("deepspeed", "ffcv", "mlflow", "nvidia.dali", "triton", "timm", "cv2", "numba")
+OPTIONAL = ("deepspeed", "ffcv", "mlflow", "nvidia.dali", "triton", "timm", "cv2", "numba", "pycocotools")
 PROGRAM = f"""
 import sys
 from importlib.machinery import PathFinder
@@ -49,6 +49,9 @@ def test_it_trains_without_any_optional_package(tmp_path):
         assert line.startswith("error: ")
         assert package in line
         assert "pip install" in line
+    done = without_optional("detect", "--run-dir", str(tmp_path / "run"), "--data.root", str(data))
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert "pip install 'moco_dist[detection]'" in done.stderr
     done = without_optional(*tiny, "--run.dir", str(tmp_path / "tracked"))
     assert done.returncode == 2
     assert "mlflow" in done.stderr

@@ -1,0 +1,206 @@
+"""`moco-dist detect`: train Faster R-CNN on the backbone, then its average precision on the test set.
+
+A step is a function of (seed, step, rank): torchvision's detector draws short sides and sampled boxes from torch's own
+generator, which is set anew at each step. So a run goes on exactly; another number of ranks samples other boxes.
+"""
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from torchvision.models.detection import FasterRCNN
+from tqdm import tqdm
+
+from moco_dist.checkpoint import averaged
+from moco_dist.config import AugmentConfig, PretrainConfig
+from moco_dist.config_evaluate import DetectConfig
+from moco_dist.config_source import read_config
+from moco_dist.data.plan import Plan
+from moco_dist.data.torchvision_loader import batches_of, leave_signals_to_the_rank
+from moco_dist.distributed.collectives import all_reduce_sum, gather_uneven
+from moco_dist.distributed.world import World
+from moco_dist.errors import UserError
+from moco_dist.evaluate.detection.average_precision import average_precision, require_pycocotools
+from moco_dist.evaluate.detection.detector import build_detector, weight_groups
+from moco_dist.evaluate.detection.voc import Annotated, Pictures, read_sets
+from moco_dist.evaluate.progress import Curve, load_progress, save_progress
+from moco_dist.evaluate.subject import digest, write_atomically
+from moco_dist.weights import Backbone, backbone_of_run, read_backbone
+
+FLIP_PROBABILITY = 0.5
+CURVE_STEPS = 100  # one point of the loss's curve
+KEEP_STEPS = 1_000  # the training is written down
+WARMUP_START = 0.001  # share of the rate, as in detectron2
+
+Batch = list[tuple[int, Tensor]]  # an image's number, uint8 (3, H, W)
+
+
+def run_detection(config: DetectConfig, world: World) -> dict[str, Any]:
+    """Train and test, by all ranks.
+
+    Returns:
+        what was written: average precisions in percent, AP50 of each class, the loss's curve, and what it cost.
+
+    Raises:
+        UserError: there is no run or no such weights, images and annotations are not as they should be, the batch does
+            not divide, or the loss is no number any more.
+    """
+    require_pycocotools()
+    started = time.perf_counter()
+    if config.global_batch_size % world.world_size:
+        below = config.global_batch_size // world.world_size * world.world_size
+        allowed = f"{below} and {below + world.world_size} are" if below else f"{world.world_size} is"
+        raise UserError(
+            f"global_batch_size {config.global_batch_size} is not a multiple of {world.world_size} ranks; {allowed}"
+        )
+    backbone, pixels = _backbone(config)
+    data = config.data
+    train, test = (read_sets(data.root, sets, data.classes) for sets in (data.train_sets, data.test_sets))
+    if len(train) < config.global_batch_size:
+        sets, batch = ", ".join(data.train_sets), config.global_batch_size
+        raise UserError(f"{sets}: {len(train)} images, less than one batch (global_batch_size {batch})")
+    detector = build_detector(backbone, config, pixels, world)
+    out = config.run_dir / "eval" / "detection.json" if config.run_dir else _beside(config.weights)
+    progress = out.with_name(f".{out.name}_{_key(config, detector, train, world)}.safetensors")
+    curve = _train(detector, train, config, progress, world)
+    accuracy, per_class = average_precision(test, _detections(detector, test, config, world), len(data.classes))
+    seconds = time.perf_counter() - started
+    result = {
+        "step": backbone.step, "num_train": len(train), "num_test": len(test), "accuracy": accuracy,
+        "ap50_per_class": dict(zip(data.classes, per_class, strict=True)), "curve": curve, "seconds": round(seconds, 2),
+        "device_hours": round(seconds * world.world_size / 3600, 4), "config": config.model_dump(mode="json"),
+    }  # fmt: skip
+    if world.is_main:
+        write_atomically(out, json.dumps(result, indent=1).encode())
+        progress.unlink(missing_ok=True)
+    return result
+
+
+def learning_rate(config: DetectConfig, step: int) -> float:
+    """Of a step, from 0: a linear warm-up, then a tenth at each milestone."""
+    warmup = min(1.0, WARMUP_START + (1 - WARMUP_START) * step / config.warmup_steps) if config.warmup_steps else 1.0
+    return config.lr * warmup * 0.1 ** sum(step >= milestone for milestone in config.milestones)
+
+
+def _backbone(config: DetectConfig) -> tuple[Backbone, AugmentConfig]:
+    """The backbone, and the settings that have the mean and std of the pixels it was trained on."""
+    if config.run_dir is None:
+        assert config.weights is not None
+        return read_backbone(config.weights, config.arch), AugmentConfig()
+    backbone = backbone_of_run(config.run_dir)
+    return backbone, read_config(PretrainConfig, config.run_dir / "config.yaml", []).augment
+
+
+def _beside(weights: Path | None) -> Path:
+    assert weights is not None
+    return weights.with_name(f"{weights.name}.detection.json")
+
+
+def _key(config: DetectConfig, detector: nn.Module, train: Sequence[Annotated], world: World) -> str:
+    """A hash of all that the training depends on."""
+    exclude = {"run_dir": True, "weights": True, "device": True, "tracking": True,
+               "data": {"root", "num_workers", "test_sets"}}  # fmt: skip
+    images = hashlib.sha256("\n".join(item.image.stem for item in train).encode()).hexdigest()
+    facts = [digest(detector), images, world.world_size, config.model_dump(mode="json", exclude=exclude)]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+
+def _train(
+    detector: FasterRCNN, train: Sequence[Annotated], config: DetectConfig, progress: Path, world: World
+) -> Curve:
+    """The whole training, or what is left of it; returns the mean loss of every CURVE_STEPS steps."""
+    sgd = torch.optim.SGD(weight_groups(detector, config.weight_decay), lr=config.lr, momentum=config.sgd_momentum)
+    curve = load_progress(progress, detector, sgd)
+    start = int(curve[-1]["step"]) if curve else 0
+    plan = Plan(len(train), config.global_batch_size, config.seed)
+    numbers = [plan.query_indices(step, world) for step in range(start, config.steps)]
+    detector.train()
+    losses: list[float] = []
+    bar = tqdm(total=config.steps, initial=start, unit="step", disable=None if world.is_main else True, leave=False)
+    with bar:
+        for step, batch in enumerate(_batches(train, numbers, config), start):
+            torch.manual_seed(int(np.random.SeedSequence([5, config.seed, step, world.rank]).generate_state(1)[0]))
+            images, targets = _flipped(batch, train, world.device)
+            loss = torch.stack(list(detector(images, targets).values())).sum()
+            sgd.zero_grad()
+            loss.backward()
+            losses.append(_share_gradients(detector, loss.detach(), world))
+            if not math.isfinite(losses[-1]):
+                raise UserError(f"the loss is {losses[-1]} at step {step}; a lower lr or a longer warm-up may help")
+            for group in sgd.param_groups:
+                group["lr"] = learning_rate(config, step)
+            sgd.step()
+            bar.update()
+            if (step + 1) % CURVE_STEPS == 0 or step + 1 == config.steps:
+                curve.append({"step": step + 1, "loss": round(math.fsum(losses) / len(losses), 4)})
+                losses.clear()
+            if (step + 1) % KEEP_STEPS == 0 or step + 1 == config.steps:
+                detector.load_state_dict(averaged(detector, world), strict=False)  # equal already but on CPUs
+                if world.is_main:
+                    save_progress(progress, detector, sgd, curve)
+    return curve
+
+
+def _batches(
+    annotated: Sequence[Annotated], numbers: list[NDArray[np.int64]], config: DetectConfig
+) -> Iterator[Batch]:
+    return batches_of(
+        DataLoader(
+            Pictures(annotated), batch_sampler=[part.tolist() for part in numbers], collate_fn=list,
+            num_workers=config.data.num_workers, worker_init_fn=leave_signals_to_the_rank,
+        )
+    )  # fmt: skip
+
+
+def _flipped(batch: Batch, annotated: Sequence[Annotated], device: str) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+    """Images in [0, 1] and their boxes, half of them mirrored. Difficult objects are trained on, as in detectron2."""
+    images, targets = [], []
+    for (number, picture), draw in zip(batch, torch.rand(len(batch)).tolist(), strict=True):
+        image = picture.to(device).float().div_(255)
+        boxes, labels = (torch.from_numpy(x).to(device) for x in (annotated[number].boxes, annotated[number].labels))
+        if draw < FLIP_PROBABILITY:
+            image = image.flip(-1)
+            left, top, right, bottom = boxes.unbind(1)
+            boxes = torch.stack([image.shape[-1] - right, top, image.shape[-1] - left, bottom], 1)
+        images.append(image)
+        targets.append({"boxes": boxes, "labels": labels})
+    return images, targets
+
+
+def _share_gradients(detector: nn.Module, loss: Tensor, world: World) -> float:
+    """Average gradients over ranks, in place, and the loss with them; returns it."""
+    if world.world_size > 1:
+        parameters = [p for p in detector.parameters() if p.grad is not None]
+        tensors = [loss, *(p.grad for p in parameters if p.grad is not None)]
+        flat = all_reduce_sum(torch.cat([t.flatten() for t in tensors]), world) / world.world_size
+        loss, *gradients = (
+            piece.view_as(t) for piece, t in zip(flat.split([t.numel() for t in tensors]), tensors, strict=True)
+        )
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+    return loss.item()
+
+
+@torch.no_grad()
+def _detections(
+    detector: FasterRCNN, test: Sequence[Annotated], config: DetectConfig, world: World
+) -> NDArray[np.float64]:
+    """(n, 7) of all ranks' images: number, left, top, right, bottom, score, label."""
+    own = np.arange(world.rank, len(test), world.world_size)
+    size = config.global_batch_size // world.world_size
+    detector.eval()
+    found = [torch.zeros(0, 7, dtype=torch.float64, device=world.device)]
+    for batch in _batches(test, [own[i : i + size] for i in range(0, len(own), size)], config):
+        for (number, _), output in zip(batch, detector([p.to(world.device) / 255 for _, p in batch]), strict=True):
+            columns = [output["boxes"], output["scores"][:, None], output["labels"][:, None]]
+            found.append(torch.cat([torch.full_like(columns[1], number), *columns], 1).double())
+    return gather_uneven(torch.cat(found), world).cpu().numpy()

@@ -1,0 +1,208 @@
+"""`moco-dist detect` on a few generated images: a tiny backbone, a result, and no claim about accuracy."""
+
+import json
+
+import pytest
+import torch
+
+from moco_dist.cli import main
+from moco_dist.config import AugmentConfig, ModelConfig
+from moco_dist.config_evaluate import DetectConfig
+from moco_dist.distributed.world import World
+from moco_dist.evaluate.detection import detector as detector_module
+from moco_dist.evaluate.detection import run as detection_run
+from moco_dist.evaluate.detection.detector import build_detector, weight_groups
+from moco_dist.evaluate.detection.run import learning_rate, run_detection
+from moco_dist.evaluate.detection.voc import Pictures, read_sets
+from moco_dist.method.encoder import build_encoder
+from moco_dist.weights import read_backbone
+from tests.voc import CLASSES, make_voc
+from tests.world import run
+
+STEPS = 4
+
+
+@pytest.fixture(autouse=True)
+def small_regions(monkeypatch):
+    """2 x 2 cells of a region instead of 14 x 14: layer4 on a thousand regions is nearly all of the time."""
+    monkeypatch.setattr(detector_module, "REGION_CELLS", 2)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """VOC's folders, and the weights of an untrained ResNet-10 as another program would leave them."""
+    top = tmp_path_factory.mktemp("detect")
+    make_voc(top / "voc")
+    torch.save(build_encoder(ModelConfig(arch="resnet10"), 0).backbone.state_dict(), top / "backbone.pth")
+    return top
+
+
+def settings(folder, **more):
+    return {
+        "weights": folder / "backbone.pth", "arch": "resnet10", "steps": STEPS, "global_batch_size": 2,
+        "warmup_steps": 2, "milestones": [3], "short_sides": [48, 64], "tracking": "none", "device": "cpu",
+        "data": {"root": folder / "voc", "train_sets": ["trainval"], "test_sets": ["test"], "classes": CLASSES,
+                 "num_workers": 0}, **more,
+    }  # fmt: skip
+
+
+def config_of(folder, **more):
+    return DetectConfig.model_validate(settings(folder, **more))
+
+
+def words_of(folder, *more):
+    flags = settings(folder)
+    flags |= {f"data.{name}": value for name, value in flags.pop("data").items()}
+    words = ["detect"]
+    for name, value in flags.items():
+        words += [f"--{name}", json.dumps(value) if isinstance(value, list | tuple) else str(value)]
+    return [*words, *more]
+
+
+def test_the_detector_is_r50_c4(folder):
+    config = config_of(folder)
+    backbone = read_backbone(config.weights, "resnet10")
+    detector = build_detector(backbone, config, AugmentConfig(), World())
+    for name in ("conv1.weight", "layer3.0.bn1.running_mean"):
+        assert torch.equal(detector.backbone.state_dict()[name], backbone.tensors[name])
+    assert torch.equal(detector.roi_heads.box_head.layer4[0].conv1.weight, backbone.tensors["layer4.0.conv1.weight"])
+    detector.eval()
+    with torch.no_grad():
+        assert detector.backbone(torch.zeros(1, 3, 64, 96)).shape == (1, 256, 4, 6)  # stride 16
+        assert detector.roi_heads.box_head(torch.zeros(5, 256, 14, 14)).shape == (5, 512)
+    assert detector.rpn.anchor_generator.num_anchors_per_location() == [15]
+    decayed, norms = (group["params"] for group in weight_groups(detector, 1e-4))
+    assert len(decayed) + len(norms) == len(list(detector.parameters()))
+    assert all(p.ndim == 1 for p in norms)
+
+
+def test_the_rate_warms_up_and_falls(folder):
+    config = config_of(folder, warmup_steps=100, milestones=[200, 300])
+    assert learning_rate(config, 0) == pytest.approx(0.02 / 1000)
+    assert learning_rate(config, 50) == pytest.approx(0.02 * 0.5005)
+    assert [learning_rate(config, step) for step in (100, 200, 300)] == pytest.approx([0.02, 0.002, 0.0002])
+
+
+def test_the_command(folder, capsys):
+    assert main(words_of(folder)) == 0
+    result = json.loads((folder / "backbone.pth.detection.json").read_text())
+    ap50, ap, ap75 = (result["accuracy"][f"detection_{name}"] for name in ("ap50", "ap", "ap75"))
+    assert capsys.readouterr().out == f"AP50 {ap50:.2f}  AP {ap:.2f}  AP75 {ap75:.2f} %, on 5 images\n"
+    assert 0 <= ap75 <= ap50 <= 100
+    assert (result["num_train"], result["num_test"]) == (8, 5)
+    assert set(result["ap50_per_class"]) == set(CLASSES)
+    assert [point["step"] for point in result["curve"]] == [STEPS]
+    assert not list(folder.glob(".*.safetensors"))
+
+
+def trained(folder, monkeypatch, stop_at=None, keep=2):
+    """The curve of a training, and its detections; one that ends at `stop_at` raises."""
+    monkeypatch.setattr(detection_run, "KEEP_STEPS", keep)
+    monkeypatch.setattr(detection_run, "CURVE_STEPS", 1)
+    seen = []
+
+    def found(detector, test, config, world):
+        seen.append({name: value.clone() for name, value in detector.state_dict().items()})
+        return original(detector, test, config, world)
+
+    original = detection_run._detections
+    with monkeypatch.context() as patch:
+        patch.setattr(detection_run, "_detections", found)
+        if stop_at is not None:
+            rate = detection_run.learning_rate
+
+            def interrupted(config, step):
+                if step == stop_at:
+                    raise KeyboardInterrupt
+                return rate(config, step)
+
+            patch.setattr(detection_run, "learning_rate", interrupted)
+        result = run_detection(config_of(folder), World())
+    return result, seen[0]
+
+
+def test_it_goes_on_exactly(folder, monkeypatch):
+    whole, weights = trained(folder, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        trained(folder, monkeypatch, stop_at=3)
+    assert len(list(folder.glob(".backbone.pth.detection.json_*.safetensors"))) == 1
+    resumed, weights_resumed = trained(folder, monkeypatch)
+    assert resumed["curve"] == whole["curve"]
+    assert all(torch.equal(value, weights_resumed[name]) for name, value in weights.items())
+    assert whole["curve"][0]["loss"] != whole["curve"][-1]["loss"]
+
+
+def of_rank(world, folder):
+    detection_run.CURVE_STEPS, detector_module.REGION_CELLS = 1, 2
+    seen = []
+    original = detection_run.average_precision
+
+    def looked_at(truth, detections, num_classes):
+        seen.append(detections)
+        return original(truth, detections, num_classes)
+
+    detection_run.average_precision = looked_at
+    result = run_detection(config_of(folder), world)
+    return result["curve"], result["accuracy"], seen[0]
+
+
+@pytest.mark.slow
+def test_ranks_agree(folder):
+    (curve, accuracy, found), (other_curve, other_accuracy, other_found) = run(of_rank, 2, folder)
+    assert curve == other_curve
+    assert accuracy == other_accuracy
+    assert (found == other_found).all()
+    assert set(found[:, 0]) <= set(range(5))
+    config = json.loads((folder / "backbone.pth.detection.json").read_text())["config"]
+    assert config["global_batch_size"] == 2
+
+
+def test_a_mirrored_image_has_mirrored_boxes(folder):
+    items = read_sets(folder / "voc", ["trainval"], CLASSES)
+    torch.manual_seed(0)
+    images, targets = detection_run._flipped([Pictures(items)[0]] * 20, items, "cpu")
+    lefts = {target["boxes"][0, 0].item() for target in targets}
+    assert lefts == {0.0, 44.0}  # of 64 pixels, a box of 20
+    for picture, target in zip(images, targets, strict=True):
+        left, top, right, bottom = target["boxes"][0].int().tolist()
+        assert picture[0, top:bottom, left:right].mean() > 0.9  # it is red
+        assert target["labels"].tolist() == [1, 2, 1]
+
+
+def test_gradients_are_averaged():
+    assert run(shared_gradients, 2) == [(1.5, [3.0, 3.0], [0.5])] * 2
+
+
+def shared_gradients(world):
+    layer = torch.nn.Linear(2, 1)
+    layer.weight.grad = torch.full((1, 2), 2.0 + 2 * world.rank)
+    layer.bias.grad = torch.tensor([float(world.rank)])
+    loss = detection_run._share_gradients(layer, torch.tensor(1.0 + world.rank), world)
+    return loss, layer.weight.grad[0].tolist(), layer.bias.grad.tolist()
+
+
+def test_mistakes_are_one_line(folder, tmp_path, capsys):
+    cases = [
+        (words_of(folder, "--run-dir", str(tmp_path)), "give either run_dir"),
+        (words_of(folder, "--data.classes", "[cat, dgo]"), "has the class 'dog', which is not one of data.classes"),
+        (words_of(folder, "--global-batch-size", "16"), "trainval: 8 images, less than one batch"),
+        (words_of(folder, "--weights", str(tmp_path / "no.pth")), "is not a file"),
+        (words_of(folder, "--arch", "resnet18"), "resnet18"),
+        (words_of(folder, "--data.test-sets", "[tset]"), "did you mean test?"),
+        (words_of(folder, "--data.root", str(tmp_path)), "does not exist"),
+    ]
+    for words, says in cases:
+        assert main(words) == 2
+        error = capsys.readouterr().err
+        assert says in error, error
+        assert error.count("\n") == 1, error
+
+
+def test_a_damaged_image_is_named_by_a_worker_too(folder, tmp_path, capsys):
+    voc = make_voc(tmp_path / "voc")
+    for file in (voc / "JPEGImages").iterdir():
+        file.write_bytes(b"")
+    assert main(words_of(folder, "--data.root", str(voc), "--data.num-workers", "1")) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: cannot read image")
+    assert error.count("\n") == 1, error

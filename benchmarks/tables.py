@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.results import FOLDER
+from moco_dist.planning.table3 import as_markdown
 
 ROOT = Path(__file__).parent.parent
 PAGES = ("README.md", "docs/benchmarks.md")
@@ -110,8 +111,14 @@ def step_parts(result: Result) -> str:
     return markdown(columns, rows) + origin(result)
 
 
+def table3(result: Result) -> str:
+    """Memory and time of MoCo and the end-to-end method."""
+    facts = f"{result['arch']}, {result['image_size']} px, {result['dtype']}, K {result['queue_size']:,}.\n"
+    return f"{as_markdown(result['rows'])}\n{facts}{origin(result)}"
+
+
 TABLES: dict[str, Callable[[Result], str]] = {
-    table.__name__: table for table in (network, peer_step, step_parts, infonce, update)
+    table.__name__: table for table in (network, peer_step, step_parts, infonce, update, table3)
 }
 
 

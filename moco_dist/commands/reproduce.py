@@ -1,5 +1,6 @@
 """`moco-dist reproduce`."""
 
+import argparse
 import shlex
 from pathlib import Path
 
@@ -14,7 +15,7 @@ def main(words: list[str]) -> int:
     parser = Parser(
         "moco-dist reproduce", description="every row of a table of MoCo v2 (arXiv 2003.04297) beside the published"
     )
-    parser.add_argument("table", help=f"{', '.join(TABLES)} (Table 3, memory and time: python -m benchmarks.table3)")
+    parser.add_argument("table", help=f"{', '.join(TABLES)}, table3 (memory and time, in minutes)")
     parser.add_argument("--scale", default="full", help="full: as published; small: Fashion-MNIST, minutes [full]")
     parser.add_argument("--seeds", default="0", help="one run of each row for each, e.g. 0,1,2 [0]")
     parser.add_argument("--ranks", type=int, default=1, help="processes on this machine, one a GPU [1]")
@@ -25,9 +26,8 @@ def main(words: list[str]) -> int:
                         help=f"small: epochs for each 200 of the row [{SMALL_EPOCHS}]")  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="print the commands, for a launcher or by hand")
     args = parser.parse_args(words)
-    if args.table == "table3":
-        raise UserError("table3 is memory and time, which is a benchmark: python -m benchmarks.table3")
-    for given, allowed, name in ((args.table, TABLES, "table"), (args.scale, ("full", "small"), "--scale")):
+    tables = (*TABLES, "table3")
+    for given, allowed, name in ((args.table, tables, "table"), (args.scale, ("full", "small"), "--scale")):
         if given not in allowed:
             raise UserError(f"{name} {given!r} is not one of {', '.join(allowed)}{nearest(given, allowed)}")
     seeds = args.seeds.split(",")
@@ -37,6 +37,9 @@ def main(words: list[str]) -> int:
         raise UserError("--ranks and --small-epochs are at least 1")
 
     out = args.out or Path("runs") / f"{args.table}_{args.scale}"
+    if args.table == "table3":
+        _write(_table3(args), out / "table3.md")
+        return 0
     jobs = jobs_of(
         args.table, args.scale, [int(seed) for seed in seeds], out, args.configs, args.data_root, args.small_epochs
     )
@@ -48,8 +51,31 @@ def main(words: list[str]) -> int:
     try:
         run_jobs(jobs, args.ranks)
     finally:
-        table = as_markdown(jobs, args.scale)
-        out.mkdir(parents=True, exist_ok=True)
-        (out / f"{args.table}.md").write_text(table, encoding="utf-8")
-        print(f"\n{table}\ntable: {out / f'{args.table}.md'}")
+        _write(as_markdown(jobs, args.scale), out / f"{args.table}.md")
     return 0
+
+
+def _table3(args: argparse.Namespace) -> str:
+    """Memory and time, measured here and now.
+
+    Raises:
+        UserError: `--ranks` or `--dry-run` was given.
+    """
+    from moco_dist.distributed.world import world_from_env
+    from moco_dist.planning.calibrate import hardware
+    from moco_dist.planning.table3 import LOCAL_BATCHES, RANKS, ROUNDS, STEPS, as_markdown, configs_of, measure
+
+    if args.ranks > 1 or args.dry_run:
+        raise UserError(f"table3 times one rank with its share of a batch of {RANKS}, without --ranks and --dry-run")
+    world = world_from_env("auto")
+    overlays = [args.configs / "reproduce_small.yaml"] if args.scale == "small" else []
+    configs = configs_of(args.configs, overlays, ["--run.device", world.device.split(":")[0]])
+    model, side = configs["MoCo"].model.arch, configs["MoCo"].data.image_size
+    rows = measure(configs, LOCAL_BATCHES, world.device, STEPS, ROUNDS)
+    return f"{as_markdown(rows)}\nOurs: {model}, {side} px, on {hardware(world)}. Published: 8 V100, fp32.\n"
+
+
+def _write(table: str, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(table, encoding="utf-8")
+    print(f"\n{table}\ntable: {path}")

@@ -112,6 +112,11 @@ class Step:
                     break
         return {"step": statistics.median(wholes), **{name: statistics.median(p) for name, p in parts.items()}}
 
+    def seconds(self, steps: int) -> float:
+        """Median seconds of `steps` steps after the warm-up; the device is waited for after each."""
+        readings = [self._timed(lambda: self._step(self._engine)) for _ in range(WARM_UP_STEPS + steps)]
+        return statistics.median(readings[WARM_UP_STEPS:])
+
     def _step(self, engine: Engine, marks: "Marks | None" = None) -> None:
         mark = marks.part if marks else _unmarked
         with mark("colours"):

@@ -10,6 +10,7 @@ from moco_dist.cli import main
 from moco_dist.config import PretrainConfig
 from moco_dist.config_source import read_config
 from moco_dist.data.prepare import prepare_shapes
+from moco_dist.planning import table3
 from moco_dist.reproduce import TABLES, as_markdown, jobs_of
 
 SMALL = ["--scale", "small", "--small-epochs", "1"]
@@ -73,10 +74,24 @@ def test_seeds_are_averaged(tmp_path):
     assert row.startswith("| MoCo v1 | 60.6 | 61.00 ± 1.00 (3 seeds) | +0.40 |")
 
 
+def test_memory_and_time_stand_beside_the_published(tmp_path, monkeypatch, capsys):
+    def measure(configs, batches, device, steps, rounds):
+        assert {method: config.method for method, config in configs.items()} == {"MoCo": "moco", "end to end": "simclr"}
+        return [{"method": m, "local_batch": 32, "peak_bytes": 4e9, "step_seconds": 0.5} for m in configs]
+
+    monkeypatch.setattr(table3, "measure", measure)
+    for scale, network in (("full", "resnet50, 224 px"), ("small", "resnet10, 28 px")):
+        assert main(["reproduce", "table3", "--scale", scale, "--out", str(tmp_path)]) == 0
+        table = (tmp_path / "table3.md").read_text()
+        assert table in capsys.readouterr().out
+        assert "| MoCo | 32 | 256 | 4.00 | 1.00 | 0.500 | 1.00 | 5.0 | 53 |" in table
+        assert network in table
+
+
 def test_mistakes_are_one_line(capsys):
     cases = [
         (["table9"], "did you mean table"),
-        (["table3"], "python -m benchmarks.table3"),
+        (["table3", "--ranks", "8"], "times one rank"),
         (["table1", "--scale", "smal"], "did you mean small?"),
         (["table1", "--seeds", "a,b"], "not a list of whole numbers"),
         (["table1", "--ranks", "0"], "at least 1"),

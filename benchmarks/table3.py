@@ -1,0 +1,46 @@
+"""Memory and time of MoCo against the end-to-end method, at several batch sizes: Table 3 of MoCo v2.
+
+    python -m benchmarks.table3 [--arch resnet50] [--image-size 224] [--batches 32 128 512] [--quick]
+
+The same measurement as `moco-dist reproduce table3` (moco_dist/planning/table3.py): one rank with its share of the
+batch of 8, each method and batch in a process of its own, in turn. On a CPU smaller images and batches by default.
+--quick: seconds, no result.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from benchmarks import results
+from moco_dist.method.precision import compute_dtype
+from moco_dist.planning.table3 import LOCAL_BATCHES, ROUNDS, STEPS, as_markdown, configs_of, measure
+
+CPU_SIDE, CPU_BATCHES = 64, (32, 64, 128)
+
+
+def main() -> None:
+    """Measure and write the results file."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    is_cpu = device == "cpu"
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", default="resnet50")
+    parser.add_argument("--image-size", type=int, default=CPU_SIDE if is_cpu else 224)
+    parser.add_argument("--batches", type=int, nargs="+", default=CPU_BATCHES if is_cpu else LOCAL_BATCHES)
+    parser.add_argument("--quick", action="store_true")
+    args = parser.parse_args()
+    if args.quick:
+        args.arch, args.image_size, args.batches = "resnet10", 32, [32]
+    flags = ["--model.arch", args.arch, "--data.image-size", str(args.image_size), "--run.device", device]
+    configs = configs_of(Path("configs"), flags=flags)
+    rows = measure(configs, args.batches, device, 1 if args.quick else STEPS, 1 if args.quick else ROUNDS)
+    print(as_markdown(rows))
+    if not args.quick:
+        dtype = str(compute_dtype(configs["MoCo"].optim.precision, device)).removeprefix("torch.")
+        queue_size = configs["MoCo"].moco.queue_size
+        results.write("table3", rows, arch=args.arch, image_size=args.image_size, dtype=dtype, queue_size=queue_size,
+                      threads=torch.get_num_threads())  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""Memory and time beside the published numbers."""
+
+import pytest
+import torch
+
+from moco_dist.config import PretrainConfig
+from moco_dist.planning import table3
+from moco_dist.planning.table3 import as_markdown, measure
+
+
+def rows_of(*values):
+    return [
+        {"method": method, "local_batch": batch, "peak_bytes": peak, "step_seconds": seconds}
+        for method, batch, peak, seconds in values
+    ]
+
+
+def test_ours_beside_the_published():
+    rows = rows_of(("MoCo", 32, 4e9, 0.2), ("end to end", 32, 6e9, 0.25), ("MoCo", 512, 30e9, 2.0),
+                   ("end to end", 512, None, None))  # fmt: skip
+    table = as_markdown(rows).splitlines()
+    assert table[2] == "| MoCo | 32 | 256 | 4.00 | 1.00 | 0.200 | 1.00 | 5.0 | 53 |"
+    assert table[3] == "| end to end | 32 | 256 | 6.00 | 1.50 | 0.250 | 1.25 | 7.4 | 65 |"
+    assert table[4] == "| MoCo | 512 | 4,096 | 30.00 | 1.00 | 2.000 | 1.00 | – | – |"
+    assert table[5] == "| end to end | 512 | 4,096 | does not fit | – | does not fit | – | 93 (est.) | – |"
+    assert as_markdown(rows_of(("MoCo", 32, None, None), ("end to end", 32, 6e9, 1.0))).count("does not fit") == 2
+
+
+def test_methods_take_turns_and_one_that_does_not_fit_is_tried_once(monkeypatch):
+    calls = []
+
+    def alone(config, batch, steps, device):
+        calls.append((config, batch))
+        return None if (config, batch) == ("e", 64) else (len(calls), 1.0)
+
+    monkeypatch.setattr(table3, "_alone", alone)
+    rows = measure({"MoCo": "m", "end to end": "e"}, [32, 64], "cpu", 1, 2)
+    assert calls == [("m", 32), ("e", 32), ("m", 64), ("e", 64), ("m", 32), ("e", 32), ("m", 64)]
+    assert [row["peak_bytes"] for row in rows] == [5, 6, 7, None]
+
+
+def out_of_memory(*args):
+    raise torch.OutOfMemoryError("of a GPU")
+
+
+@pytest.mark.slow
+def test_a_real_measurement(monkeypatch):
+    """Activations of two views instead of one, and of no key encoder: end to end takes more."""
+    values = {
+        "run": {"dir": "r", "device": "cpu"}, "data": {"root": "r", "image_size": 64},
+        "model": {"arch": "resnet10", "bn_group_size": 32}, "moco": {"queue_size": 1024},
+        "optim": {"global_batch_size": 32},
+    }  # fmt: skip
+    configs = {
+        name: PretrainConfig.model_validate({**values, "method": method})
+        for name, method in (("MoCo", "moco"), ("end to end", "simclr"))
+    }
+    moco, end_to_end = measure(configs, [64], "cpu", 1, 1)
+    assert moco["step_seconds"] > 0
+    assert end_to_end["peak_bytes"] > 1.1 * moco["peak_bytes"] > 0
+    monkeypatch.setattr(table3, "_measured", out_of_memory)
+    assert measure(configs, [32], "cpu", 1, 1)[0]["peak_bytes"] is None

@@ -121,5 +121,6 @@ def leave_signals_to_the_rank(worker: int) -> None:
 
     A worker ends when its rank closes the loader, or is gone.
     """
+    signal.set_wakeup_fd(-1)  # the rank's, through which it hears of its own
     for signum in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(signum, signal.SIG_IGN)

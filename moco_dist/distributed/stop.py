@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from moco_dist.distributed.world import World
 EXIT_AT_ONCE = 143  # as SIGTERM without a handler
 CHECK_EVERY_STEPS = 4
 SAVE, STOP = 1, 2
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 SAME_SIGNAL_SECONDS = 5  # schedulers and torchrun may both forward one signal
 
 
@@ -31,14 +33,21 @@ class StopRequest:
         self._asked_at = 0.0
         self._word = torch.zeros(1, dtype=torch.uint8)
         self._pending: Any = None
-        for signum in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            signal.signal(signum, self._on_signal)
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        for signum in SIGNALS:
+            signal.signal(signum, lambda *_: None)
+        threading.Thread(target=self._listen, args=(reader,), daemon=True).start()
 
-    def _on_signal(self, signum: int, frame: object) -> None:
-        now = time.monotonic()
-        if self._asked_at and now - self._asked_at > SAME_SIGNAL_SECONDS:
-            os._exit(EXIT_AT_ONCE)
-        self._asked_at = self._asked_at or now
+    def _listen(self, reader: int) -> None:
+        """The thread that hears signals: no handler of Python's runs while the main one waits in a collective."""
+        while numbers := os.read(reader, 1):
+            if numbers[0] in SIGNALS:
+                now = time.monotonic()
+                if self._asked_at and now - self._asked_at > SAME_SIGNAL_SECONDS:
+                    os._exit(EXIT_AT_ONCE)
+                self._asked_at = self._asked_at or now
 
     def agreed(self, step: int) -> int | None:
         """SAVE, STOP or None after `step` steps: the same on all ranks. Called by all, after every step."""

@@ -4,8 +4,10 @@ import json
 import re
 import signal
 
+import psutil
 import pytest
 
+from moco_dist.distributed.stop import SAME_SIGNAL_SECONDS
 from tests.faults.processes import losses, rank_processes, wait_for_step
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
@@ -42,6 +44,23 @@ def test_one_process_alone_saves_too(start, tmp_path, signum):
     output = process.communicate()[0]
     assert process.returncode == 75, output
     assert (tmp_path / "run" / "preempted.json").is_file()
+
+
+def test_a_second_signal_ends_a_rank_at_once(start, tmp_path):
+    """In a collective that does not return, as here the other rank is frozen: no checkpoint can be made."""
+    run_dir = tmp_path / "run"
+    process = start(run_dir, "--run.peer-timeout-seconds", "120", torchrun=("--shutdown-timeout", "1"))
+    wait_for_step(process, run_dir, 2)
+    first, second = rank_processes(process)
+    second.suspend()
+    first.send_signal(signal.SIGTERM)
+    with pytest.raises(psutil.TimeoutExpired):
+        first.wait(SAME_SIGNAL_SECONDS + 1)
+    first.send_signal(signal.SIGTERM)
+    output = process.communicate()[0]
+    assert "exitcode: 143" in output or "exitcode  : 143" in output, output
+    assert not (run_dir / "preempted.json").exists()
+    assert not list(run_dir.glob("checkpoints/step_*"))
 
 
 def test_a_silent_rank_is_named(start, tmp_path):

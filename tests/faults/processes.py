@@ -38,7 +38,9 @@ def wait_for_step(process: subprocess.Popen, run_dir: Path, step: int) -> None:
 
 def rank_processes(process: subprocess.Popen) -> list[psutil.Process]:
     """The ranks under a torchrun, in order."""
-    ranks = [p for p in psutil.Process(process.pid).children() if "moco_dist" in " ".join(p.cmdline())]
+    children = psutil.Process(process.pid).children()
+    # A child that torchrun has just forked has its words and not yet its own environment.
+    ranks = [p for p in children if "moco_dist" in " ".join(p.cmdline()) and "RANK" in p.environ()]
     return sorted(ranks, key=lambda p: int(p.environ()["RANK"]))
 
 

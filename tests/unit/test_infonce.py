@@ -1,5 +1,6 @@
 """InfoNCE as attention against cat + cross_entropy in float64: value, gradient, precision, size."""
 
+import math
 import resource
 
 import pytest
@@ -37,6 +38,16 @@ def test_equals_cross_entropy_in_float64(temperature, num_keys):
     theirs = loss_and_gradient(lambda q: plain(q, k, keys, temperature), q)
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize(("temperature", "floor"), [(0.07, 0.09), (0.1, 1.69), (0.2, 6.19), (0.5, 9.11)])
+def test_the_loss_of_pairs_that_agree_in_a_random_queue(temperature, floor):
+    """Which docs/reproduce.md gives for the first steps and as the floor."""
+    q, keys = unit(8), unit(65536, seed=2)
+    loss = info_nce(q, q, q, keys, temperature, World()).item()
+    formula = math.log1p(65536 * math.exp(1 / (2 * 128 * temperature**2) - 1 / temperature))
+    assert loss == pytest.approx(formula, abs=0.02)
+    assert loss == pytest.approx(floor, abs=0.02)
 
 
 def test_float32_gradient_is_within_5e7_of_float64():

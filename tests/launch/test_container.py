@@ -49,6 +49,14 @@ def test_an_image_for_batch_jobs():
     assert all("moco_dist" not in value for _, value in order[:lock])  # code does not undo the layer of packages
 
 
+def test_every_step_is_looked_at_below():
+    """Packages of apt by their names, the lock by its hashes, the venv and the program by installing them."""
+    looked_at = ("apt-get update && apt-get install ", "python3 -m venv /opt/venv",
+                 "pip install --require-hashes --requirement requirements.lock", "pip install --no-deps ")  # fmt: skip
+    assert [step for step in values("RUN") if not step.startswith(looked_at)] == []
+    assert len(values("RUN")) == 5
+
+
 def test_the_context_is_what_is_copied():
     """.dockerignore lets in what COPY names, and no more."""
     copied = {word for value in values("COPY") if "--from" not in value for word in value.split()[:-1]}

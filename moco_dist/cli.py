@@ -17,6 +17,8 @@ COMMANDS = {  # name: its arguments, what it does, the function in moco_dist.com
     "pretrain": ("[CONFIG.yaml ...] [--section.key VALUE ...]", "pre-train an encoder by MoCo v2", "pretrain:main"),
     "knn": ("[CONFIG.yaml ...] --run-dir DIR [--key VALUE ...]", "nearest-neighbour accuracy of a run", "evaluate:knn"),
     "linear": ("[CONFIG.yaml ...] --run-dir DIR [--key VALUE ...]", "linear evaluation of a run", "evaluate:linear"),
+    "finetune": ("[CONFIG.yaml ...] --run-dir DIR [--key VALUE ...]", "its network, trained further with labels",
+                 "evaluate:finetune"),
     "detect": ("CONFIG.yaml ... --run-dir DIR [--key VALUE ...]", "detection by a run's backbone (VOC)", "detect:main"),
     "report": ("RUN_DIR", "accuracy table, and a page with pictures and curves", "report:main"),
     "reproduce": ("TABLE [--scale full|small]", "the paper's tables, beside what was published", "reproduce:main"),

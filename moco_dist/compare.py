@@ -15,7 +15,7 @@ from moco_dist.config import PretrainConfig
 from moco_dist.config_source import flatten, read_config
 from moco_dist.errors import UserError, nearest
 from moco_dist.logbook import read_log
-from moco_dist.report import MISSING, evaluations, shown
+from moco_dist.report import EVALUATIONS, MISSING, evaluations, shown
 from moco_dist.tracking import client_of, page_of, without_credentials
 
 # Settings that say where a run lives, not what it is.
@@ -96,14 +96,16 @@ def run_of_folder(run_dir: Path) -> RunRecord:
     if not (run_dir / "config.yaml").is_file():
         raise UserError(f"{run_dir} is not the folder of a run: it has no config.yaml")
     config = read_config(PretrainConfig, run_dir / "config.yaml", [])
-    found = {kind: evaluations(run_dir).get((kind, "trained"), {}).get("accuracy", {}) for kind in ("knn", "linear")}
+    found = evaluations(run_dir)
+    accuracy = {}
+    for kind in EVALUATIONS:
+        accuracy |= found.get((kind, "trained"), {}).get("accuracy", {})
     saved = checkpoint.complete_checkpoints(run_dir)
     world_size = checkpoint.read_manifest(saved[-1])["world_size"] if saved else 0
     settings = {name: without_credentials(shown(value)) for name, value in flatten(config).items()}
     return RunRecord(
-        run_dir.resolve().name, settings, read_log(run_dir), {**found["knn"], **found["linear"]}, world_size,
-        page_of(run_dir),
-    )  # fmt: skip
+        run_dir.resolve().name, settings, read_log(run_dir), accuracy, world_size, page_of(run_dir)
+    )
 
 
 def runs_of_experiment(name: str, uri: str) -> list[RunRecord]:
@@ -158,7 +160,7 @@ def compare(records: list[RunRecord]) -> Comparison:
     ]  # fmt: skip
     accuracies = [
         name for name in dict.fromkeys(name for record in records for name in record.accuracy)
-        if name in ("knn_top1_k20", "linear_top1", "linear_best_top1")
+        if name in ("knn_top1_k20", "linear_top1", "linear_best_top1", "finetune_top1")
     ]  # fmt: skip
     heads = ["run", *keys, "steps", "loss", *(f"{name} %" for name in accuracies), "images/s", "device hours"]
     rows = []

@@ -1,6 +1,6 @@
-"""The schema of every setting of `moco-dist knn`, `linear` and `detect`; see `config`.
+"""The schema of every setting of `moco-dist knn`, `linear`, `finetune` and `detect`; see `config`.
 
-Sources: v1 = MoCo (arXiv 1911.05722).
+Sources: v1 = MoCo (arXiv 1911.05722); OpenSelfSup = its benchmark of semi-supervised classification, which has MoCo v2.
 """
 
 from pathlib import Path
@@ -51,7 +51,7 @@ class EvalConfig(Section):
         "raw pixels of the crop", min_length=1,
     )
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto takes CUDA where there is a GPU")
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = setting("auto", "autocast of the frozen encoder")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = setting("auto", "autocast of the encoder")
     data: EvalDataConfig = EvalDataConfig()
     transfer: TransferConfig = TransferConfig()
     tracking: Literal["mlflow", "none"] = setting("mlflow", "mlflow: a child of the pre-training's run")
@@ -98,6 +98,34 @@ class LinearConfig(EvalConfig):
         (0.08, 1.0), "augmented: random resized crop's range of the share of the area"
     )
     sweep: SweepConfig = SweepConfig()
+    seed: int = setting(0, "of the classifier's weights, the order of samples and the crops", ge=0, lt=2**31)
+
+
+class FinetuneConfig(EvalConfig):
+    """`moco-dist finetune`: the whole network trained with labels, from the pre-trained weights."""
+
+    encoders: tuple[Literal["trained", "untrained"], ...] = setting(
+        ("trained",), "what the training starts from: the run's query encoder, or the same network before training",
+        min_length=1,
+    )
+    epochs: PositiveInt = setting(20, "length of the training", unit="epochs", source="OpenSelfSup")
+    global_batch_size: PositiveInt = setting(
+        256, "over all ranks; a rank's share is whole BN groups of the pre-training's size", unit="samples",
+        source="OpenSelfSup",
+    )
+    backbone_lr: float = setting(0.01, "of the pre-trained weights, at the start", source="OpenSelfSup", gt=0)
+    classifier_lr: float = setting(1.0, "of the new linear layer, at the start", source="OpenSelfSup", gt=0)
+    milestones: tuple[PositiveInt, ...] = setting(
+        (12, 16), "epochs at which both rates are multiplied by lr_decay", unit="epochs", source="OpenSelfSup"
+    )
+    lr_decay: float = setting(0.2, "factor at a milestone", source="OpenSelfSup", gt=0, le=1)
+    sgd_momentum: float = setting(0.9, "of SGD", source="OpenSelfSup", ge=0, lt=1)
+    weight_decay: float = setting(
+        1e-4, "of SGD, on every parameter; 5e-4 with 1 % of the labels", source="OpenSelfSup", ge=0
+    )
+    crop_scale: tuple[Probability, Probability] = setting(
+        (0.08, 1.0), "random resized crop's range of the share of the area", source="OpenSelfSup"
+    )
     seed: int = setting(0, "of the classifier's weights, the order of samples and the crops", ge=0, lt=2**31)
 
 

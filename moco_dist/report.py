@@ -24,7 +24,8 @@ from moco_dist.provenance import package_versions
 from moco_dist.tracking import without_credentials
 
 ROWS = {"pixels": "raw pixels", "untrained": "untrained", "trained": "pre-trained"}
-EVALUATIONS = {"knn": "kNN", "linear": "linear"}
+EVALUATIONS = {"knn": "kNN", "linear": "linear", "finetune": "fine-tuning"}
+ALWAYS_SHOWN = ("knn", "linear")
 MISSING = "–"
 THUMBNAIL_PIXELS = 128
 
@@ -111,9 +112,33 @@ def write_report(run_dir: Path, view_pairs: Tensor | None = None, neighbours: li
 
 
 def evaluations(run_dir: Path) -> dict[tuple[str, str], dict[str, Any]]:
-    """(`knn` or `linear`, encoder) to what RUN/eval has of it."""
-    paths = {(kind, e): run_dir / "eval" / f"{kind}_{e}.json" for kind in EVALUATIONS for e in ROWS}
-    return {key: json.loads(p.read_text(encoding="utf-8")) for key, p in paths.items() if p.is_file()}
+    """What RUN/eval has, by (`knn`, `linear` or `finetune`, encoder).
+
+    Where a part of the labels or of the head was used, the first says so: `finetune_labels0.01`.
+    """
+    name = re.compile(rf"({'|'.join(EVALUATIONS)})_({'|'.join(ROWS)})((?:_labels[^_]+)?(?:_head\d+)?)")
+    found = {}
+    for path in sorted((run_dir / "eval").glob("*.json")):
+        if match := name.fullmatch(path.stem):
+            found[match[1] + match[3], match[2]] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def _kinds(found: dict[tuple[str, str], dict[str, Any]]) -> list[str]:
+    """The columns: those that are always there, then those of which there is a result; as `evaluations` calls them."""
+    return list(dict.fromkeys([*ALWAYS_SHOWN, *(kind for kind, _ in found)]))
+
+
+def _title(kind: str) -> str:
+    """`finetune_labels0.01` as `fine-tuning, 1 % of labels`."""
+    base, *parts = kind.split("_")
+    words = [EVALUATIONS[base]]
+    for part in parts:
+        if part.startswith("labels"):
+            words.append(f"{100 * float(part.removeprefix('labels')):g} % of labels")
+        else:
+            words.append(f"{part.removeprefix('head')} layer(s) of the head")
+    return ", ".join(words)
 
 
 def _accuracies(run_dir: Path) -> AccuracyTable:
@@ -121,17 +146,18 @@ def _accuracies(run_dir: Path) -> AccuracyTable:
     names = {name for (kind, _), result in found.items() if kind == "knn" for name in result["accuracy"]}
     # k = 20 is where MoCo v2 on ImageNet is best; one k for all rows, or they could not be compared.
     knn = "knn_top1_k20" if "knn_top1_k20" in names or not names else min(names, key=_k)
-    columns = {"knn": knn, "linear": "linear_top1"}
+    kinds = _kinds(found)
 
     def accuracy(kind: str, encoder: str) -> float | None:
-        return found.get((kind, encoder), {}).get("accuracy", {}).get(columns[kind])
+        base = kind.partition("_")[0]
+        return found.get((kind, encoder), {}).get("accuracy", {}).get(knn if base == "knn" else f"{base}_top1")
 
-    table = {encoder: [accuracy(kind, encoder) for kind in EVALUATIONS] for encoder in ROWS}
+    table = {encoder: [accuracy(kind, encoder) for kind in kinds] for encoder in ROWS}
     rows = [(ROWS[e], [MISSING if a is None else f"{a:.2f}" for a in values]) for e, values in table.items()]
     gains = [None if a is None or b is None else a - b for a, b in zip(*(table[e] for e in ("trained", "untrained")),
                                                                      strict=True)]
     rows.append((f"{ROWS['trained']} − {ROWS['untrained']}", [MISSING if g is None else f"{g:+.2f}" for g in gains]))
-    heads = [f"kNN top-1 %, k = {_k(knn)}", "linear top-1 %"]
+    heads = [f"{_title(k)} top-1 %" + (f", k = {_k(knn)}" if k.startswith("knn") else "") for k in kinds]
     return AccuracyTable(heads, rows, _notes(found))
 
 
@@ -142,19 +168,19 @@ def _k(name: str) -> int:
 def _notes(found: dict[tuple[str, str], dict[str, Any]]) -> list[str]:
     """How many images and which step the numbers stand for, and what spoils the comparison."""
     notes = []
-    for kind in EVALUATIONS:
+    for kind in _kinds(found):
         sizes = {(r["num_train"], r["num_val"]) for (k, _), r in found.items() if k == kind}
         parts = [f"{train:,} training and {val:,} test images" for train, val in sorted(sizes)]
         if parts:
             caution = " (the rows differ and cannot be compared)" if len(parts) > 1 else ""
-            notes.append(f"{EVALUATIONS[kind]}: {'; '.join(parts)}{caution}")
+            notes.append(f"{_title(kind)}: {'; '.join(parts)}{caution}")
     steps: dict[str, int] = {kind: r["step"] for (kind, encoder), r in found.items() if encoder == "trained"}
     if steps:
         same = len(set(steps.values())) == 1
-        each = [f"{EVALUATIONS[kind]} at step {step:,}" for kind, step in steps.items()]
+        each = [f"{_title(kind)} at step {step:,}" for kind, step in steps.items()]
         text = f"step {max(steps.values()):,}" if same else ", ".join(each)
         notes.append(f"{ROWS['trained']}: {text}")
-    if len(found) < len(ROWS) * len(EVALUATIONS):
+    if any((kind, encoder) not in found for kind in ALWAYS_SHOWN for encoder in ROWS):
         notes.append(f"{MISSING}: not evaluated (moco-dist knn, moco-dist linear)")
     return notes
 
@@ -183,8 +209,8 @@ def _curves(
         points = [(row["step"], row[key]) for row in rows if key in row]
         return [x for x, _ in points], [y for _, y in points]
 
-    def linear(encoder: str) -> tuple[list[float], list[float]]:
-        points = [p for p in found.get(("linear", encoder), {}).get("curve") or [] if "top1" in p]
+    def trained_with_labels(kind: str, encoder: str) -> tuple[list[float], list[float]]:
+        points = [p for p in found.get((kind, encoder), {}).get("curve") or [] if "top1" in p]
         return [p["epoch"] for p in points], [p["top1"] for p in points]
 
     is_moco = config.method == "moco"
@@ -198,8 +224,12 @@ def _curves(
         ("top-1 during training, %", "step", {"kNN": logged("knn_top1"), "linear probe": logged("probe_top1")}, None),
         ("spread of the embeddings", "step", {"std": logged("embedding_std")}, (0.0, "0: collapsed")),
         ("images per second", "step", {"images/s": logged("images_per_second")}, None),
-        ("linear evaluation: top-1, %", "epoch", {ROWS[e]: linear(e) for e in reversed(ROWS)}, None),
-    ]
+        ("linear evaluation: top-1, %", "epoch",
+         {ROWS[e]: trained_with_labels("linear", e) for e in reversed(ROWS)}, None),
+        *((f"{_title(kind)}: top-1, %", "epoch",
+           {ROWS[e]: trained_with_labels(kind, e) for e in reversed(ROWS)}, None)
+          for kind in _kinds(found) if kind.startswith("finetune")),
+    ]  # fmt: skip
     pictures = []
     for title, x_label, series, reference in charts:
         series = {label: points for label, points in series.items() if points[0]}

@@ -10,11 +10,12 @@ from pathlib import Path
 
 from moco_dist.commands.arguments import Parser, require_positive
 from moco_dist.config import PretrainConfig
-from moco_dist.config_evaluate import LinearConfig
+from moco_dist.config_evaluate import FinetuneConfig, LinearConfig
 from moco_dist.config_source import read_config, read_yaml
 from moco_dist.errors import UserError
 
 EXIT_ERRORS = 1
+FINETUNE_KEYS = {"backbone_lr", "classifier_lr", "lr_decay"}
 LINEAR_KEYS = {"run_dir", "lr", "milestones", "features", "transfer", "sweep"}
 NOTHING_GIVEN = ["--run.dir", "runs/doctor", "--data.root", "data"]
 
@@ -42,10 +43,13 @@ def main(words: list[str]) -> int:
         return _print(logs.run(args.run))
     files = [Path(word) for word in itertools.takewhile(lambda word: not word.startswith("-"), rest)]
     flags = rest[len(files) :]
-    if files and LINEAR_KEYS & set(read_yaml(files[0])):
-        if is_planned:
-            raise UserError("--nodes and --gpus-per-node: sizes of a linear evaluation do not depend on them")
-        needed = [] if "run_dir" in read_yaml(files[0]) else ["--run-dir", "runs/doctor"]
+    given = set(read_yaml(files[0])) if files else set()
+    if is_planned and (FINETUNE_KEYS | LINEAR_KEYS) & given:
+        raise UserError("--nodes and --gpus-per-node are of a pre-training; an evaluation is checked without them")
+    needed = [] if "run_dir" in given else ["--run-dir", "runs/doctor"]
+    if FINETUNE_KEYS & given:
+        return _print(settings.finetune(read_config(FinetuneConfig, files[0], [*needed, *flags], files[1:])))
+    if LINEAR_KEYS & given:
         return _print(settings.linear(read_config(LinearConfig, files[0], [*needed, *flags], files[1:])))
     try:
         config = read_config(PretrainConfig, files[0] if files else None,

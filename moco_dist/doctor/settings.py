@@ -1,7 +1,7 @@
 """Settings that are allowed, and are known not to work well: the questions that users of MoCo ask."""
 
 from moco_dist.config import PretrainConfig, size_problems
-from moco_dist.config_evaluate import LinearConfig
+from moco_dist.config_evaluate import FinetuneConfig, LinearConfig
 from moco_dist.doctor.finding import Finding, fine, problem, warning
 
 SMALL_IMAGE_PIXELS = 64
@@ -85,6 +85,16 @@ def linear(config: LinearConfig) -> list[Finding]:
     if config.weight_decay:
         found.append(warning("weight decay", f"{config.weight_decay:g}; the published recipe has 0"))
     return found
+
+
+def finetune(config: FinetuneConfig) -> list[Finding]:
+    """Findings about a fine-tuning."""
+    if config.classifier_lr < config.backbone_lr:
+        return [warning("learning rate", f"classifier_lr {config.classifier_lr:g} is below backbone_lr "
+                        f"{config.backbone_lr:g}: the new layer is usually trained at 10 to 100 times the "
+                        "backbone's rate"), *_milestones(config.milestones, config.epochs)]  # fmt: skip
+    rates = fine("learning rate", f"backbone {config.backbone_lr:g}, classifier {config.classifier_lr:g}")
+    return [rates, *_milestones(config.milestones, config.epochs)]
 
 
 def _milestones(milestones: tuple[int, ...], epochs: int) -> list[Finding]:

@@ -28,7 +28,7 @@ class Engine(Protocol):
         ...
 
     def step(self, lr: float) -> None:
-        """One optimiser step at learning rate `lr`, and fresh gradients."""
+        """One optimiser step at learning rate `lr`, times a parameter group's `lr_scale`, and fresh gradients."""
         ...
 
     def optimizer_tensors(self) -> dict[str, Tensor]:

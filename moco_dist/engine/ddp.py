@@ -66,7 +66,7 @@ class DDPEngine:
     def step(self, lr: float) -> None:
         """See `Engine`."""
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_scale", 1.0)
         self.scaler.unscale_(self.optimizer)
         self.scaler.step(self.optimizer)
         self.scaler.update()

@@ -200,15 +200,22 @@ def together(own: Tensor, owner: NDArray[np.int64], world: World) -> Tensor:
 
 
 @torch.no_grad()
-def top_accuracies(classifier: nn.Module, val: Features, world: World) -> dict[str, float]:
-    """Top-1 and top-5 accuracy in percent over all ranks' samples (top-C where there are C < 5 classes)."""
+def top_accuracies(classifier: nn.Module, val: Features, world: World, kind: str = "linear") -> dict[str, float]:
+    """Top-1 and top-5 accuracy in percent over all ranks' samples (top-C where there are C < 5 classes).
+
+    Args:
+        classifier: of features.
+        val: this rank's share of the validation features.
+        world: this process.
+        kind: what the names of the result begin with.
+    """
     counts = torch.zeros(2, dtype=torch.int64, device=val.values.device)
     for values, labels in zip(val.values.split(4096), val.labels.split(4096), strict=True):
         logits = classifier(values)
         hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
         counts += torch.stack([hits[:, 0].sum(), hits.sum()])
     top1, top5 = all_reduce_sum(counts, world).tolist()
-    return {"linear_top1": 100 * top1 / val.total, "linear_top5": 100 * top5 / val.total}
+    return {f"{kind}_top1": 100 * top1 / val.total, f"{kind}_top5": 100 * top5 / val.total}
 
 
 @torch.no_grad()

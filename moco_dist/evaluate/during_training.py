@@ -18,7 +18,9 @@ from moco_dist.evaluate.subject import Evaluation, frozen_copy, labelled_images
 from moco_dist.method.precision import compute_dtype
 
 TRAINING_K, TRAINING_TEMPERATURE = 20, 0.07
-RIDGE = 0.1  # of the mean variance along a direction
+# Of the mean variance along a direction. On Fashion-MNIST, with 512 dimensions and 600 to 16,000 images, within a point
+# of the best of 0.0001 to 3; less is better where there are many images, more where there are few.
+RIDGE = 0.01
 CHUNK = 4096  # rows at once
 
 

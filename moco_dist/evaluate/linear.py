@@ -10,12 +10,8 @@ A step is a function of (seed, epoch, batch). Validation images are counted once
 
 import dataclasses
 import functools
-import hashlib
-import json
-import math
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,27 +20,22 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moco_dist.config_evaluate import LinearConfig
-from moco_dist.data import counter_rng
-from moco_dist.data.crops import crop_box, crop_draws, is_flipped
 from moco_dist.data.datasets import rows_of
-from moco_dist.data.jobs import Crop, Job, row_job
-from moco_dist.data.loader import load
 from moco_dist.distributed.collectives import gather_uneven
 from moco_dist.distributed.world import World
 from moco_dist.errors import UserError
+from moco_dist.evaluate.batches import crop_batches, global_batches
 from moco_dist.evaluate.classifiers import Outcome, held_out, together, train_classifiers
 from moco_dist.evaluate.features import Features, extract, standardise
+from moco_dist.evaluate.progress import progress_path
 from moco_dist.evaluate.subject import (
     Evaluation,
     FrozenEncoder,
-    digest,
     frozen,
     frozen_encoder,
     open_evaluation,
-    write_result,
+    write_trained,
 )  # fmt: skip
-
-FLIP_PROBABILITY = 0.5
 
 
 def run_linear(config: LinearConfig, world: World) -> list[dict[str, Any]]:
@@ -69,13 +60,8 @@ def run_linear(config: LinearConfig, world: World) -> list[dict[str, Any]]:
         with frozen(encoder):
             outcome = _train(evaluation, config, encoder)
         seconds = time.perf_counter() - started
-        per_class = {
-            name: None if math.isnan(top1) else round(top1, 2)
-            for name, top1 in zip(evaluation.train.classes, outcome.per_class, strict=True)
-        }
-        results.append(write_result(
-            evaluation, "linear", encoder, outcome.accuracy, seconds, curve=outcome.curve, per_class=per_class,
-            device_hours=round(seconds * world.world_size / 3600, 4),
+        results.append(write_trained(
+            evaluation, "linear", encoder, outcome.accuracy, seconds, outcome.curve, outcome.per_class,
             **({"sweep": outcome.sweep} if outcome.sweep else {}),
         ))  # fmt: skip
     return results
@@ -95,7 +81,7 @@ def _train(evaluation: Evaluation, config: LinearConfig, encoder: FrozenEncoder)
         feed = functools.partial(augmented_batches, evaluation, config, encoder)
         left_out_only = dataclasses.replace(evaluation, train=rows_of(evaluation.train, left_out))
         left_out_features = lambda: extract(left_out_only, encoder, "train").to(world.device)  # noqa: E731
-        progress = _progress_path(evaluation, config, encoder)
+        progress = progress_path(evaluation, "linear", encoder)
     return train_classifiers(
         feed, labels, val, left_out_features if config.sweep.lrs else None, len(evaluation.train.classes), config,
         world, progress,
@@ -106,16 +92,6 @@ def _part(train: Features, rows: NDArray[np.int64]) -> Features:
     """This rank's share of some rows."""
     own = torch.isin(train.rows, torch.from_numpy(rows).to(train.rows.device))
     return Features(train.values[own], train.labels[own], train.rows[own], len(rows))
-
-
-def global_batches(num_samples: int, batch_size: int, seed: int, epoch: int) -> list[NDArray[np.int64]]:
-    """The epoch's batches over all ranks: a permutation, cut into whole batches; at least one.
-
-    The samples past the last whole batch are left out of this epoch; the next one permutes all of them anew.
-    """
-    order = np.random.default_rng([4, seed, epoch]).permutation(num_samples)
-    batch_size = min(batch_size, num_samples)
-    return [order[i : i + batch_size] for i in range(0, num_samples - batch_size + 1, batch_size)]
 
 
 def cached_batches(train: Features, config: LinearConfig, world: World):
@@ -140,35 +116,9 @@ def augmented_batches(
     evaluation: Evaluation, config: LinearConfig, encoder: FrozenEncoder, epoch: int
 ) -> Iterator[tuple[Tensor, NDArray[np.int64]]]:
     """An epoch's random resized crops and flips, each through the encoder of one rank, gathered on all."""
-    train, world = evaluation.train, evaluation.world
-    batches = global_batches(len(train.paths), config.global_batch_size, config.seed, epoch)
+    world = evaluation.world
+    batches = global_batches(len(evaluation.train.paths), config.global_batch_size, config.seed, epoch)
     own = [batch[world.rank :: world.world_size] for batch in batches]
-    job_of = functools.partial(random_crops, own=own, scale=config.crop_scale, seed=config.seed, epoch=epoch)
-    loader = load(train, job_of, range(len(own)), evaluation.crop, evaluation.config.data, world)
+    loader = crop_batches(evaluation, own, config.crop_scale, config.seed, epoch)
     for views, batch in zip(loader, batches, strict=True):
         yield together(encoder(views), np.arange(len(batch)) % world.world_size, world), batch
-
-
-def random_crops(
-    number: int, *, own: list[NDArray[np.int64]], scale: tuple[float, float], seed: int, epoch: int
-) -> Job[Tensor]:
-    """Random resized crops of a batch, mirrored half of the time; each a function of (seed, epoch, sample)."""
-    draws = crop_draws(seed, epoch, own[number], counter_rng.STREAM_LINEAR)
-
-    def crop(row: int, width: int, height: int) -> Crop:
-        return Crop(crop_box(draws[row], width, height, scale), is_flipped(draws[row], FLIP_PROBABILITY))
-
-    return row_job(own[number], crop)
-
-
-def _progress_path(evaluation: Evaluation, config: LinearConfig, encoder: FrozenEncoder) -> Path:
-    """A file whose name holds a hash of all that the training depends on."""
-    where_and_how_fast = {"run": True, "encoders": True, "device": True, "tracking": True,
-                          "data": {"root", "num_workers", "prefetch_batches", "dali", "batch_size"}}
-    facts = [
-        digest(encoder.module), str(encoder.dtype), evaluation.resize, evaluation.crop,
-        hashlib.sha256("\n".join(evaluation.train.paths).encode()).hexdigest(),
-        config.model_dump(mode="json", exclude=where_and_how_fast),
-    ]  # fmt: skip
-    key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
-    return config.run_dir / "eval" / f".linear_{encoder.name}_{key}.safetensors"

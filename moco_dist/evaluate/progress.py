@@ -1,5 +1,9 @@
-"""A training of an evaluation, kept on disk while it goes on: weights, BatchNorm's statistics, momentum, curve."""
+"""A training of an evaluation, kept on disk while it goes on: weights, BatchNorm's statistics, momentum, curve.
 
+The disk has to be one that all ranks see.
+"""
+
+import hashlib
 import json
 from pathlib import Path
 
@@ -8,16 +12,37 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from moco_dist.evaluate.subject import write_atomically
+from moco_dist.evaluate.subject import Evaluation, FrozenEncoder, digest, write_atomically
 
 Curve = list[dict[str, float]]
+# Settings that say where and how fast, not what is computed.
+FREE_TO_CHANGE = {"run_dir": True, "encoders": True, "device": True, "tracking": True,
+                  "data": {"root", "num_workers", "prefetch_batches", "dali", "batch_size"}}  # fmt: skip
+
+
+def progress_path(evaluation: Evaluation, kind: str, encoder: FrozenEncoder) -> Path:
+    """A file whose name holds a hash of all that the training depends on.
+
+    Args:
+        evaluation: settings and images.
+        kind: linear or finetune.
+        encoder: what is trained, or on what; as it is before.
+    """
+    facts = [
+        digest(encoder.module), str(encoder.dtype), evaluation.resize, evaluation.crop,
+        hashlib.sha256("\n".join(evaluation.train.paths).encode()).hexdigest(),
+        evaluation.config.model_dump(mode="json", exclude=FREE_TO_CHANGE),
+    ]  # fmt: skip
+    key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+    return evaluation.config.run_dir / "eval" / f".{kind}_{encoder.name}_{key}.safetensors"
 
 
 def save_progress(path: Path, module: nn.Module, sgd: torch.optim.SGD, curve: Curve) -> None:
     """Write the file; it is complete whenever it is there."""
     tensors = {name: value.contiguous() for name, value in module.state_dict().items()}
     for name, parameter in module.named_parameters():
-        tensors |= {f"{name}.{key}": value for key, value in sgd.state[parameter].items() if value is not None}
+        state = {key: value for key, value in sgd.state[parameter].items() if value is not None}
+        tensors |= {f"{name}.{key}": value.contiguous() for key, value in state.items()}
     write_atomically(path, safetensors.torch.save(tensors, metadata={"curve": json.dumps(curve)}))
 
 
@@ -30,5 +55,7 @@ def load_progress(path: Path, module: nn.Module, sgd: torch.optim.SGD) -> Curve:
         module.load_state_dict({name: file.get_tensor(name) for name in module.state_dict()})
         for name, parameter in module.named_parameters():
             if (key := f"{name}.momentum_buffer") in keys:
-                sgd.state[parameter]["momentum_buffer"] = file.get_tensor(key)
+                # In the parameter's memory layout, as SGD makes it.
+                buffer = torch.empty_like(parameter, requires_grad=False)
+                sgd.state[parameter]["momentum_buffer"] = buffer.copy_(file.get_tensor(key))
         return json.loads(file.metadata()["curve"])

@@ -81,11 +81,15 @@ class FrozenEncoder:
     @torch.no_grad()
     def __call__(self, views: Tensor) -> Tensor:
         """uint8 (N, 3, S, S) to float32 (N, D) on the device."""
+        with autocast(self.dtype, self.device):
+            return self.module(self.normalised(views)).float()
+
+    def normalised(self, views: Tensor) -> Tensor:
+        """uint8 (N, 3, S, S) to what `module` takes, on the device."""
         weights_dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
         x = views.to(self.device, non_blocking=True).to(weights_dtype).div_(255)
         mean, std = (x.new_tensor(v)[:, None, None] for v in (self.pretrain.augment.mean, self.pretrain.augment.std))
-        with autocast(self.dtype, self.device):
-            return self.module(x.sub_(mean).div_(std)).float()
+        return x.sub_(mean).div_(std)
 
 
 class Pixels(nn.Module):
@@ -237,7 +241,7 @@ def write_result(
 
     Args:
         evaluation: settings.
-        kind: knn or linear.
+        kind: knn, linear or finetune.
         encoder: what was evaluated.
         accuracy: percent, by name.
         seconds: wall-clock time of the whole evaluation.
@@ -246,8 +250,11 @@ def write_result(
     Returns:
         what was written, on every rank.
     """
+    fraction, keep = evaluation.config.data.label_fraction, evaluation.config.transfer.keep_head_layers
+    variant = (f"_labels{fraction:g}" if fraction < 1 else "") + (f"_head{keep}" if keep else "")
     result = {
         "encoder": encoder.name,
+        "variant": variant,
         "step": encoder.step,
         "num_train": len(evaluation.train.paths),
         "num_val": len(evaluation.val.paths),
@@ -256,11 +263,35 @@ def write_result(
         **more,
     }
     if evaluation.world.is_main:
-        fraction, keep = evaluation.config.data.label_fraction, evaluation.config.transfer.keep_head_layers
-        variant = (f"_labels{fraction:g}" if fraction < 1 else "") + (f"_head{keep}" if keep else "")
         path = evaluation.config.run_dir / "eval" / f"{kind}_{encoder.name}{variant}.json"
         write_atomically(path, json.dumps(result, indent=1).encode())
     return result
+
+
+def write_trained(
+    evaluation: Evaluation, kind: str, encoder: FrozenEncoder, accuracy: dict[str, float], seconds: float,
+    curve: list[dict[str, float]], per_class: list[float], **more: Any,
+) -> dict[str, Any]:
+    """`write_result` of a training with labels.
+
+    Args:
+        evaluation: settings.
+        kind: linear or finetune.
+        encoder: what was evaluated.
+        accuracy: percent, by name.
+        seconds: wall-clock time of the whole evaluation.
+        curve: a dict an epoch.
+        per_class: top-1 in percent of each class; nan where it has no validation image.
+        more: further entries.
+    """
+    named = {
+        name: None if math.isnan(top1) else round(top1, 2)
+        for name, top1 in zip(evaluation.train.classes, per_class, strict=True)
+    }
+    device_hours = round(seconds * evaluation.world.world_size / 3600, 4)
+    return write_result(
+        evaluation, kind, encoder, accuracy, seconds, curve=curve, per_class=named, device_hours=device_hours, **more
+    )
 
 
 def write_atomically(path: Path, content: bytes) -> None:

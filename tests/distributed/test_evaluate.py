@@ -8,11 +8,12 @@ import torch
 
 from moco_dist.config_evaluate import LinearConfig
 from moco_dist.distributed.world import World
+from moco_dist.evaluate.batches import global_batches
 from moco_dist.evaluate.classifiers import held_out, initial_classifier, train_classifiers
 from moco_dist.evaluate.during_training import ridge_accuracy
 from moco_dist.evaluate.features import Features, standardise
 from moco_dist.evaluate.knn import knn_accuracy
-from moco_dist.evaluate.linear import _part, cached_batches, global_batches
+from moco_dist.evaluate.linear import _part, cached_batches
 from tests.unit.test_knn import CLASSES, clusters
 from tests.world import run
 

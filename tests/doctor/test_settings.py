@@ -3,9 +3,9 @@
 import pytest
 
 from moco_dist.config import PretrainConfig
-from moco_dist.config_evaluate import LinearConfig
+from moco_dist.config_evaluate import FinetuneConfig, LinearConfig
 from moco_dist.config_source import read_config
-from moco_dist.doctor.settings import linear, pretraining
+from moco_dist.doctor.settings import finetune, linear, pretraining
 
 NEEDED = ["--run.dir", "r", "--data.root", "d"]
 
@@ -51,3 +51,12 @@ def test_linear_evaluation():
     assert lines("--lr", "0.1")[0][0] == "warning"
     assert "[60, 80] lie past the end" in lines("--epochs", "50")[0][1]
     assert lines("--weight-decay", "0.0001")[-1][0] == "warning"
+
+
+def test_fine_tuning():
+    def lines(*flags):
+        return [(f.level, f.text) for f in finetune(read_config(FinetuneConfig, None, ["--run-dir", "r", *flags]))]
+
+    assert [level for level, _ in lines()] == ["ok"]
+    assert lines("--classifier-lr", "0.001")[0][0] == "warning"
+    assert "[12, 16] lie past the end" in lines("--epochs", "10")[1][1]

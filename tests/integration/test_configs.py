@@ -7,13 +7,13 @@ import torch
 import yaml
 
 from moco_dist.config import PretrainConfig
-from moco_dist.config_evaluate import LinearConfig
+from moco_dist.config_evaluate import FinetuneConfig, LinearConfig
 from moco_dist.config_source import read_config
 from moco_dist.distributed.world import World
 from moco_dist.method.encoder import build_encoder
 from moco_dist.train import build, train_step
 
-EVALUATIONS = {"linear", "detection"}
+EVALUATIONS = {"linear", "finetune", "detection"}
 CONFIGS = [path for path in sorted(Path("configs").glob("*.yaml")) if not EVALUATIONS & set(path.stem.split("_"))]
 GROUP, SIDE = 4, 32
 
@@ -39,6 +39,14 @@ def test_does_one_step(path):
     assert torch.isfinite(result.loss)
     changed = [name for name, p in state.query_encoder.named_parameters() if not torch.equal(p, before[name])]
     assert len(changed) > len(before) // 2
+
+
+@pytest.mark.parametrize(("name", "fraction", "weight_decay"), [("1pct", 0.01, 5e-4), ("10pct", 0.1, 1e-4)])
+def test_fine_tuning_is_as_published(name, fraction, weight_decay):
+    config = read_config(FinetuneConfig, Path(f"configs/finetune_r50_{name}.yaml"), ["--run-dir", "runs/x"])
+    assert (config.data.label_fraction, config.weight_decay) == (fraction, weight_decay)
+    assert (config.epochs, config.global_batch_size, config.milestones, config.lr_decay) == (20, 256, (12, 16), 0.2)
+    assert (config.backbone_lr, config.classifier_lr, config.sgd_momentum) == (0.01, 1.0, 0.9)
 
 
 def test_the_small_head_is_what_it_says():

@@ -12,6 +12,7 @@ from moco_dist.config_source import read_config
 from moco_dist.data.prepare import prepare_shapes
 from moco_dist.distributed.world import World
 from moco_dist.evaluate import features as features_module
+from moco_dist.evaluate import finetune as finetune_module
 from moco_dist.evaluate.during_training import accuracies_during_training
 from moco_dist.evaluate.features import extract
 from moco_dist.evaluate.subject import frozen, frozen_encoder, open_evaluation
@@ -103,6 +104,69 @@ def test_a_part_of_the_labels_and_a_part_of_the_head(run_dir, capsys):
     assert "has 2 layer(s); 0 to 2 can be kept" in capsys.readouterr().err
 
 
+FINETUNE = ["--epochs", "2", "--milestones", "[1]", "--global-batch-size", "16", *EVALUATION]
+
+
+def test_finetune_and_report(run_dir, capsys):
+    assert main(["finetune", "--run-dir", str(run_dir), "--encoders", "[trained, untrained]", *FINETUNE]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for line, name in zip(lines, ("trained", "untrained"), strict=True):
+        result = written(run_dir, f"finetune_{name}")
+        assert line.startswith(f"{name}: finetune_top1 {result['accuracy']['finetune_top1']:.2f} %")
+        assert result["accuracy"]["finetune_top1"] <= result["accuracy"]["finetune_top5"]
+        assert [point["epoch"] for point in result["curve"]] == [1, 2]
+        assert all("top1" in point for point in result["curve"])
+        assert (len(result["per_class"]), result["num_train"], result["num_val"]) == (10, 80, 30)
+    assert written(run_dir, "finetune_trained")["step"] == 10
+    assert list((run_dir / "eval").glob(".finetune*")) == []
+    assert main(["report", str(run_dir)]) == 0
+    assert "fine-tuning top-1 %" in capsys.readouterr().out
+    assert "fine-tuning: top-1, %" in (run_dir / "report" / "index.html").read_text()
+
+
+def test_finetune_with_a_quarter_of_the_labels_and_a_layer_of_the_head(run_dir, capsys):
+    flags = [*FINETUNE, "--data.label-fraction", "0.25", "--transfer.keep-head-layers", "1"]
+    assert main(["finetune", "--run-dir", str(run_dir), *flags]) == 0
+    assert written(run_dir, "finetune_trained_labels0.25_head1")["num_train"] == 20
+    assert main(["report", str(run_dir)]) == 0
+    assert "fine-tuning, 25 % of labels, 1 layer(s) of the head top-1 %" in capsys.readouterr().out
+
+
+def test_finetune_goes_on_after_the_last_whole_epoch(run_dir, monkeypatch):
+    """An interruption in the second epoch; then the same curve and accuracy as without it."""
+    flags = ["finetune", "--run-dir", str(run_dir), *FINETUNE, "--epochs", "3", "--seed", "5"]
+    assert main(flags) == 0
+    expected = written(run_dir, "finetune_trained")
+    trained = []
+    epoch_of = finetune_module._epoch
+
+    def interrupted(*args):
+        if len(trained) == 1:
+            raise KeyboardInterrupt
+        trained.append(args[-1])
+        return epoch_of(*args)
+
+    monkeypatch.setattr(finetune_module, "_epoch", interrupted)
+    assert main(flags) == 130
+    monkeypatch.setattr(finetune_module, "_epoch", lambda *args: (trained.append(args[-1]), epoch_of(*args))[1])
+    assert main(flags) == 0
+    assert trained == [0, 1, 2]
+    found = written(run_dir, "finetune_trained")
+    assert (found["curve"], found["accuracy"]) == (expected["curve"], expected["accuracy"])
+
+
+def test_batches_of_finetune_are_whole_bn_groups(run_dir, capsys):
+    words = ["finetune", "--run-dir", str(run_dir), *EVALUATION]
+    assert main([*words, "--global-batch-size", "18"]) == 2
+    assert "global_batch_size 18 is not a multiple of 4 = 1 rank(s) x BN groups of 4; 16 and 20 are" in (
+        capsys.readouterr().err
+    )
+    assert main([*words, "--data.max-train-samples", "3"]) == 2
+    assert "3 training images are less than a BN group of 4 on each of 1 rank(s)" in capsys.readouterr().err
+    assert main([*words, "--encoders", "pixels"]) == 2
+    assert "encoders" in capsys.readouterr().err
+
+
 def test_features_that_are_there_are_not_encoded_again(run_dir, monkeypatch):
     monkeypatch.setattr(features_module, "CHUNK_SAMPLES", 32)
     config = KnnConfig.model_validate({"run_dir": str(run_dir), "data": {"num_workers": 0}})
@@ -134,7 +198,7 @@ def test_a_backbone_that_changes_is_noticed(run_dir):
         next(encoder.module.buffers()).add_(1e-3)
 
 
-@pytest.mark.parametrize("command", ["knn", "linear"])
+@pytest.mark.parametrize("command", ["knn", "linear", "finetune"])
 def test_mistakes_are_one_line(run_dir, tmp_path, capsys, command):
     assert main([command, "--run-dir", str(tmp_path), *EVALUATION]) == 2
     assert f"error: run_dir {tmp_path} is not the folder of a run" in capsys.readouterr().err

@@ -6,7 +6,7 @@ import pytest
 
 from moco_dist.commands.configured import config_or_help
 from moco_dist.config import AugmentConfig, PretrainConfig, size_problems
-from moco_dist.config_evaluate import DetectConfig, KnnConfig, LinearConfig
+from moco_dist.config_evaluate import DetectConfig, FinetuneConfig, KnnConfig, LinearConfig
 from moco_dist.config_source import flatten, help_text, leaf_fields, read_config, to_yaml
 from moco_dist.errors import UserError
 
@@ -110,7 +110,7 @@ def test_sizes_on_many_ranks():
     assert "512 is the smallest that is" in size_problems(config, 16)[0]
 
 
-@pytest.mark.parametrize("schema", [PretrainConfig, KnnConfig, LinearConfig, DetectConfig])
+@pytest.mark.parametrize("schema", [PretrainConfig, KnnConfig, LinearConfig, FinetuneConfig, DetectConfig])
 def test_help_shows_every_setting_with_its_default(schema):
     text = help_text(schema)
     for name, field in leaf_fields(schema).items():
@@ -126,10 +126,10 @@ def test_configs_are_valid_and_say_what_they_are(path):
     header = path.read_text().split("\n\n")[0]
     for item in ("Command:", "Hardware:", "Hours:", "Expected:"):
         assert item in header
-    if "detection" in path.name:
-        read_config(DetectConfig, path, ["--run-dir", "r"])
-    elif "linear" in path.name:
-        read_config(LinearConfig, path, ["--run-dir", "r"])
+    for name, schema in {"linear": LinearConfig, "finetune": FinetuneConfig, "detection": DetectConfig}.items():
+        if name in path.name:
+            read_config(schema, path, ["--run-dir", "r"])
+            break
     else:
         read_config(PretrainConfig, path, [])
 

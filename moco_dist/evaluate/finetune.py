@@ -1,0 +1,189 @@
+"""Fine-tuning: the pre-trained backbone and a new linear layer, all trained with labels, or with a share of them.
+
+The usual measure beside linear evaluation; with `data.label_fraction` 0.01 or 0.1, of semi-supervised learning. The
+new layer has a rate of its own. BatchNorm normalises over groups of the pre-training's size, so that 1 and 8 ranks
+compute the same; its running statistics, the mean over all ranks', serve validation.
+
+A step is a function of (seed, epoch, batch). Validation images are counted once.
+"""
+
+import dataclasses
+import math
+import time
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from moco_dist import checkpoint
+from moco_dist.config import EngineConfig
+from moco_dist.config_evaluate import FinetuneConfig
+from moco_dist.distributed.collectives import all_reduce_sum
+from moco_dist.distributed.world import World
+from moco_dist.engine.ddp import DDPEngine
+from moco_dist.engine.speed import set_backends
+from moco_dist.errors import UserError
+from moco_dist.evaluate.batches import crop_batches, global_batches
+from moco_dist.evaluate.classifiers import CURVE_POINTS, initial_classifier, per_class_accuracy, top_accuracies
+from moco_dist.evaluate.features import Features, extract
+from moco_dist.evaluate.progress import Curve, load_progress, progress_path, save_progress
+from moco_dist.evaluate.subject import Evaluation, FrozenEncoder, frozen_encoder, open_evaluation, write_trained
+from moco_dist.method.batch_norm import running_statistics
+from moco_dist.optim import make_momentum_buffers
+
+
+class Network(nn.Module):
+    """Normalised images to logits."""
+
+    def __init__(self, encoder: nn.Module, classifier: nn.Linear) -> None:
+        super().__init__()
+        self.encoder, self.classifier = encoder, classifier
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(N, 3, S, S) to (N, C), never below float32 whatever the autocast."""
+        logits = self.classifier(self.encoder(images))
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def run_finetune(config: FinetuneConfig, world: World) -> list[dict[str, Any]]:
+    """`moco-dist finetune`: the accuracy from each of `config.encoders`, into RUN/eval/finetune_ENCODER.json.
+
+    Called by all ranks. The network itself is not kept.
+
+    Returns:
+        what was written, as `run_linear` does.
+
+    Raises:
+        UserError: there is no run, no checkpoint or no labelled images, or a batch is not whole BN groups on each rank.
+    """
+    evaluation = open_evaluation(config, world)
+    batch_size = batch_of_groups(evaluation, config)
+    results = []
+    for name in config.encoders:
+        started = time.perf_counter()
+        encoder = frozen_encoder(evaluation, name)
+        accuracy, curve, per_class = finetune(evaluation, config, encoder, batch_size)
+        seconds = time.perf_counter() - started
+        results.append(write_trained(evaluation, "finetune", encoder, accuracy, seconds, curve, per_class))
+    return results
+
+
+def batch_of_groups(evaluation: Evaluation, config: FinetuneConfig) -> int:
+    """The global batch size: the config's, or with fewer images the most whole BN groups a rank that there are.
+
+    Raises:
+        UserError: the config's does not divide, with the two nearest that do; or there are too few images.
+    """
+    group, ranks = evaluation.pretrain.model.bn_group_size, evaluation.world.world_size
+    unit, batch, images = group * ranks, config.global_batch_size, len(evaluation.train.paths)
+    if batch % unit:
+        below, above = batch // unit * unit, (batch // unit + 1) * unit
+        allowed = f"{below} and {above} are" if below else f"{above} is the smallest that is"
+        raise UserError(
+            f"global_batch_size {batch} is not a multiple of {unit} = {ranks} rank(s) x BN groups of {group}; {allowed}"
+        )
+    if images < unit:
+        raise UserError(f"{images} training images are less than a BN group of {group} on each of {ranks} rank(s)")
+    return min(batch, images // unit * unit)
+
+
+def finetune(
+    evaluation: Evaluation, config: FinetuneConfig, encoder: FrozenEncoder, batch_size: int
+) -> tuple[dict[str, float], Curve, list[float]]:
+    """Train the encoder's module in place, from the last epoch that an interrupted training has finished.
+
+    Args:
+        evaluation: settings and images.
+        config: the recipe.
+        encoder: what the training starts from.
+        batch_size: over all ranks, whole BN groups on each.
+
+    Returns:
+        finetune_top1 and finetune_top5 in percent; a dict an epoch, with its mean loss and after some the top-1; and
+        the top-1 of each class.
+
+    Raises:
+        UserError: the loss is not finite any more.
+    """
+    world, num_classes = evaluation.world, len(evaluation.train.classes)
+    progress = progress_path(evaluation, "finetune", encoder)
+    network = Network(encoder.module, initial_classifier(encoder.dim, num_classes, config.seed))
+    network = network.to(world.device, next(encoder.module.parameters()).dtype).requires_grad_(True)
+    set_backends(evaluation.pretrain.engine)
+    sgd = _optimizer(network, config)
+    engine = DDPEngine(network, sgd, encoder.dtype, EngineConfig(), world)
+    curve = load_progress(progress, network, sgd)
+    labels = torch.from_numpy(evaluation.train.labels).to(world.device)
+    epochs = tqdm(  # on rank 0, where somebody watches
+        range(len(curve), config.epochs), unit="epoch", disable=None if world.is_main else True, leave=False
+    )
+    for epoch in epochs:
+        mean_loss = _epoch(engine, evaluation, config, encoder, batch_size, labels, epoch)
+        if not math.isfinite(mean_loss):
+            raise UserError(
+                f"the loss is {mean_loss} in epoch {epoch + 1}; a backbone_lr below {config.backbone_lr:g} or a "
+                f"classifier_lr below {config.classifier_lr:g} may be stable"
+            )
+        curve.append({"epoch": epoch + 1, "loss": mean_loss})
+        _average_statistics(network, world)
+        if (epoch + 1) % max(1, config.epochs // CURVE_POINTS) == 0 and epoch + 1 < config.epochs:
+            val = _validation_features(evaluation, encoder, network)
+            curve[-1]["top1"] = top_accuracies(network.classifier, val, world, "finetune")["finetune_top1"]
+        if world.is_main:
+            save_progress(progress, network, sgd, curve)
+    val = _validation_features(evaluation, encoder, network)
+    accuracy = top_accuracies(network.classifier, val, world, "finetune")
+    curve[-1]["top1"] = accuracy["finetune_top1"]
+    per_class = per_class_accuracy(network.classifier, val, num_classes, world)
+    if world.is_main:
+        progress.unlink(missing_ok=True)
+    return accuracy, curve, per_class
+
+
+def _optimizer(network: Network, config: FinetuneConfig) -> torch.optim.SGD:
+    """SGD at the backbone's rate; the classifier's is a multiple of it."""
+    groups = [
+        {"params": list(network.encoder.parameters())},
+        {"params": list(network.classifier.parameters()), "lr_scale": config.classifier_lr / config.backbone_lr},
+    ]
+    sgd = torch.optim.SGD(groups, lr=0.0, momentum=config.sgd_momentum, weight_decay=config.weight_decay, fused=True)
+    make_momentum_buffers(sgd)
+    return sgd
+
+
+def _epoch(
+    engine: DDPEngine, evaluation: Evaluation, config: FinetuneConfig, encoder: FrozenEncoder, batch_size: int,
+    labels: Tensor, epoch: int,
+) -> float:
+    """Train for one epoch; returns its mean loss over all ranks."""
+    world = evaluation.world
+    batches = global_batches(len(labels), batch_size, config.seed, epoch)
+    # Neighbours in a batch share a BN group, on whichever rank.
+    own = [batch.reshape(world.world_size, -1)[world.rank] for batch in batches]
+    lr = config.backbone_lr * config.lr_decay ** sum(epoch >= milestone for milestone in config.milestones)
+    losses = []
+    engine.module.train()
+    views_of_batches = crop_batches(evaluation, own, config.crop_scale, config.seed, epoch)
+    for views, rows in zip(views_of_batches, own, strict=True):
+        logits = engine(encoder.normalised(views))
+        loss = F.cross_entropy(logits, labels[torch.from_numpy(rows).to(labels.device)])
+        engine.backward(loss)
+        engine.step(lr)
+        losses.append(loss.detach())
+    return all_reduce_sum(torch.stack(losses).mean(), world).item() / world.world_size
+
+
+def _average_statistics(network: Network, world: World) -> None:
+    """Running statistics become the mean over ranks; what follows is the same as if they had been averaged later."""
+    averaged = checkpoint.averaged(network, world)
+    for name, buffer in running_statistics(network).items():
+        buffer.copy_(averaged[name])
+
+
+def _validation_features(evaluation: Evaluation, encoder: FrozenEncoder, network: Network) -> Features:
+    """This rank's share, by the module as it is now, for the network's classifier."""
+    network.eval()
+    val = extract(evaluation, encoder, "val", keep=False).to(evaluation.world.device)
+    return dataclasses.replace(val, values=val.values.to(network.classifier.weight.dtype))

@@ -193,7 +193,7 @@ def read_backbone(path: Path, arch: str) -> Backbone:
                 if tensors[name].shape != shape:
                     sizes = f"{tuple(tensors[name].shape)} instead of {tuple(shape)}"
                     raise UserError(f"{path} is not a {arch}: {name} has the shape {sizes}; give another --arch")
-            kept = {name: tensors[name].float() for name in wanted}
+            kept = {name: tensors[name].float().contiguous() for name in wanted}  # they may be channels-last
             kept |= {f"{name[:-12]}num_batches_tracked": torch.tensor(0) for name in wanted if "running_mean" in name}
             return Backbone(kept, model, 0)
         best = min(best, missing, key=len)

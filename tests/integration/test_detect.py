@@ -95,6 +95,18 @@ def test_the_command(folder, capsys):
     assert not list(folder.glob(".*.safetensors"))
 
 
+def test_the_backbone_of_a_run(folder, tmp_path, capsys):
+    run_dir, data = tmp_path / "run", folder / "voc"
+    file = str(folder / "backbone.pth")
+    words = ["import", file, "--arch", "resnet10", "--data-root", str(data), "--out", str(run_dir)]
+    assert main(words) == 0
+    words = words_of(folder, "--steps", "1")
+    i = words.index("--weights")
+    assert main([*words[:i], "--run-dir", str(run_dir), *words[i + 2 :]]) == 0
+    assert "on 5 images" in capsys.readouterr().out
+    assert json.loads((run_dir / "eval" / "detection.json").read_text())["config"]["steps"] == 1
+
+
 def trained(folder, monkeypatch, stop_at=None, keep=2):
     """The curve of a training, and its detections; one that ends at `stop_at` raises."""
     monkeypatch.setattr(detection_run, "KEEP_STEPS", keep)

@@ -4,7 +4,8 @@ Of torchvision's builders it is `FasterRCNN` itself: `fasterrcnn_resnet50_fpn` w
 backbone, which the paper's VOC numbers do not have. Features are those of layer3, at stride 16; regions of them go
 through layer4, a further BatchNorm and the mean. Anchors, numbers of proposals and short sides are those of the
 original release's configuration for detectron2. What stays torchvision's: the box losses are smooth (beta 1/9) instead
-of L1, and BatchNorm's running statistics are its moving averages, not measured again at the end.
+of L1, images are resized without antialiasing, and BatchNorm's running statistics are its moving averages, not measured
+again at the end.
 """
 
 from collections import OrderedDict

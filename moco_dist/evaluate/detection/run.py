@@ -1,7 +1,8 @@
 """`moco-dist detect`: train Faster R-CNN on the backbone, then its average precision on the test set.
 
 A step is a function of (seed, step, rank): torchvision's detector draws short sides and sampled boxes from torch's own
-generator, which is set anew at each step. So a run goes on exactly; another number of ranks samples other boxes.
+generator, which is set anew at each step. So a training goes on as if it had not been stopped, on a GPU up to the order
+of sums; another number of ranks samples other boxes.
 """
 
 import hashlib

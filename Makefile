@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+# A process a core, a file of tests at a time: what a file's tests share is made once.
+PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 .PHONY: demo test check lint soak audit clean
 
@@ -9,10 +11,10 @@ demo: $(STAMP)
 	@$(BIN)/python -m launchers.demo
 
 test: check
-	$(BIN)/python -m pytest -m "slow and not gpu"
+	$(PYTEST) -m "slow and not gpu"
 
 check: lint
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(PYTEST) -m "not slow and not gpu"
 
 # Kills a training 200 times; an hour.
 soak: $(STAMP)

@@ -18,7 +18,7 @@ from moco_dist.config_source import read_config
 from moco_dist.errors import UserError
 from moco_dist.tracking import page_of
 
-SMALL_EPOCHS = 8  # of a row of 200 at `--scale small`
+SMALL_EPOCHS = 6  # of a row of 200 at `--scale small`
 SMALL_BATCH = 512  # at most, there
 MISSING = "–"
 

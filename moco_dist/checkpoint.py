@@ -109,7 +109,7 @@ def write(taken: Snapshot, run_dir: Path, world: World, group: dist.ProcessGroup
         the checkpoint's folder.
 
     Raises:
-        one of CANNOT_WRITE: it cannot be written; nothing of it is left, or only the hidden folder.
+        one of CANNOT_WRITE: it cannot be written; nothing of it is left.
     """
     folder = run_dir / "checkpoints" / f"step_{taken.step:08d}"
     partial = folder.with_name(f".{folder.name}.partial")
@@ -117,15 +117,20 @@ def write(taken: Snapshot, run_dir: Path, world: World, group: dist.ProcessGroup
         for left_over in partial.parent.glob(".step_*.partial"):
             shutil.rmtree(left_over, ignore_errors=True)
         partial.mkdir(parents=True, exist_ok=True)
-    barrier(world, group)
-    writer = dcp.HuggingFaceStorageWriter(str(partial), save_distributed=True)
-    with _alone_on_purpose():
-        dcp.save(taken.tensors, storage_writer=writer, no_dist=world.world_size == 1, process_group=group)
-    if world.is_main:
-        files = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in partial.iterdir()}
-        (partial / MANIFEST).write_text(json.dumps({**taken.manifest, "files": files}, indent=1))
-        shutil.rmtree(folder, ignore_errors=True)  # the same step again, after a rewind
-        partial.rename(folder)
+    try:
+        barrier(world, group)
+        writer = dcp.HuggingFaceStorageWriter(str(partial), save_distributed=True)
+        with _alone_on_purpose():
+            dcp.save(taken.tensors, storage_writer=writer, no_dist=world.world_size == 1, process_group=group)
+        if world.is_main:
+            files = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in partial.iterdir()}
+            (partial / MANIFEST).write_text(json.dumps({**taken.manifest, "files": files}, indent=1))
+            shutil.rmtree(folder, ignore_errors=True)  # the same step again, after a rewind
+            partial.rename(folder)
+    except CANNOT_WRITE:
+        if world.is_main:  # a disk that is full of it has no room for anything else
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
     return folder
 
 

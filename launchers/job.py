@@ -50,9 +50,10 @@ class Job:
 
     @property
     def name(self) -> str:
-        """The last part of the run's folder, in the letters that every scheduler takes."""
+        """The last part of the run's folder, in the letters that every scheduler takes; of an evaluation, with what."""
         letters = re.sub(r"[^a-z0-9]+", "-", self.run_dir.name.lower()).strip("-")[:MAX_NAME_LENGTH].strip("-")
-        return letters if letters[:1].isalpha() else f"run-{letters}".strip("-")
+        name = letters if letters[:1].isalpha() else f"run-{letters}".strip("-")
+        return name if self.words[0] == "pretrain" else f"{name}-{self.words[0]}"
 
     @property
     def cpus_per_gpu(self) -> int:
@@ -73,7 +74,7 @@ def pretraining(config_files: Sequence[Path], flags: list[str], size: Size) -> t
     return Job(words, config.run.dir, config.data.num_workers, size), config
 
 
-def linear_evaluation(config_file: Path, run_dir: Path, size: Size) -> Job:
+def linear_evaluation(config_file: Path, run_dir: Path, size: Size) -> tuple[Job, LinearConfig]:
     """The linear evaluation of the run in `run_dir`, on one host.
 
     Raises:
@@ -84,7 +85,7 @@ def linear_evaluation(config_file: Path, run_dir: Path, size: Size) -> Job:
     one_node = Size(nodes=1, gpus_per_node=size.gpus_per_node)
     if config.global_batch_size < one_node.world_size:
         raise UserError(f"{config_file}: global_batch_size {config.global_batch_size} is less than one sample a GPU")
-    return Job(("linear", str(config_file), *flags), run_dir, config.data.num_workers, one_node)
+    return Job(("linear", str(config_file), *flags), run_dir, config.data.num_workers, one_node), config
 
 
 def sweep(

@@ -11,6 +11,7 @@ import yaml
 from launchers.job import Job, Size
 from launchers.render import render
 from moco_dist.config import PretrainConfig, setting
+from moco_dist.config_evaluate import LinearConfig
 from moco_dist.errors import UserError
 
 DATA, RUNS = "/data", "/runs"  # where the claims are, in a container
@@ -37,8 +38,8 @@ class KubernetesOptions(Size):
     memory_gib_per_gpu: int = setting(16, "host memory for each rank, shared memory included", unit="GiB", gt=2)
 
 
-def manifest(job: Job, config: PretrainConfig, options: KubernetesOptions) -> str:
-    """The manifest, as YAML.
+def manifest(job: Job, config: PretrainConfig | LinearConfig, options: KubernetesOptions) -> str:
+    """The manifest of a pre-training or of a linear evaluation, as YAML.
 
     Raises:
         UserError: a path that no volume has, or a password that everybody could read.
@@ -49,12 +50,12 @@ def manifest(job: Job, config: PretrainConfig, options: KubernetesOptions) -> st
     cpus_per_gpu = options.cpus_per_gpu or job.cpus_per_gpu
     return render(
         f"{options.form.replace('-', '_')}.yaml",
-        title=f"moco-dist pretrain on {size.nodes} pod(s) x {size.ranks_per_node} "
+        title=f"moco-dist {job.words[0]} on {size.nodes} pod(s) x {size.ranks_per_node} "
         f"{'GPU' if size.gpus_per_node else 'CPU'} rank(s)",
         plain=options.form == "indexed-job",
         name=job.name,
         size=size,
-        args=["python", "-m", "launchers.torchrun", "-m", "moco_dist", "pretrain", CONFIG],
+        args=["python", "-m", "launchers.torchrun", "-m", "moco_dist", job.words[0], CONFIG],
         config_yaml=yaml.safe_dump(config.model_dump(mode="json", exclude_defaults=True), sort_keys=False).rstrip("\n"),
         cpus_per_node=cpus_per_gpu * size.ranks_per_node,
         memory_gib=options.memory_gib_per_gpu * size.ranks_per_node,
@@ -63,15 +64,19 @@ def manifest(job: Job, config: PretrainConfig, options: KubernetesOptions) -> st
     )
 
 
-def _problems(config: PretrainConfig) -> list[str]:
+def _problems(config: PretrainConfig | LinearConfig) -> list[str]:
     problems = []
-    for name, path, volume in (("data.root", config.data.root, DATA), ("run.dir", config.run.dir, RUNS)):
+    is_pretraining = isinstance(config, PretrainConfig)
+    run = ("run.dir", config.run.dir, RUNS) if is_pretraining else ("run-dir", config.run_dir, RUNS)
+    for name, path, volume in (("data.root", config.data.root, DATA), run):
+        if path is None:  # the pre-training's
+            continue
         inside = PurePosixPath(path.as_posix())
         if ".." in inside.parts or not inside.is_relative_to(volume) or str(inside) == RUNS:
             problems.append(
                 f"{name} {path} is not in {volume}, where the claim is in a container; --{name} {volume}/{path.name} is"
             )
-    if config.tracking.uri and urlsplit(config.tracking.uri).password:
+    if is_pretraining and config.tracking.uri and urlsplit(config.tracking.uri).password:
         problems.append("tracking.uri has a password, which would stand in a ConfigMap; give --mlflow-secret NAME")
     return problems
 
@@ -103,6 +108,15 @@ def submit(job: Job, text: str, options: KubernetesOptions) -> list[str]:
             _kubectl("delete", "--namespace", options.namespace, "--ignore-not-found", *created)
         raise UserError(f"kubectl: {_reason(done.stderr, job, options)}")
     return [*(f"created {name}" for name in created), *how_to(job, options)]
+
+
+def is_there(job: Job, options: KubernetesOptions) -> bool:
+    """Whether the cluster has the job, running or ended."""
+    kind = "trainjob" if options.form == "trainjob" else "job"
+    try:
+        return _kubectl("get", "--namespace", options.namespace, f"{kind}/{job.name}").returncode == 0
+    except FileNotFoundError as error:
+        raise UserError("kubectl is not here; install it, or take the manifests of --dry-run") from error
 
 
 def _create(text: str) -> subprocess.CompletedProcess[str]:

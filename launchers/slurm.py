@@ -102,23 +102,33 @@ def limit_hours(text: str) -> float | None:
     return days * 24 + hours + minutes / 60 + seconds / 3600
 
 
-def submit(jobs: list[Job], then: list[Job], options: SlurmOptions) -> list[str]:
+def submit(jobs: list[Job], then: list[Job], options: SlurmOptions) -> tuple[list[str], list[str]]:
     """Give the jobs to Slurm, and to each its evaluation in `then`, to start when it has ended well.
 
     Returns:
-        what to tell the user.
+        their numbers, and what to tell the user.
 
     Raises:
         UserError: Slurm refuses.
     """
     jobs[0].run_dir.parent.mkdir(parents=True, exist_ok=True)  # where the output goes
     number = _sbatch(script(jobs, options), [])
-    lines = how_to(jobs, number)
+    numbers, lines = [number], how_to(jobs, number)
     if then:
         after = "aftercorr" if len(jobs) > 1 else "afterok"  # aftercorr: task by task
         evaluation = _sbatch(script(then, options), [f"--dependency={after}:{number}", "--kill-on-invalid-dep=yes"])
+        numbers.append(evaluation)
         lines.append(f"then {then[0].words[0]}: job {evaluation}, after job {number}")
-    return lines
+    return numbers, lines
+
+
+def waiting_or_running() -> set[str]:
+    """The numbers of this user's jobs that have not ended.
+
+    Raises:
+        UserError: Slurm does not answer.
+    """
+    return set(_run(["squeue", "--me", "--noheader", "--format=%A"]).split())
 
 
 def how_to(jobs: list[Job], number: str) -> list[str]:

@@ -9,7 +9,7 @@ import json
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from moco_dist.config import PretrainConfig
 from moco_dist.config_source import read_config
 from moco_dist.errors import UserError
 from moco_dist.tracking import page_of
+from moco_dist.weights import BACKBONE
 
 SMALL_EPOCHS = 6  # of a row of 200 at `--scale small`
 SMALL_BATCH = 512  # at most, there
@@ -95,6 +96,11 @@ class Job:
         path = self.run_dir / "eval" / "linear_trained.json"
         return json.loads(path.read_text())["accuracy"]["linear_top1"] if path.is_file() else None
 
+    @property
+    def is_pretrained(self) -> bool:
+        """Whether the pre-training has come to its end."""
+        return (self.run_dir / BACKBONE).is_file()
+
 
 def jobs_of(
     table: str, scale: str, seeds: list[int], out: Path, configs: Path, data_root: Path | None, small_epochs: int
@@ -136,8 +142,12 @@ def jobs_of(
     return jobs
 
 
-def run_jobs(jobs: list[Job], num_ranks: int) -> None:
-    """Run what has no result yet, one after the other, on `num_ranks` processes of this machine.
+def run_jobs(jobs: list[Job], launched: Callable[[list[str]], list[str]]) -> None:
+    """Run what has no result yet, one command after the other.
+
+    Args:
+        jobs: of a table.
+        launched: the words of a command as those of a process.
 
     Raises:
         UserError: a command failed; what it said stands above.
@@ -148,12 +158,12 @@ def run_jobs(jobs: list[Job], num_ranks: int) -> None:
             print(f"already done: {job.result:.2f} %")
             continue
         for command in job.commands:
-            status = subprocess.run(launched(command, num_ranks)).returncode
+            status = subprocess.run(launched(command)).returncode
             if status:
                 raise UserError(f"{command[0]} of {job.row.label} ended with {status}; run this again to go on")
 
 
-def launched(command: list[str], num_ranks: int) -> list[str]:
+def on_this_machine(command: list[str], num_ranks: int) -> list[str]:
     """The words of one command as a process, by torchrun where there are several ranks."""
     if num_ranks == 1:
         return [sys.executable, "-m", "moco_dist", *command]

@@ -63,9 +63,9 @@ def main(words: list[str]) -> int:
     jobs = [job for job, _ in pairs]
     if where == "kubernetes":
         return _kubernetes(jobs[0], pairs[0][1], options, request.dry_run)
-    _check_paths(pairs[0][1], request.dry_run)
+    check_paths(pairs[0][1], request.dry_run)
     if where == "slurm":
-        then = [linear_evaluation(request.then, job.run_dir, options) for job in jobs] if request.then else []
+        then = [linear_evaluation(request.then, job.run_dir, options)[0] for job in jobs] if request.then else []
         return _slurm(jobs, then, options, request.dry_run)
     return _here(jobs[0], options, request.dry_run)
 
@@ -103,7 +103,7 @@ def take_apart(words: list[str]) -> Request:
     return Request(files, options, settings, axes, then, dry_run)
 
 
-def _check_paths(config: PretrainConfig, dry_run: bool) -> None:
+def check_paths(config: PretrainConfig, dry_run: bool) -> None:
     """A file system that only the hosts see is no mistake in a dry run: there it is a warning."""
     problems = path_problems(config)
     if problems and not dry_run:
@@ -130,7 +130,7 @@ def _slurm(jobs: list[Job], then: list[Job], options: slurm.SlurmOptions, dry_ru
             print(slurm.script(then, options), end="")
         return 0
     slurm.require_partition(options)
-    print("\n".join(slurm.submit(jobs, then, options)))
+    print("\n".join(slurm.submit(jobs, then, options)[1]))
     return 0
 
 

@@ -1,6 +1,7 @@
 """`moco-dist reproduce`."""
 
 import argparse
+import functools
 import shlex
 from pathlib import Path
 
@@ -10,10 +11,12 @@ from moco_dist.errors import UserError, nearest
 
 def main(words: list[str]) -> int:
     """A table of the paper: every row pre-trained, evaluated, and set beside the published number."""
-    from moco_dist.reproduce import SMALL_EPOCHS, TABLES, as_markdown, jobs_of, run_jobs
+    from moco_dist.commands.submission import submit, submitted
+    from moco_dist.reproduce import SMALL_EPOCHS, TABLES, as_markdown, jobs_of, on_this_machine, run_jobs
 
     parser = Parser(
-        "moco-dist reproduce", description="every row of a table of MoCo v2 (arXiv 2003.04297) beside the published"
+        "moco-dist reproduce", description="every row of a table of MoCo v2 (arXiv 2003.04297) beside the published",
+        epilog="with --launcher, its options as well: moco-dist launch LAUNCHER --help shows them",
     )
     parser.add_argument("table", help=f"{', '.join(TABLES)}, table3 (memory and time, in minutes)")
     parser.add_argument("--scale", default="full", help="full: as published; small: Fashion-MNIST, minutes [full]")
@@ -24,8 +27,11 @@ def main(words: list[str]) -> int:
     parser.add_argument("--configs", type=Path, default=Path("configs"), help="folder of the configs [configs]")
     parser.add_argument("--small-epochs", type=int, default=SMALL_EPOCHS,
                         help=f"small: epochs for each 200 of the row [{SMALL_EPOCHS}]")  # fmt: skip
-    parser.add_argument("--dry-run", action="store_true", help="print the commands, for a launcher or by hand")
-    args = parser.parse_args(words)
+    parser.add_argument("--launcher", help="submit every row: slurm, kubernetes, torchrun [run them here]")
+    parser.add_argument("--dry-run", action="store_true", help="print the commands, or what would be submitted")
+    args, options = parser.parse_known_args(words)
+    if args.launcher is None or args.table == "table3":
+        args, options = parser.parse_args(words), []  # which tells what is nobody's
     tables = (*TABLES, "table3")
     for given, allowed, name in ((args.table, tables, "table"), (args.scale, ("full", "small"), "--scale")):
         if given not in allowed:
@@ -43,13 +49,23 @@ def main(words: list[str]) -> int:
     jobs = jobs_of(
         args.table, args.scale, [int(seed) for seed in seeds], out, args.configs, args.data_root, args.small_epochs
     )
+    if args.launcher is not None:
+        submit(jobs, args.launcher, options, out, args.dry_run)
+        if not args.dry_run:
+            _write(as_markdown(jobs, args.scale), out / f"{args.table}.md")
+        return 0
     if args.dry_run:
         for job in jobs:
             for command in job.commands:
                 print(f"moco-dist {shlex.join(command)}")
         return 0
+    elsewhere = submitted(out)
+    for job in jobs:
+        if job.result is None and (by := elsewhere.get(job.run_dir.name)):
+            print(f"{job.row.label}, seed {job.seed}: left to {by[0]}, job {', '.join(by[1:])}")
     try:
-        run_jobs(jobs, args.ranks)
+        here = [job for job in jobs if job.run_dir.name not in elsewhere]
+        run_jobs(here, functools.partial(on_this_machine, num_ranks=args.ranks))
     finally:
         _write(as_markdown(jobs, args.scale), out / f"{args.table}.md")
     return 0

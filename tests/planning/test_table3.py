@@ -59,4 +59,4 @@ def test_a_real_measurement(monkeypatch):
     assert moco["step_seconds"] > 0
     assert end_to_end["peak_bytes"] > 1.1 * moco["peak_bytes"] > 0
     monkeypatch.setattr(table3, "_measured", out_of_memory)
-    assert measure(configs, [32], "cpu", 1, 1)[0]["peak_bytes"] is None
+    assert measure({"MoCo": configs["MoCo"]}, [32], "cpu", 1, 1)[0]["peak_bytes"] is None

@@ -12,7 +12,7 @@ from launchers.job import Job, Size
 from launchers.render import render
 from moco_dist.config import PretrainConfig, setting
 from moco_dist.config_evaluate import LinearConfig
-from moco_dist.errors import UserError
+from moco_dist.errors import UserError, nearest
 
 DATA, RUNS = "/data", "/runs"  # where the claims are, in a container
 CONFIG = "/etc/moco-dist/config.yaml"
@@ -81,6 +81,38 @@ def _problems(config: PretrainConfig | LinearConfig) -> list[str]:
     return problems
 
 
+def require_what_pods_wait_for(options: KubernetesOptions) -> None:
+    """Ask the cluster for the claims, the secret and the queue: without them pods wait for ever, and say nothing.
+
+    What the user may not list is taken to be there.
+
+    Raises:
+        UserError: one is missing, or kubectl is.
+    """
+    wanted = {
+        "persistentvolumeclaim": [options.data_claim, options.runs_claim],
+        "secret": [options.mlflow_secret],
+        "localqueue.kueue.x-k8s.io": [options.queue],
+    }
+    problems = []
+    for kind, names in wanted.items():
+        if not any(names):
+            continue
+        done = _kubectl("get", kind, "--namespace", options.namespace, "--output", "name")
+        if "doesn't have a resource type" in done.stderr:
+            problems.append(f"{kind} {names[0]}: the cluster has nothing of this kind")
+        if done.returncode:
+            continue
+        there = [line.rpartition("/")[2] for line in done.stdout.split()]
+        problems += [
+            f"{kind} {name} is not in namespace {options.namespace}, where {', '.join(there) or 'none'} is"
+            f"{nearest(name, there)}"
+            for name in names if name and name not in there
+        ]  # fmt: skip
+    if problems:
+        raise UserError("\n".join(problems))
+
+
 def submit(job: Job, text: str, options: KubernetesOptions) -> list[str]:
     """Give the manifest to the cluster that kubectl is set up for; what it refuses in part is taken back.
 
@@ -90,12 +122,9 @@ def submit(job: Job, text: str, options: KubernetesOptions) -> list[str]:
         what to tell the user.
 
     Raises:
-        UserError: kubectl is missing, or it or the cluster refuses.
+        UserError: kubectl or the cluster refuses.
     """
-    try:
-        done = _create(text)
-    except FileNotFoundError as error:
-        raise UserError("kubectl is not here; install it, or take the manifest of --dry-run") from error
+    done = _create(text)
     created = done.stdout.split()
     for _ in range(RUNTIME_SECONDS):
         if "must be created before the TrainJob" not in done.stderr:
@@ -124,7 +153,10 @@ def _create(text: str) -> subprocess.CompletedProcess[str]:
 
 
 def _kubectl(*words: str, input: str | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["kubectl", *words], input=input, capture_output=True, text=True, check=False)
+    try:
+        return subprocess.run(["kubectl", *words], input=input, capture_output=True, text=True, check=False)
+    except FileNotFoundError as error:
+        raise UserError("kubectl is not here; install it, or take the manifest of --dry-run") from error
 
 
 def _reason(errors: str, job: Job, options: KubernetesOptions) -> str:

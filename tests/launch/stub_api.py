@@ -18,10 +18,12 @@ from urllib.parse import parse_qs, urlsplit
 from tests.launch.schemas import problems
 
 RESOURCES = {
-    "v1": [("services", "Service"), ("configmaps", "ConfigMap"), ("pods", "Pod")],
+    "v1": [("services", "Service"), ("configmaps", "ConfigMap"), ("pods", "Pod"), ("secrets", "Secret"),
+           ("persistentvolumeclaims", "PersistentVolumeClaim")],
+    "kueue.x-k8s.io/v1beta1": [("localqueues", "LocalQueue")],
     "batch/v1": [("jobs", "Job")],
     "trainer.kubeflow.org/v1alpha1": [("trainjobs", "TrainJob"), ("trainingruntimes", "TrainingRuntime")],
-}
+}  # fmt: skip
 PATH = re.compile(
     r"/(?:api/(?P<core>v1)|apis/(?P<group>[^/]+/[^/]+))"
     r"(?:/namespaces/(?P<namespace>[^/]+))?(?:/(?P<plural>[^/]+))?(?:/(?P<name>[^/]+))?(?P<log>/log)?"
@@ -34,7 +36,7 @@ class Cluster:
 
     Attributes:
         objects: by (plural, namespace, name).
-        refused: plurals that nobody may create.
+        refused: plurals that nobody may create, or list.
         resources: what is served: take a group out for a cluster without its operator.
         late: how many times Trainer's webhook has not yet heard of a TrainJob's runtime.
         status: what every request is answered by, if not None.
@@ -47,9 +49,16 @@ class Cluster:
     late: int = 0
     status: int | None = None
 
-    def names(self) -> set[str]:
-        """plural/name of all but pods."""
-        return {f"{plural}/{name}" for plural, _, name in self.objects if plural != "pods"}
+    def made(self) -> set[str]:
+        """plural/name of what a launch makes, pods left out."""
+        others = ("pods", "persistentvolumeclaims", "secrets", "localqueues")
+        return {f"{plural}/{name}" for plural, _, name in self.objects if plural not in others}
+
+    def add(self, plural: str, namespace: str, name: str) -> None:
+        """What somebody has made before."""
+        version, kind = next((v, kind) for v, kinds in RESOURCES.items() for p, kind in kinds if p == plural)
+        metadata = {"name": name, "namespace": namespace, "uid": str(uuid.uuid4())}
+        self.objects[plural, namespace, name] = {"apiVersion": version, "kind": kind, "metadata": metadata}
 
     def create(self, plural: str, namespace: str, thing: dict[str, Any], dry_run: bool) -> tuple[int, dict[str, Any]]:
         """The API's answer to a POST."""
@@ -135,11 +144,14 @@ class Cluster:
         key = (match["plural"], match["namespace"], match["name"])
         if method == "POST":
             return self.create(key[0], key[1], json.loads(body), "dryRun" in query)
+        if key[2] is None and key[0] in self.refused:
+            return failure(403, "Forbidden", f'{key[0]} is forbidden: User "me" cannot list resource "{key[0]}"')
         if key[2] is None:
             wanted = dict(term.split("=") for term in ",".join(query.get("labelSelector", [])).split(",") if term)
             items = [thing for (plural, namespace, _), thing in self.objects.items() if (plural, namespace) == key[:2]
                      and wanted.items() <= thing["metadata"].get("labels", {}).items()]  # fmt: skip
-            return 200, {"kind": "PodList", "apiVersion": "v1", "metadata": {}, "items": items}
+            kind = dict(self.resources[version])[key[0]]
+            return 200, {"kind": f"{kind}List", "apiVersion": version, "metadata": {}, "items": items}
         if key not in self.objects:
             return failure(404, "NotFound", f'{key[0]} "{key[2]}" not found')
         if match["log"]:

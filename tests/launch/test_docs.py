@@ -18,7 +18,8 @@ from moco_dist.config_source import read_config, to_yaml
 from tests.launch.small import last_step, wait_for_step, write_configs
 
 PAGES = ["README.md", *sorted(str(path) for path in Path("docs").glob("*.md"))]
-PLACEHOLDERS = re.compile(r"\[--|\.\.\.|…|\b(WHERE|TABLE|COMMAND|MIN:MAX)\b")  # no command, but what one looks like
+# No command, but what one looks like.
+PLACEHOLDERS = re.compile(r"\[--|\.\.\.|…|\b(WHERE|TABLE|COMMAND|MIN:MAX)\b|configs/CONFIG")
 KNOWN_PROGRAMS = {"pip", "docker", "sbatch", "createdb", "export", "mlflow", "kubectl"}
 WORK = [  # where a command's own work begins, once it has understood what it was given
     "moco_dist.distributed.collectives.process_group", "moco_dist.planning.arithmetic.sizes",
@@ -32,11 +33,12 @@ WORK = [  # where a command's own work begins, once it has understood what it wa
 
 
 def commands_of(page):
-    """Lines of its `sh` blocks, and what stands inline and begins as our commands do."""
+    """Lines of its `sh` blocks, and what stands inline and is whole: with a config, or with where its result goes."""
     text = Path(page).read_text()
     blocks = "\n".join(re.findall(r"^```sh\n(.*?)^```", text, re.MULTILINE | re.DOTALL)).replace("\\\n", " ")
     lines = [part for line in blocks.splitlines() for part in line.split(" && ")]
-    lines += re.findall(r"`((?:moco-dist|torchrun) [^`\s]+ [^`\n]*|python -m [^`\n]*|make [^`\n]*)`", text)
+    lines += re.findall(r"`((?:moco-dist|torchrun) [^`\n]*(?:configs/|--out)[^`\n]*)`", text)
+    lines += re.findall(r"`((?:python -m|make) [^`\n]*)`", text)
     found = [line for line in lines if not PLACEHOLDERS.search(line)]
     return [words for words in (shlex.split(line, comments=True) for line in found) if len(words) > 1]
 
@@ -98,6 +100,7 @@ def check(tmp_path, monkeypatch):
     return check_words
 
 
+@pytest.mark.timeout(60)  # one that begins its work after all
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_is_understood(check, name):
     check(COMMANDS[name])

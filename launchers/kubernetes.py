@@ -142,10 +142,7 @@ def submit(job: Job, text: str, options: KubernetesOptions) -> list[str]:
 def is_there(job: Job, options: KubernetesOptions) -> bool:
     """Whether the cluster has the job, running or ended."""
     kind = "trainjob" if options.form == "trainjob" else "job"
-    try:
-        return _kubectl("get", "--namespace", options.namespace, f"{kind}/{job.name}").returncode == 0
-    except FileNotFoundError as error:
-        raise UserError("kubectl is not here; install it, or take the manifests of --dry-run") from error
+    return _kubectl("get", "--namespace", options.namespace, f"{kind}/{job.name}").returncode == 0
 
 
 def _create(text: str) -> subprocess.CompletedProcess[str]:

@@ -19,6 +19,7 @@ import torch
 from moco_dist.config import PretrainConfig
 from moco_dist.config_source import read_config
 from moco_dist.distributed.world import World
+from moco_dist.planning.arithmetic import sizes
 from moco_dist.planning.calibrate import Step
 
 RANKS = 8  # of the paper
@@ -64,7 +65,15 @@ def measure(
 
 
 def _alone(config: PretrainConfig, local_batch: int, steps: int, device: str) -> tuple[int, float] | None:
-    """Peak bytes and seconds of a step, in a process of its own; None where memory is too small."""
+    """Peak bytes and seconds of a step, in a process of its own; None where memory is too small.
+
+    On a host it is not tried where the activations alone are more than is free: the kernel might end another process.
+    """
+    if device == "cpu":
+        values = config.model_dump(mode="json")
+        values["optim"]["global_batch_size"] = local_batch
+        if sizes(PretrainConfig.model_validate(values), 1, 1).activation_bytes > psutil.virtual_memory().available:
+            return None
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         try:
             return pool.submit(_measured, config, local_batch, steps, device, torch.get_num_threads()).result()

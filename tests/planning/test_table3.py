@@ -39,6 +39,13 @@ def test_methods_take_turns_and_one_that_does_not_fit_is_tried_once(monkeypatch)
     assert [row["peak_bytes"] for row in rows] == [5, 6, 7, None]
 
 
+def test_a_batch_larger_than_the_host_is_not_tried(monkeypatch):
+    monkeypatch.setattr(table3, "ProcessPoolExecutor", None)
+    config = PretrainConfig.model_validate({"run": {"dir": "r", "device": "cpu"}, "data": {"root": "r"}})
+    rows = measure({"MoCo": config}, [2**15], "cpu", 1, 1)
+    assert (rows[0]["peak_bytes"], rows[0]["step_seconds"]) == (None, None)
+
+
 def out_of_memory(*args):
     raise torch.OutOfMemoryError("of a GPU")
 

@@ -70,9 +70,10 @@ def _alone(config: PretrainConfig, local_batch: int, steps: int, device: str) ->
     On a host it is not tried where the activations alone are more than is free: the kernel might end another process.
     """
     if device == "cpu":
-        values = config.model_dump(mode="json")
-        values["optim"]["global_batch_size"] = local_batch
-        if sizes(PretrainConfig.model_validate(values), 1, 1).activation_bytes > psutil.virtual_memory().available:
+        values, group = config.model_dump(mode="json"), config.model.bn_group_size
+        values["optim"]["global_batch_size"] = group
+        of_a_group = sizes(PretrainConfig.model_validate(values), 1, 1).activation_bytes
+        if of_a_group * local_batch / group > psutil.virtual_memory().available:
             return None
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         try:

@@ -16,6 +16,8 @@ off by less than 5e-7 in float32, and by up to 5e-4 where q and the queue are ro
 `engine.allow_tf32` lets the Triton kernel use TF32, with about the precision of float16.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -115,12 +117,18 @@ def weighted_sums(q: Tensor, keys: Tensor, temperature: float) -> Tensor:
 
 
 def _by_flash(q: Tensor, keys: Tensor, temperature: float, dtype: torch.dtype) -> Tensor:
-    """By the flash-attention kernel that PyTorch has for CPUs."""
+    """By the flash-attention kernel that PyTorch has for CPUs.
+
+    It gives a thread blocks of 32 queries of a head. With fewer blocks than threads, parts of the queue are its heads.
+    """
+    threads_per_block = max(1, torch.get_num_threads() // math.ceil(q.shape[0] / 32))
+    parts = math.gcd(keys.shape[0], 1 << threads_per_block.bit_length() - 1)  # a power of two, that divides
+    heads = keys.unflatten(0, (parts, -1))[None]
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q[None, None], keys[None, None], keys[None, None], scale=1 / temperature
+        q.expand(1, parts, -1, -1), heads, heads, scale=1 / temperature
     )
-    weight = torch.exp(lse[0, 0].to(dtype) - 1 / temperature)[:, None]
-    return torch.cat([weight * out[0, 0], weight], dim=1)
+    weight = torch.exp(lse[0].to(dtype) - 1 / temperature)[..., None]
+    return torch.cat([weight * out[0], weight], dim=-1).sum(0)
 
 
 def _by_blocks(q: Tensor, keys: Tensor, temperature: float) -> Tensor:

@@ -121,6 +121,25 @@ def test_parts_of_the_queue_add_up():
     assert largest_error(parts, weighted_sums(q, keys, 0.07)) < 1e-13
 
 
+@pytest.mark.parametrize("num_keys", [4096, 1002, 7])
+def test_idle_threads_take_parts_of_the_queue(monkeypatch, num_keys):
+    """As many as divide it, and only where there are fewer blocks of queries than threads."""
+    kernel, heads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, []
+    monkeypatch.setattr(
+        torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu",
+        lambda q, *rest, **more: heads.append(q.shape[1]) or kernel(q, *rest, **more),
+    )  # fmt: skip
+    keys = unit(num_keys)
+    for count in (40, 128):
+        q = unit(count, seed=1)
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+        alone = weighted_sums(q, keys, 0.2)
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 9)
+        torch.testing.assert_close(weighted_sums(q, keys, 0.2), alone)
+    parts = {4096: 4, 1002: 2, 7: 1}[num_keys]
+    assert heads == [1, parts, 1, min(2, parts)]
+
+
 def test_contrastive_accuracy_counts_negatives_above_the_positive():
     q = torch.eye(4, 8)
     k = F.normalize(q + 0.5 * torch.eye(4, 8).roll(4, dims=1), dim=1)

@@ -117,8 +117,21 @@ def table3(result: Result) -> str:
     return f"{as_markdown(result['rows'])}\n{facts}{origin(result)}"
 
 
+def plan_validation(result: Result) -> str:
+    """Predicted beside measured."""
+    columns = ["hosts", "Gb/s", "`shuffle.exchange`", "step, s: predicted", "measured", "error, %",
+               "received, MB: predicted", "measured"]  # fmt: skip
+    rows = [
+        [str(r["hosts"]), f"{r['gigabit_per_second']:g}" if r["hosts"] > 1 else "–", r["exchange"],
+         f"{r['predicted_seconds']:.3f}", f"{r['measured_seconds']:.3f}", f"{r['seconds_error_percent']:+.1f}",
+         f"{r['predicted_bytes'] / 1e6:.2f}", f"{r['measured_bytes'] / 1e6:.2f}"]
+        for r in result["rows"]
+    ]  # fmt: skip
+    return markdown(columns, rows) + origin(result)
+
+
 TABLES: dict[str, Callable[[Result], str]] = {
-    table.__name__: table for table in (network, peer_step, step_parts, infonce, update, table3)
+    table.__name__: table for table in (network, peer_step, step_parts, infonce, update, table3, plan_validation)
 }
 
 

@@ -1,6 +1,7 @@
 """What every test runs under."""
 
 import os
+import signal
 import subprocess
 
 import psutil
@@ -9,6 +10,9 @@ import torch
 
 from moco_dist.data.prepare import prepare_shapes
 from tests.faults.processes import command
+
+# A shell starts what it puts into the background with SIGINT ignored, and tests of Ctrl-C would pass that on.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items):

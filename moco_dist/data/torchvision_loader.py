@@ -4,6 +4,7 @@ A loader is a map from a number to a batch: an item of the torch data set below 
 function of (seed, step) alone. So any number of workers gives the same pixels, and resuming is starting at `step`.
 """
 
+import gc
 import signal
 from collections.abc import Iterator
 from typing import Generic, Protocol, TypeVar
@@ -104,6 +105,8 @@ def batches_of(loader: DataLoader) -> Iterator:
     Raises:
         UserError: a worker's, as it was: torch puts the worker's traceback before its text.
     """
+    # Before workers are forked: one that destroyed a DALI pipeline of this process would wait for threads it has not.
+    gc.collect()
     batches = iter(loader)
     try:
         yield from batches

@@ -1,12 +1,12 @@
 """Bytes and seconds of a step between hosts, for each way to exchange key views.
 
-    sudo python -m benchmarks.network [--hosts 2] [--steps 5] [--rates 1,10] [--quick]
+    sudo python -m benchmarks.network [--hosts 2,4] [--steps 3] [--rates 1,10] [--quick]
 
 Hosts are network namespaces of this machine (benchmarks/hosts.py), one rank each, their links shaped. Bytes are read
 from the interfaces, headers included, as the mean over ranks; beside them stands the arithmetic. Gradients are the
 same in all three ways, so bytes are read without their all-reduce (features and images) and with it. Seconds are
-medians over steps; the ways take turns within a step, so that a busy machine slows them alike. Three minutes for two
-hosts and two rates on two cores. --quick: smaller images and network, seconds; it writes no result.
+medians over steps; the ways take turns within a step, so that a busy machine slows them alike. Ten minutes for two
+and four hosts and two rates on two cores. --quick: smaller images and network, seconds; it writes no result.
 """
 
 import argparse
@@ -44,7 +44,7 @@ def config_of(exchange: str, world_size: int, arch: str, image_size: int) -> Pre
         "data": {"root": "unused", "image_size": image_size},
         "model": {"arch": arch, "head_hidden_dims": [512]},
         "moco": {"queue_size": 65536},
-        "optim": {"global_batch_size": LOCAL_BATCH * world_size, "precision": "bf16"},
+        "optim": {"global_batch_size": LOCAL_BATCH * world_size},
         "shuffle": {"exchange": exchange},
     })  # fmt: skip
 
@@ -105,7 +105,7 @@ class Run:
     def step(self, step: int, gradients: bool) -> float:
         """One step; returns the seconds that making the key views took."""
         started = time.perf_counter()
-        view_k = key_views(self.batch, self.config, self.plan, step, self.world, torch.bfloat16)
+        view_k = key_views(self.batch, self.config, self.plan, step, self.world, torch.float32)
         seconds = time.perf_counter() - started
         view_q = view_k.roll(1, 0)
         order = torch.from_numpy(self.plan.key_permutation(step))
@@ -167,8 +167,8 @@ def print_row(row: dict[str, Any]) -> None:
 def main() -> None:
     """Measure and write the results file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hosts", default="2", help="numbers of hosts, e.g. 2,4")
-    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--hosts", default="2,4", help="numbers of hosts")
+    parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--rates", default="1,10", help="link rates in Gb/s")
     parser.add_argument("--quick", action="store_true")
     args = parser.parse_args()
@@ -183,7 +183,7 @@ def main() -> None:
                 for row in rows[-len(EXCHANGES) :]:
                     print_row(row)
     if not args.quick:
-        results.write("network", rows, local_batch_size=LOCAL_BATCH, precision="bf16", **sizes)
+        results.write("network", rows, local_batch_size=LOCAL_BATCH, precision="fp32", **sizes)
 
 
 if __name__ == "__main__":

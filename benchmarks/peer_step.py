@@ -1,22 +1,26 @@
 """A step of this program beside the same step of lightly's MoCo, on two ranks: on loopback, and over a 1 Gb/s link.
 
     pip install 'moco_dist[benchmarks]'
-    sudo python -m benchmarks.peer_step [--steps 5] [--arch resnet18] [--local-batch 32] [--image-size 224] [--quick]
+    sudo python -m benchmarks.peer_step [--rounds 2] [--arch resnet50] [--local-batch 32] [--image-size 224] [--quick]
 
-Both do the same work: architecture, head, batch, image size, queue, temperature, precision (bf16 autocast), shuffled BN
-over ranks, SGD with momentum and weight decay, DistributedDataParallel. lightly's step is put together from its own
-parts in the order of its MoCo v2 benchmark: `update_momentum`, `batch_shuffle` (gathers all images), `batch_unshuffle`,
-`NTXentLoss` with a gathered memory bank, and torch's defaults for DDP and SGD. It runs twice: with tensors as torch
-lays them out (as published), and in channels-last, which this program uses, so that the reader sees how much of the
-difference that makes. Views are made before the clock starts, for all alike: augmentation is not compared.
+Both do the same work: architecture, head, batch, image size, queue, temperature, precision (float32 on CPUs, bf16
+autocast on GPUs), shuffled BN over ranks, SGD with momentum and weight decay, DistributedDataParallel. lightly's step
+is put together from its own parts in the order of its MoCo v2 benchmark: `update_momentum`, `batch_shuffle` (gathers
+all images), `batch_unshuffle`, `NTXentLoss` with a gathered memory bank, and torch's defaults for DDP and SGD. It runs
+twice: with tensors as torch lays them out (as published), and in channels-last, which this program uses, so that the
+reader sees how much of the difference that makes. Views are made before the clock starts, for all alike: augmentation
+is not compared.
 
-The programs take turns within a step; a step ends when the last rank is done; ratios are of medians. Without root (or
-iproute2) only loopback is measured. On a machine with two GPUs the ranks use them. --quick: seconds, no result.
+Each program has processes of its own, as its user would start it; they take turns, `--rounds` times, each with one step
+that is not counted and three that are. A step ends when the last rank is done; ratios are of medians. Without root (or
+iproute2) only loopback is measured. On a machine with two GPUs the ranks use them. Ten minutes on two cores.
+--quick: a small network, seconds, no result.
 """
 
 import argparse
 import statistics
 import time
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -32,7 +36,7 @@ from moco_dist.data.plan import Plan
 from moco_dist.distributed.collectives import barrier
 from moco_dist.distributed.world import World
 from moco_dist.method.encoder import BLOCKS
-from moco_dist.method.precision import autocast
+from moco_dist.method.precision import autocast, compute_dtype
 from moco_dist.train import build, train_step
 
 RANKS = 2
@@ -50,7 +54,7 @@ class Ours:
             "data": {"root": "unused", "image_size": image_size},
             "model": {"arch": arch, "bn_group_size": local_batch},
             "moco": {"queue_size": queue_size},
-            "optim": {"global_batch_size": local_batch * world.world_size, "precision": "bf16"},
+            "optim": {"global_batch_size": local_batch * world.world_size},
         })  # fmt: skip
         self.plan = Plan(100_000, self.config.optim.global_batch_size, 0)
         self.state, self.engine = build(self.config, world)
@@ -76,7 +80,7 @@ class Lightly:
         from lightly.models.modules import MoCoProjectionHead
         from torchvision.models.resnet import ResNet
 
-        self.world = world
+        self.world, self.dtype = world, compute_dtype("auto", world.device)
         backbone = ResNet(*BLOCKS[arch])
         width = backbone.fc.in_features
         backbone.fc = nn.Identity()  # type: ignore[assignment]
@@ -97,7 +101,7 @@ class Lightly:
         view_q, view_k = self._views
         distributed = self.world.world_size > 1
         update_momentum(self.query, self.key, MOMENTUM)
-        with autocast(torch.bfloat16, self.world.device):
+        with autocast(self.dtype, self.world.device):
             with torch.no_grad():
                 shuffled, shuffle = batch_shuffle(view_k, distributed)
                 keys = batch_unshuffle(self.key(shuffled), shuffle, distributed)
@@ -115,38 +119,35 @@ def random_views(world: World, local_batch: int, image_size: int) -> list[Tensor
     return [torch.randn(shape, generator=generator).to(world.device) for _ in range(2)]
 
 
-def seconds_of_rank(world: World, steps: int, **sizes: Any) -> dict[str, list[float]]:
-    """Seconds of `steps` steps of each program, from a barrier to the next, after two that are not counted."""
-    programs = {
-        "moco_dist": Ours(world, **sizes),
-        "lightly": Lightly(world, memory_format=torch.contiguous_format, **sizes),
-        "lightly channels-last": Lightly(world, memory_format=torch.channels_last, **sizes),
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in programs}
-    for step in range(-2, steps):
-        for name, program in programs.items():
-            barrier(world)
-            started = time.perf_counter()
-            loss = program.step()
-            synchronise(world.device)
-            barrier(world)
-            if step >= 0:
-                seconds[name].append(time.perf_counter() - started)
-            assert loss.isfinite()
-    return seconds
+def seconds_of_rank(world: World, program: str, **sizes: Any) -> list[float]:
+    """Seconds of three steps of a program, each from a barrier to the next, after one that is not counted."""
+    if program == "moco_dist":
+        running: Ours | Lightly = Ours(world, **sizes)
+    else:
+        layout = torch.channels_last if program.endswith("channels-last") else torch.contiguous_format
+        running = Lightly(world, memory_format=layout, **sizes)
+    seconds = []
+    for _ in range(4):
+        barrier(world)
+        started = time.perf_counter()
+        loss = running.step()
+        synchronise(world.device)
+        barrier(world)
+        seconds.append(time.perf_counter() - started)
+        assert loss.isfinite()
+    return seconds[1:]
 
 
-def measure(links: dict[str, float | None], steps: int, device: str, **sizes: Any) -> list[dict[str, Any]]:
+def measure(links: dict[str, float | None], rounds: int, device: str, **sizes: Any) -> list[dict[str, Any]]:
     """A row for each link: name, and its Gb/s (None: loopback)."""
     rows = []
     for link, rate in links.items():
-        arguments = {"steps": steps, "device": device, **sizes}
-        if rate is None:
-            seconds = run_ranks(seconds_of_rank, RANKS, **arguments)[0]
-        else:
-            with hosts(RANKS) as made:
+        seconds: dict[str, list[float]] = {name: [] for name in PROGRAMS}
+        with nullcontext() if rate is None else hosts(RANKS) as made:
+            if made:
                 made.shape(rate)
-                seconds = run_ranks(seconds_of_rank, RANKS, made, **arguments)[0]
+            for name in rounds * PROGRAMS:
+                seconds[name] += run_ranks(seconds_of_rank, RANKS, made, device=device, program=name, **sizes)[0]
         medians = {name: statistics.median(values) for name, values in seconds.items()}
         row = {"link": link, "gigabit_per_second": rate, "step_seconds": medians,
                "ratio_to_moco_dist": {name: medians[name] / medians["moco_dist"] for name in PROGRAMS[1:]}}  # fmt: skip
@@ -160,8 +161,8 @@ def measure(links: dict[str, float | None], steps: int, device: str, **sizes: An
 def main() -> None:
     """Measure and write the results file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--arch", choices=list(BLOCKS), default="resnet18")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--arch", choices=list(BLOCKS), default="resnet50")
     parser.add_argument("--local-batch", type=int, default=32)
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--queue-size", type=int, default=65536)
@@ -180,9 +181,10 @@ def main() -> None:
         print(f"loopback only: {reason}")
         del links["1 Gb/s"]
     device = "cuda" if torch.cuda.device_count() >= RANKS else "cpu"
-    rows = measure(links, args.steps, device, **sizes)
+    rows = measure(links, args.rounds, device, **sizes)
     if not args.quick:
-        facts = {"ranks": RANKS, "device": device, "precision": "bf16", "lightly": lightly.__version__}
+        precision = str(compute_dtype("auto", device)).removeprefix("torch.")
+        facts = {"ranks": RANKS, "device": device, "precision": precision, "lightly": lightly.__version__}
         results.write("peer_step", rows, **facts, **sizes)
 
 

@@ -9,7 +9,7 @@ the momentum update, torch's SGD without `fused`. Seconds are medians, in turn. 
 """
 
 import argparse
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -18,7 +18,7 @@ from benchmarks.timing import bytes_per_second, in_turn
 from moco_dist.config import ModelConfig, OptimConfig
 from moco_dist.method.encoder import build_encoder
 from moco_dist.method.momentum import key_encoder_of, momentum_update
-from moco_dist.optim import build_optimizer
+from moco_dist.optim import LARS, build_optimizer
 
 
 def measure(arch: str, repeats: int, device: str) -> list[dict[str, Any]]:
@@ -37,7 +37,9 @@ def measure(arch: str, repeats: int, device: str) -> list[dict[str, Any]]:
     sgd = build_optimizer(query, OptimConfig())
     lars = build_optimizer(query, OptimConfig(optimizer="lars"))
     by_default = torch.optim.SGD(parameters, lr=1e-6, momentum=0.9, weight_decay=1e-4)
-    for optimizer in (sgd, lars):
+    compiled_lars = cast(LARS, build_optimizer(query, OptimConfig(optimizer="lars")))
+    compiled_lars.compile()  # as `engine.compile: step` does
+    for optimizer in (sgd, lars, compiled_lars):
         optimizer.param_groups[0]["lr"] = 1e-6
     ways = {
         "momentum update": (lambda: momentum_update(query, key, 0.999), 12),
@@ -45,6 +47,7 @@ def measure(arch: str, repeats: int, device: str) -> list[dict[str, Any]]:
         "SGD": (sgd.step, 20),
         "SGD by torch's defaults": (by_default.step, 20),
         "LARS": (lars.step, 20),
+        "LARS, compiled": (compiled_lars.step, 20),
     }
     seconds = in_turn({name: way for name, (way, _) in ways.items()}, repeats, device)
     count, bandwidth = sum(p.numel() for p in parameters), bytes_per_second(device)

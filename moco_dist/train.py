@@ -24,7 +24,7 @@ from moco_dist.distributed.stop import STOP, StopRequest, marker_path
 from moco_dist.distributed.world import World
 from moco_dist.engine import Engine
 from moco_dist.engine.ddp import DDPEngine
-from moco_dist.engine.speed import compile_options, compiled_on_gpu, set_backends
+from moco_dist.engine.speed import compile_options, compiled_on_gpu, keep_freed_memory, set_backends
 from moco_dist.errors import Preempted, UserError
 from moco_dist.evaluate.during_training import accuracies_during_training
 from moco_dist.logbook import Logbook
@@ -251,6 +251,7 @@ def build(config: PretrainConfig, world: World) -> tuple[TrainState, Engine]:
     dtype = compute_dtype(config.optim.precision, world.device)
     weights_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     set_backends(config.engine)
+    keep_freed_memory(world.device)
     query_encoder = build_encoder(config.model, config.run.seed).to(world.device, weights_dtype)
     is_moco = config.method == "moco"
     key_encoder = key_encoder_of(query_encoder) if is_moco else query_encoder  # SimCLR's only one

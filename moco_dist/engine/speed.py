@@ -1,5 +1,7 @@
 """How fast, not what: cuDNN's and TF32's switches, torch.compile and CUDA graphs (the config section `engine`)."""
 
+import ctypes
+import platform
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -15,6 +17,18 @@ def set_backends(config: EngineConfig) -> None:
     torch.backends.cudnn.benchmark = config.cudnn_benchmark
     torch.backends.cudnn.allow_tf32 = config.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
+
+
+def keep_freed_memory(device: str) -> None:
+    """On a CPU, keep a step's freed activations for the next step's. For this process; nothing without glibc.
+
+    By default glibc gives each large block back to the kernel, which clears its pages anew for the next: 4 % of a
+    ResNet's step.
+    """
+    if device == "cpu" and platform.libc_ver()[0] == "glibc":
+        trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
+        ctypes.CDLL(None).mallopt(trim_threshold, -1)  # never
+        ctypes.CDLL(None).mallopt(mmap_max, 0)
 
 
 def compile_options(config: EngineConfig) -> dict[str, Any]:

@@ -1,9 +1,10 @@
-"""The tables of README.md and docs/benchmarks.md, from results/*.json.
+"""The tables of README.md, docs/benchmarks.md and docs/data.md, from results/*.json.
 
     python -m benchmarks.tables
 
 Writes each table between its markers, `<!-- benchmarks:NAME -->` and `<!-- /benchmarks -->`. Of a theme, the newest
-result on CPUs and the newest on each GPU are shown; what was not run is not in the tables.
+result on CPUs and the newest on each GPU are shown; what was not run is not in the tables. README's table, `headlines`,
+has a number or two of each theme.
 """
 
 import json
@@ -16,7 +17,7 @@ from benchmarks.results import FOLDER
 from moco_dist.planning.table3 import as_markdown
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "docs/benchmarks.md")
+PAGES = ("README.md", "docs/benchmarks.md", "docs/data.md")
 MARKED = re.compile(r"(<!-- benchmarks:(\w+) -->\n).*?(<!-- /benchmarks -->)", re.DOTALL)
 
 Result = dict[str, Any]
@@ -130,16 +131,80 @@ def plan_validation(result: Result) -> str:
     return markdown(columns, rows) + origin(result)
 
 
-TABLES: dict[str, Callable[[Result], str]] = {
-    table.__name__: table for table in (network, peer_step, step_parts, infonce, update, table3, plan_validation)
-}
+def loader(result: Result) -> str:
+    """Crops of a JPEG by each loader."""
+    rows = [
+        [r["name"], f"{r['cpu_ms_per_image']:.2f}", f"{r['images_per_second_per_core']:,.0f}",
+         f"{r['times_the_usual']:.3g}"]
+        for r in result["rows"]
+        if r["cpu_ms_per_image"] is not None
+    ]  # fmt: skip
+    decoding = result["decoding"]
+    share = 100 * decoding["share_of_floor"]
+    facts = (f"Decoding alone: {decoding['ours_ms']:.2f} ms; libjpeg-turbo's least for the region around both crops: "
+             f"{decoding['floor_region_ms']:.2f} ms, so {share:.0f} % of the floor.\n")  # fmt: skip
+    columns = ["", "CPU ms an image", "images/s a core", "× the usual"]
+    return f"{markdown(columns, rows)}\n{facts}{origin(result)}"
+
+
+def augment(result: Result) -> str:
+    """Colours of a view."""
+    rows = [[r["way"], f"{r['milliseconds_a_view']:.2f}", f"{r['times_moco_dist']:.1f}"] for r in result["rows"]]
+    return markdown(["", "ms a view", "× moco_dist"], rows) + origin(result)
+
+
+def checkpoint(result: Result) -> str:
+    """How long training waits for one."""
+    rows = [[r["kind"], f"{r['stall_seconds']:.2f}"] for r in result["rows"]]
+    return markdown([f"a checkpoint of {result['bytes'] / 1e6:.0f} MB", "training waits, s"], rows) + origin(result)
+
+
+def headlines() -> str:
+    """What each theme comes to: here, and in the way that is usual."""
+    rows: list[list[str]] = []
+
+    def add(result: Result, what: str, here: float, other: float, way: str, unit: str) -> None:
+        numbers = [f"{here:.3g} {unit}", f"{other:.3g} {unit}, {way}", f"{other / here:.3g}"]
+        rows.append([what, *numbers, result["hardware"]])
+
+    for result in newest("network"):
+        most = max(r["hosts"] for r in result["rows"])
+        received = {r["exchange"]: r["received_bytes"] / 1e6 for r in result["rows"] if r["hosts"] == most}
+        images = result["local_batch_size"]
+        what = f"received by a rank in a step, beside gradients; {most} hosts, {images} images on each"
+        add(result, what, received["loader"], received["all_gather"], "all images gathered", "MB")
+    for result in newest("peer_step"):
+        for row in result["rows"]:
+            seconds = row["step_seconds"]
+            way = f"lightly's MoCo ({seconds['lightly channels-last']:.3g} s in channels-last)"
+            what = f"a step of {result['arch']}, {result['ranks']} ranks, {row['link']}"
+            add(result, what, seconds["moco_dist"], seconds["lightly"], way, "s")
+    for result in newest("infonce"):
+        row = next(r for r in result["rows"] if (r["num_queries"], r["num_keys"]) == (256, 65536))
+        ours, usual = 1e3 * row["seconds"]["moco_dist"], 1e3 * row["seconds"]["cat + cross_entropy"]
+        add(result, "loss and gradient; 256 queries, 65,536 keys", ours, usual, "`cat` and `cross_entropy`", "ms")
+    for result in newest("loader"):
+        ms = {r["name"]: r["cpu_ms_per_image"] for r in result["rows"]}
+        usual = next(name for name in ms if name.endswith("(usual)"))
+        what = "a photograph's two views, before the device's colours; one core"
+        add(result, what, ms["loader torchvision"], ms[usual], "torchvision's transforms, all on the CPU", "ms")
+    for result in newest("checkpoint"):
+        waits = {r["kind"]: r["stall_seconds"] for r in result["rows"]}
+        what = f"training waits for a checkpoint of {result['bytes'] / 1e6:.0f} MB"
+        add(result, what, waits["asynchronous"], waits["synchronous"], "written in between steps", "s")
+    return markdown(["", "here", "otherwise", "ratio", "on"], rows)
+
+
+THEMES = (network, peer_step, step_parts, infonce, update, table3, plan_validation, loader, augment, checkpoint)
+TABLES: dict[str, Callable[[Result], str]] = {table.__name__: table for table in THEMES}
 
 
 def filled(page: str) -> str:
     """`page` with every table made anew."""
 
     def table(match: re.Match[str]) -> str:
-        texts = [TABLES[match[2]](result) for result in newest(match[2])]
+        name = match[2]
+        texts = [headlines()] if name == "headlines" else [TABLES[name](result) for result in newest(name)]
         return match[1] + ("\n".join(texts) or "Not run yet.\n") + match[3]
 
     return MARKED.sub(table, page)

@@ -1,8 +1,9 @@
 """Pre-training by MoCo v2: builds everything, then the loop. Algorithm 1 of v1 (arXiv 1911.05722), line by line."""
 
+import contextlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -76,9 +77,10 @@ def pretrain(config: PretrainConfig, world: World, tracker: Tracker) -> Path:
     facts = {"config": kept, "versions": package_versions(), "git": git_state()}
     dtype = compute_dtype(config.optim.precision, world.device)
     colour = compiled_on_gpu(apply_colours, config.engine, world.device)
+    feed = batches(config, folder, plan, world, state.step, stop)
 
     try:
-        for step, batch, wait_seconds in batches(config, folder, plan, world, state.step, stop):
+        for step, batch, wait_seconds in feed:
             view_q = colour(batch.view_q, batch.colours_q, config.augment, dtype)
             view_k = key_views(batch, config, plan, step, world, dtype, colour)
             key_order = to_device(plan.key_permutation(step), world.device)
@@ -116,6 +118,7 @@ def pretrain(config: PretrainConfig, world: World, tracker: Tracker) -> Path:
         saver.finish()
         return checkpoint.latest(run_dir)
     finally:
+        feed.close()
         logbook.close()
 
 
@@ -273,13 +276,13 @@ def build(config: PretrainConfig, world: World) -> tuple[TrainState, Engine]:
 
 def batches(
     config: PretrainConfig, folder: ImageFolder, plan: Plan, world: World, start: int, stop: int
-) -> Iterator[tuple[int, CropBatch, float]]:
+) -> Generator[tuple[int, CropBatch, float], None, None]:
     """(step, this rank's batch on the device, seconds waited for it) of steps start .. stop-1."""
-    loader = pretrain_batches(folder, config, plan, world, start, stop)
-    for step in range(start, stop):
-        waiting_since = time.perf_counter()
-        batch = next(loader).to(torch.device(world.device))
-        yield step, batch, time.perf_counter() - waiting_since
+    with contextlib.closing(pretrain_batches(folder, config, plan, world, start, stop)) as loader:
+        for step in range(start, stop):
+            waiting_since = time.perf_counter()
+            batch = next(loader).to(torch.device(world.device))
+            yield step, batch, time.perf_counter() - waiting_since
 
 
 def require_finite(logbook: Logbook, config: PretrainConfig, plan: Plan) -> None:

@@ -1,8 +1,9 @@
 """Items of an iterator, made ahead of time in a thread."""
 
+import contextlib
 import queue
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -10,10 +11,10 @@ T = TypeVar("T")
 _POLL_SECONDS = 0.1
 
 
-def ahead(items: Iterable[T], depth: int) -> Iterator[T]:
+def ahead(items: Generator[T, None, None], depth: int) -> Generator[T, None, None]:
     """The same items in the same order, up to `depth` of them waiting. The thread's exception is raised here.
 
-    The thread ends when the consumer closes the generator, or with the process.
+    `items` is closed, in the thread, when it is at its end or the consumer closes this generator, which waits for it.
     """
     made: queue.Queue[tuple[str, T | BaseException | None]] = queue.Queue(depth)
     closed = threading.Event()
@@ -29,9 +30,10 @@ def ahead(items: Iterable[T], depth: int) -> Iterator[T]:
 
     def make() -> None:
         try:
-            for item in items:
-                if not put("item", item):
-                    return
+            with contextlib.closing(items):
+                for item in items:
+                    if not put("item", item):
+                        return
             put("end", None)
         except BaseException as error:  # whatever it is, the consumer must not wait for ever
             put("error", error)
@@ -44,7 +46,10 @@ def ahead(items: Iterable[T], depth: int) -> Iterator[T]:
             if kind == "end":
                 return
             if isinstance(value, BaseException) and kind == "error":
-                raise value
+                try:
+                    raise value
+                finally:
+                    del value  # its traceback holds this frame
             yield value  # type: ignore[misc]
     finally:
         closed.set()

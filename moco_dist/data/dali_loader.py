@@ -13,7 +13,7 @@ import importlib
 import os
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -62,7 +62,7 @@ class Prepared(NamedTuple, Generic[T]):
 
 def batches_from_dali(
     folder: ImageFolder, job_of: JobOf[T], numbers: range, size: int, data: DataConfig | EvalDataConfig, world: World
-) -> Iterator[T]:
+) -> Generator[T, None, None]:
     """The batches of `numbers`; views are on the GPU where it decodes, else in pinned memory where there is one.
 
     Raises:
@@ -80,10 +80,11 @@ def batches_from_dali(
     if not numbers:
         return
     batches = _Batches(folder, job_of, numbers[0], size, data, world)
-    for finish, views, replaced in ahead(batches.run(numbers), 1):
-        if views.is_cuda:
-            views.record_stream(torch.cuda.current_stream())  # it was made on the thread's stream
-        yield finish(views, replaced)
+    with contextlib.closing(ahead(batches.run(numbers), 1)) as made:
+        for finish, views, replaced in made:
+            if views.is_cuda:
+                views.record_stream(torch.cuda.current_stream())  # it was made on the thread's stream
+            yield finish(views, replaced)
 
 
 class _Batches(Generic[T]):
@@ -101,7 +102,7 @@ class _Batches(Generic[T]):
         self.stream = torch.cuda.Stream(world.device) if self.on_gpu else None
         self.views_per_image = 1
 
-    def run(self, numbers: range) -> Iterator[tuple[Any, Tensor, tuple[str, ...]]]:
+    def run(self, numbers: range) -> Generator[tuple[Any, Tensor, tuple[str, ...]], None, None]:
         """What is left to do for each batch: finish(views, replaced)."""
         jobs = map(self.job_of, numbers)
         redo: deque[Prepared[T]] = deque()
@@ -116,16 +117,20 @@ class _Batches(Generic[T]):
                     return _arguments(prepared.entries, self.size, self.views_per_image)
 
         pipe, failures = None, 0
-        with self.pool:
+        # A pipeline ends here, not when its garbage is collected: that may be in a forked process, which has none of
+        # the threads that a pipeline waits for.
+        with self.pool, contextlib.ExitStack() as pipelines:
             while True:
                 if pipe is None:
                     pipe = self._pipeline(next_arguments)
+                    pipelines.callback(pipe._shutdown)
                 try:
                     outputs = pipe.run()
                     failures = 0
                 except StopIteration:
                     break
                 except RuntimeError as error:
+                    pipelines.close()
                     pipe, failures = None, failures + 1
                     if failures == MAX_FAILURES:
                         raise UserError(f"DALI cannot decode these files: {' '.join(str(error).split())}") from error

@@ -1,7 +1,8 @@
 """Batches by whichever loader the config names: `data.loader`. All of them give the same views."""
 
+import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import TypeVar
 
 import numpy as np
@@ -25,7 +26,7 @@ T = TypeVar("T")
 
 def pretrain_batches(
     folder: ImageFolder, config: PretrainConfig, plan: Plan, world: World, start: int, stop: int
-) -> Iterator[CropBatch]:
+) -> Generator[CropBatch, None, None]:
     """This rank's CropBatch of steps start .. stop-1, in pinned memory or on the GPU where there is one."""
     job_of = functools.partial(view_job, config=config, plan=plan, world=world)
     return load(folder, job_of, range(start, stop), config.data.image_size, config.data, world)
@@ -33,7 +34,7 @@ def pretrain_batches(
 
 def eval_batches(
     folder: ImageFolder, indices: NDArray[np.int64], data: EvalDataConfig, resize: int, crop: int, world: World
-) -> Iterator[tuple[Tensor, NDArray[np.int64]]]:
+) -> Generator[tuple[Tensor, NDArray[np.int64]], None, None]:
     """Centre crops, `data.batch_size` at a time, the last batch smaller.
 
     Args:
@@ -49,13 +50,16 @@ def eval_batches(
     """
     batches = [indices[i : i + data.batch_size] for i in range(0, len(indices), data.batch_size)]
     job_of = functools.partial(_centre_job, batches=batches, resize=resize, size=crop)
-    return zip(load(folder, job_of, range(len(batches)), crop, data, world), batches, strict=True)
+    with contextlib.closing(load(folder, job_of, range(len(batches)), crop, data, world)) as views_of_batches:
+        yield from zip(views_of_batches, batches, strict=True)
 
 
 def load(
     folder: ImageFolder, job_of: JobOf[T], numbers: range, size: int, data: DataConfig | EvalDataConfig, world: World
-) -> Iterator[T]:
+) -> Generator[T, None, None]:
     """The batches of `numbers`, one after the other, some of them ahead of time.
+
+    Close it, by `contextlib.closing`: processes, threads and DALI's pipeline end then, whatever still refers to it.
 
     Args:
         folder: the images, in files or packed.

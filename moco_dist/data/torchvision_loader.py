@@ -4,10 +4,9 @@ A loader is a map from a number to a batch: an item of the torch data set below 
 function of (seed, step) alone. So any number of workers gives the same pixels, and resuming is starting at `step`.
 """
 
-import gc
 import signal
-from collections.abc import Iterator
-from typing import Generic, Protocol, TypeVar
+from collections.abc import Generator
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -84,7 +83,7 @@ class Batches(Dataset[T], Generic[T]):
 
 def batches_from_workers(
     source: Source, job_of: JobOf[T], numbers: range, size: int, data: DataConfig | EvalDataConfig, world: World
-) -> Iterator[T]:
+) -> Generator[T, None, None]:
     """The batches of `numbers`, in pinned memory where there is a GPU, from `data.num_workers` processes."""
     return batches_of(
         DataLoader(
@@ -99,14 +98,12 @@ def batches_from_workers(
     )
 
 
-def batches_of(loader: DataLoader) -> Iterator:
-    """A loader's batches; its workers end with them.
+def batches_of(loader: DataLoader) -> Generator[Any, None, None]:
+    """A loader's batches; its workers end with them, or when the generator is closed.
 
     Raises:
         UserError: a worker's, as it was: torch puts the worker's traceback before its text.
     """
-    # Before workers are forked: one that destroyed a DALI pipeline of this process would wait for threads it has not.
-    gc.collect()
     batches = iter(loader)
     try:
         yield from batches

@@ -1,5 +1,6 @@
 """Pairs of views for eyes."""
 
+import contextlib
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,8 @@ def view_pairs(config: PretrainConfig, count: int, step: int = 0) -> Tensor:
         "data": config.data.model_copy(update={"num_workers": 0}),
         "shuffle": config.shuffle.model_copy(update={"exchange": "loader"}),
     })  # fmt: skip
-    batch = next(pretrain_batches(folder, alone, plan, World(), step, step + 1))
+    with contextlib.closing(pretrain_batches(folder, alone, plan, World(), step, step + 1)) as batches:
+        batch = next(batches)
     home = torch.from_numpy(np.argsort(plan.key_permutation(step)))
     mean = torch.tensor(config.augment.mean)[:, None, None]
     std = torch.tensor(config.augment.std)[:, None, None]

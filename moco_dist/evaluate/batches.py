@@ -1,7 +1,7 @@
 """Batches of training with labels: which images, in which order, and their random crops; functions of (seed, epoch)."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +28,7 @@ def global_batches(num_samples: int, batch_size: int, seed: int, epoch: int) -> 
 
 def crop_batches(
     evaluation: Evaluation, own: list[NDArray[np.int64]], scale: tuple[float, float], seed: int, epoch: int
-) -> Iterator[Tensor]:
+) -> Generator[Tensor, None, None]:
     """Random resized crops and flips of this rank's training images, uint8 (n, 3, S, S) for each batch of `own`."""
     job_of = functools.partial(random_crops, own=own, scale=scale, seed=seed, epoch=epoch)
     train, data = evaluation.train, evaluation.config.data

@@ -5,6 +5,7 @@ everything that features depend on, so another checkpoint, crop or subset has it
 out of date but images that were changed under the same name. The folder has to be one that all ranks see.
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -111,7 +112,8 @@ def _encode(
     )
     waiting = torch.empty(0, encoder.dim)
     # On rank 0, where somebody watches.
-    with tqdm(total=len(samples), unit="image", disable=None if evaluation.world.is_main else True, leave=False) as bar:
+    bar = tqdm(total=len(samples), unit="image", disable=None if evaluation.world.is_main else True, leave=False)
+    with contextlib.closing(batches), bar:
         for chunk in chunks:
             while len(waiting) < len(chunk):
                 views, _ = next(batches)

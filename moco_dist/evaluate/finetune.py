@@ -7,6 +7,7 @@ compute the same; its running statistics, the mean over all ranks', serve valida
 A step is a function of (seed, epoch, batch). Validation images are counted once.
 """
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -165,13 +166,13 @@ def _epoch(
     lr = config.backbone_lr * config.lr_decay ** sum(epoch >= milestone for milestone in config.milestones)
     losses = []
     engine.module.train()
-    views_of_batches = crop_batches(evaluation, own, config.crop_scale, config.seed, epoch)
-    for views, rows in zip(views_of_batches, own, strict=True):
-        logits = engine(encoder.normalised(views))
-        loss = F.cross_entropy(logits, labels[torch.from_numpy(rows).to(labels.device)])
-        engine.backward(loss)
-        engine.step(lr)
-        losses.append(loss.detach())
+    with contextlib.closing(crop_batches(evaluation, own, config.crop_scale, config.seed, epoch)) as views_of_batches:
+        for views, rows in zip(views_of_batches, own, strict=True):
+            logits = engine(encoder.normalised(views))
+            loss = F.cross_entropy(logits, labels[torch.from_numpy(rows).to(labels.device)])
+            engine.backward(loss)
+            engine.step(lr)
+            losses.append(loss.detach())
     return all_reduce_sum(torch.stack(losses).mean(), world).item() / world.world_size
 
 

@@ -8,6 +8,7 @@ every encoder, whatever the size of its features. `sweep` trains further classif
 A step is a function of (seed, epoch, batch). Validation images are counted once.
 """
 
+import contextlib
 import dataclasses
 import functools
 import time
@@ -119,6 +120,6 @@ def augmented_batches(
     world = evaluation.world
     batches = global_batches(len(evaluation.train.paths), config.global_batch_size, config.seed, epoch)
     own = [batch[world.rank :: world.world_size] for batch in batches]
-    loader = crop_batches(evaluation, own, config.crop_scale, config.seed, epoch)
-    for views, batch in zip(loader, batches, strict=True):
-        yield together(encoder(views), np.arange(len(batch)) % world.world_size, world), batch
+    with contextlib.closing(crop_batches(evaluation, own, config.crop_scale, config.seed, epoch)) as loader:
+        for views, batch in zip(loader, batches, strict=True):
+            yield together(encoder(views), np.arange(len(batch)) % world.world_size, world), batch

@@ -203,10 +203,11 @@ def _calibrate(encoder: FrozenEncoder, evaluation: Evaluation) -> None:
     norms = [m for m in encoder.module.modules() if isinstance(m, GroupedBatchNorm2d)]
     encoder.module.train()
     batches = eval_batches(evaluation.train, samples, data, evaluation.resize, evaluation.crop, world)
-    for i, (views, _) in enumerate(batches):
-        for norm in norms:
-            norm.momentum = 1 / (i + 1)
-        encoder(views)
+    with contextlib.closing(batches):
+        for i, (views, _) in enumerate(batches):
+            for norm in norms:
+                norm.momentum = 1 / (i + 1)
+            encoder(views)
     encoder.module.eval()
     for buffer in running_statistics(encoder.module).values():
         buffer.copy_(all_gather(buffer[None], world)[0])  # rank 0's, should GPUs round differently

@@ -6,7 +6,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -186,15 +186,15 @@ def loader_core_seconds(config: PretrainConfig, world_size: int) -> float | None
     values["data"]["num_workers"] = 1 if config.data.loader == "dali" else 0
     world = World(rank=0, world_size=world_size, local_world_size=world_size)
     alone = PretrainConfig.model_validate(values)
-    loader = pretrain_batches(folder, alone, plan, world, 0, LOADER_STEPS + 1)
-    next(loader)  # imports, caches
-    before, deadline = time.process_time(), time.perf_counter() + LOADER_SECONDS
-    count = 0
-    for _ in loader:
-        count += 1
-        if time.perf_counter() > deadline:
-            break
-    return (time.process_time() - before) / count
+    with closing(pretrain_batches(folder, alone, plan, world, 0, LOADER_STEPS + 1)) as loader:
+        next(loader)  # imports, caches
+        before, deadline = time.process_time(), time.perf_counter() + LOADER_SECONDS
+        count = 0
+        for _ in loader:
+            count += 1
+            if time.perf_counter() > deadline:
+                break
+        return (time.process_time() - before) / count
 
 
 def timed(function: Callable[[], Any], calls: int, world: World) -> float:

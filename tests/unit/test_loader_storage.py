@@ -132,19 +132,3 @@ def test_a_packed_file_that_was_cut_off_kills_no_worker(tmp_path, waits):
         file.truncate(2**20)
     with pytest.raises(ImageError, match="cannot read image"):
         list(batches)
-
-
-def test_garbage_is_destroyed_before_workers_are_forked(tmp_path):
-    """DALI's pipelines cannot be destroyed in another process: the worker would wait for good."""
-
-    class Garbage:
-        def __init__(self):
-            self.itself = self
-
-        def __del__(self):
-            (tmp_path / f"destroyed by {os.getpid()}").touch()
-
-    undamaged(tmp_path / "images")
-    Garbage()
-    batches_of(config_of(tmp_path / "images", "torchvision", num_workers=1), 0, 1)
-    assert [path.name for path in tmp_path.glob("destroyed*")] == [f"destroyed by {os.getpid()}"]

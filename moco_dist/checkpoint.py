@@ -9,6 +9,7 @@ gets its rows back bit by bit, another number gets their mean, which is what the
 import contextlib
 import hashlib
 import json
+import os
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ from moco_dist.distributed.collectives import all_gather, as_sharded, barrier, g
 from moco_dist.distributed.world import World
 from moco_dist.engine import Engine
 from moco_dist.errors import UserError
+from moco_dist.files import write_whole
 from moco_dist.method.batch_norm import running_statistics
 from moco_dist.method.queue import Queue
 
@@ -124,7 +126,10 @@ def write(taken: Snapshot, run_dir: Path, world: World, group: dist.ProcessGroup
             dcp.save(taken.tensors, storage_writer=writer, no_dist=world.world_size == 1, process_group=group)
         if world.is_main:
             files = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in partial.iterdir()}
-            (partial / MANIFEST).write_text(json.dumps({**taken.manifest, "files": files}, indent=1))
+            with (partial / MANIFEST).open("w") as file:
+                file.write(json.dumps({**taken.manifest, "files": files}, indent=1))
+                file.flush()
+                os.fsync(file.fileno())  # as torch does with the others: older ones are removed next
             shutil.rmtree(folder, ignore_errors=True)  # the same step again, after a rewind
             partial.rename(folder)
     except CANNOT_WRITE:
@@ -146,8 +151,12 @@ def damage(folder: Path, world: World) -> str:
 
     Ranks share the reading: rank r reads files r, r + W, ...
     """
+    try:
+        files = read_manifest(folder)["files"]
+    except UserError as error:
+        return str(error)  # all ranks read it
     found = []
-    for name, expected in sorted(read_manifest(folder)["files"].items())[world.rank :: world.world_size]:
+    for name, expected in sorted(files.items())[world.rank :: world.world_size]:
         path = folder / name
         if not path.is_file():
             found.append(f"{path} is missing")
@@ -156,6 +165,17 @@ def damage(folder: Path, world: World) -> str:
         elif _sha256(path) != expected["sha256"]:
             found.append(f"{path} has another content than was written")
     return next((text for text in gather_texts(next(iter(found), ""), world) if text), "")
+
+
+def set_aside(folder: Path) -> None:
+    """Rename a damaged checkpoint: it is for people, and neither kept in place of an intact one nor evaluated."""
+    shutil.rmtree(aside(folder), ignore_errors=True)
+    folder.rename(aside(folder))
+
+
+def aside(folder: Path) -> Path:
+    """Where `set_aside` puts a checkpoint."""
+    return folder.with_name(f"damaged_{folder.name}")
 
 
 def load(state: TrainState, folder: Path, world: World) -> None:
@@ -248,14 +268,18 @@ def averaged(encoder: nn.Module, world: World) -> dict[str, Tensor]:
 
 
 def export_backbone(state: TrainState, path: Path, world: World) -> None:
-    """The query encoder's backbone with torchvision's names, as safetensors. Called by all ranks."""
+    """The query encoder's backbone with torchvision's names, as safetensors. Called by all ranks.
+
+    Raises:
+        OSError: it cannot be written; an older file is as it was.
+    """
     statistics = averaged(state.query_encoder, world)
     if not world.is_main:
         return
     tensors = {**state.query_encoder.state_dict(), **statistics}
     prefix = "backbone."
     backbone = {k.removeprefix(prefix): v.cpu().contiguous() for k, v in tensors.items() if k.startswith(prefix)}
-    safetensors.torch.save_file(backbone, path, metadata={"step": str(state.step), "format": "pt"})
+    write_whole(path, safetensors.torch.save(backbone, metadata={"step": str(state.step), "format": "pt"}))
 
 
 def _read(tensors: dict[str, Tensor], folder: Path, world: World) -> None:

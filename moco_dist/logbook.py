@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from moco_dist.distributed.collectives import all_reduce_sum
 from moco_dist.distributed.world import World
-from moco_dist.lines import LineFile
+from moco_dist.files import LineFile
 from moco_dist.tracking import Tracker
 
 

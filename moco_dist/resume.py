@@ -13,6 +13,7 @@ from moco_dist.distributed.collectives import barrier, gather_texts
 from moco_dist.distributed.stop import marker_path
 from moco_dist.distributed.world import World
 from moco_dist.errors import UserError
+from moco_dist.files import write_whole
 from moco_dist.provenance import package_versions, source_hash
 from moco_dist.tracking import without_credentials
 
@@ -31,25 +32,32 @@ def resume(state: TrainState, config: PretrainConfig, world: World) -> tuple[lis
     Raises:
         UserError: the checkpoint was made with settings that compute something else (each is named), or none is intact.
     """
-    notes: list[str] = []
+    damaged: dict[Path, str] = {}
     pending_losses: list[float] = []
     # As rank 0 sees it: a shared file system may show a new folder to some hosts a little later.
     seen = " ".join(folder.name for folder in checkpoint.complete_checkpoints(config.run.dir))
     for name in reversed(gather_texts(seen, world)[0].split()):
         folder = config.run.dir / "checkpoints" / name
         if problem := checkpoint.damage(folder, world):
-            notes.append(f"warning: {folder.name} is damaged and left alone: {problem}")
+            damaged[folder] = problem
             continue
         refuse_changes(config, folder)
         checkpoint.load(state, folder, world)
         pending_losses = checkpoint.read_manifest(folder).get("pending_losses", [])
         break
     else:
-        if notes:
-            raise UserError("\n".join([*notes, f"no checkpoint of {config.run.dir} is intact; give another --run.dir"]))
+        if damaged:
+            lines = [f"{folder.name} is damaged: {problem}" for folder, problem in damaged.items()]
+            raise UserError("\n".join([*lines, f"no checkpoint of {config.run.dir} is intact; give another --run.dir"]))
+    notes = [
+        f"warning: {folder.name} is damaged and set aside as {checkpoint.aside(folder).name}: {problem}"
+        for folder, problem in damaged.items()
+    ]
     if world.is_main:
+        for folder in damaged:
+            checkpoint.set_aside(folder)
         marker_path(config.run.dir).unlink(missing_ok=True)
-        (config.run.dir / "config.yaml").write_text(to_yaml(without_secrets(config)), encoding="utf-8")
+        write_whole(config.run.dir / "config.yaml", to_yaml(without_secrets(config)).encode())
     barrier(world)
     return notes, pending_losses
 
@@ -82,7 +90,7 @@ def facts_to_agree_on(config: PretrainConfig, folder: ImageFolder) -> dict[str, 
     """What must be the same on every rank: settings, versions, and the list of images."""
     per_host = ("data.root", "data.num_workers", "run.dir", "run.device", "run.resume")
     return {
-        **{name: value for name, value in flatten(config).items() if name not in per_host},
+        **{name: value for name, value in flatten(without_secrets(config)).items() if name not in per_host},
         **{f"version of {name}": version for name, version in package_versions().items()},
         "source of moco_dist (hash)": source_hash(),
         "number of images": len(folder.paths),

@@ -114,8 +114,8 @@ def pretrain(config: PretrainConfig, world: World, tracker: Tracker) -> Path:
                 if world.is_main:
                     marker_path(run_dir).write_text(json.dumps({"step": state.step}))
                 raise Preempted(state.step)
-        checkpoint.export_backbone(state, run_dir / BACKBONE, world)
         saver.finish()
+        checkpoint.export_backbone(state, run_dir / BACKBONE, world)
         return checkpoint.latest(run_dir)
     finally:
         feed.close()

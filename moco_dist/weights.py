@@ -4,6 +4,7 @@ Inside, a backbone has torchvision's names. Files are safetensors, or torch's ow
 for it; what comes in is read with `weights_only=True`, which runs no code of the file.
 """
 
+import io
 import re
 import warnings
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from moco_dist import checkpoint
 from moco_dist.config import ModelConfig, PretrainConfig
 from moco_dist.config_source import read_config, to_yaml
 from moco_dist.errors import UserError, nearest
+from moco_dist.files import write_whole
 from moco_dist.method.encoder import BLOCKS, build_encoder
 
 BACKBONE = "backbone.safetensors"
@@ -215,18 +217,15 @@ def _query_encoder(run_dir: Path) -> tuple[dict[str, Tensor], PretrainConfig, in
 
 
 def _save(content: dict[str, Any], out: Path, metadata: dict[str, str]) -> None:
-    partial = out.with_name(f".{out.name}.partial")
+    if out.suffix == ".safetensors":
+        packed = safetensors.torch.save(content, metadata={"format": "pt", **metadata})
+    else:
+        torch.save(content, file := io.BytesIO())
+        packed = file.getvalue()
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        if out.suffix == ".safetensors":
-            safetensors.torch.save_file(content, partial, metadata={"format": "pt", **metadata})
-        else:
-            torch.save(content, partial)
-        partial.replace(out)
+        write_whole(out, packed)  # the libraries' own writers call a full disk neither OSError nor by its name
     except OSError as error:
-        raise UserError(f"{out} cannot be written: {error.strerror or error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
+        raise UserError(f"{out} cannot be written: {(error.strerror or str(error)).lower()}") from error
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -25,7 +25,8 @@ from moco_dist.data.datasets import ImageFolder
 from moco_dist.data.loader import eval_batches
 from moco_dist.distributed.collectives import all_reduce_sum
 from moco_dist.distributed.world import World
-from moco_dist.evaluate.subject import Evaluation, FrozenEncoder, digest, write_atomically
+from moco_dist.evaluate.subject import Evaluation, FrozenEncoder, digest
+from moco_dist.files import write_whole
 
 CHUNK_SAMPLES = 512
 
@@ -73,7 +74,7 @@ def extract(
     for chunk, encoded in zip(missing, _encode(evaluation, encoder, folder, missing), strict=True):
         places[chunk].copy_(encoded)
         if cache is not None:
-            write_atomically(_path(cache, chunk), safetensors.torch.save({"features": encoded.contiguous()}))
+            write_whole(_path(cache, chunk), safetensors.torch.save({"features": encoded.contiguous()}))
     return Features(values, torch.from_numpy(folder.labels)[rows], rows, len(folder.paths))
 
 

@@ -25,9 +25,9 @@ from moco_dist.evaluate.subject import (
     frozen,
     frozen_encoder,
     open_evaluation,
-    write_atomically,
     write_result,
 )  # fmt: skip
+from moco_dist.files import write_whole
 from moco_dist.report import NeighbourRow
 
 QUERIES = 256  # of a rank at once: the similarities take 4 x 256 x (size of the whole memory) bytes a rank
@@ -192,7 +192,7 @@ def _write_examples(evaluation: Evaluation, train: Features, val: Features) -> N
         for q, near in sorted(near_by_query.items())
     ]
     if world.is_main:
-        write_atomically(_examples_path(evaluation.config.run_dir), json.dumps(rows, indent=1).encode())
+        write_whole(_examples_path(evaluation.config.run_dir), json.dumps(rows, indent=1).encode())
 
 
 def _examples_path(run_dir: Path) -> Path:

@@ -12,7 +12,8 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from moco_dist.evaluate.subject import Evaluation, FrozenEncoder, digest, write_atomically
+from moco_dist.evaluate.subject import Evaluation, FrozenEncoder, digest
+from moco_dist.files import write_whole
 
 Curve = list[dict[str, float]]
 # Settings that say where and how fast, not what is computed.
@@ -43,7 +44,7 @@ def save_progress(path: Path, module: nn.Module, sgd: torch.optim.SGD, curve: Cu
     for name, parameter in module.named_parameters():
         state = {key: value for key, value in sgd.state[parameter].items() if value is not None}
         tensors |= {f"{name}.{key}": value.contiguous() for key, value in state.items()}
-    write_atomically(path, safetensors.torch.save(tensors, metadata={"curve": json.dumps(curve)}))
+    write_whole(path, safetensors.torch.save(tensors, metadata={"curve": json.dumps(curve)}))
 
 
 def load_progress(path: Path, module: nn.Module, sgd: torch.optim.SGD) -> Curve:

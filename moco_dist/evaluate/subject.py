@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from moco_dist.data.loader import eval_batches
 from moco_dist.distributed.collectives import all_gather
 from moco_dist.distributed.world import World
 from moco_dist.errors import UserError
+from moco_dist.files import write_whole
 from moco_dist.method.batch_norm import GroupedBatchNorm2d, running_statistics
 from moco_dist.method.encoder import build_encoder
 from moco_dist.method.precision import autocast, compute_dtype
@@ -265,7 +265,7 @@ def write_result(
     }
     if evaluation.world.is_main:
         path = evaluation.config.run_dir / "eval" / f"{kind}_{encoder.name}{variant}.json"
-        write_atomically(path, json.dumps(result, indent=1).encode())
+        write_whole(path, json.dumps(result, indent=1).encode())
     return result
 
 
@@ -293,11 +293,3 @@ def write_trained(
     return write_result(
         evaluation, kind, encoder, accuracy, seconds, curve=curve, per_class=named, device_hours=device_hours, **more
     )
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file that is complete whenever it is there; makes its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)

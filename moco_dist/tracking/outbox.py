@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from moco_dist.lines import LineFile
+from moco_dist.files import LineFile
 from moco_dist.tracking.remote import Refused, RemoteRun, reason
 
 FINISH_SECONDS = 30  # the longest wait at the end for what is on its way
@@ -28,14 +28,14 @@ class Outbox:
         self.path, self.remote, self._say = path, remote, say
         path.parent.mkdir(parents=True, exist_ok=True)
         self._lines = LineFile(path)
-        self.is_busy = not self._lines.lock()  # another process sends it
+        self.is_busy = not self._lines.is_locked  # another process sends it
         self._news, self._is_closing, self._is_failing, self._is_full = threading.Condition(), False, False, False
         self._thread: threading.Thread | None = None
 
     def records(self) -> Iterator[Record]:
         """All records, sent or not, in order."""
         with self.path.open("rb") as file:
-            yield from map(json.loads, file)
+            yield from (json.loads(line) for line in file if line.endswith(b"\n"))
 
     def put(self, record: Record) -> None:
         """Add a record; returns at once."""

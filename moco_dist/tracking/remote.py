@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moco_dist.files import write_whole
 from moco_dist.tracking.server import client_of, read_saved, without_credentials
 
 if TYPE_CHECKING:
@@ -45,9 +46,7 @@ class RemoteRun:
             "run_id": self._run_id,
             "sent_bytes": self.sent_bytes,
         }
-        partial = self._file.with_name(f".{self._file.name}.partial")
-        partial.write_text(json.dumps(saved, indent=2) + "\n", encoding="utf-8")
-        partial.rename(self._file)
+        write_whole(self._file, f"{json.dumps(saved, indent=2)}\n".encode())
 
     def mark_sent(self, sent_bytes: int) -> None:
         """The server has the journal up to there."""

@@ -11,6 +11,7 @@ from moco_dist import checkpoint
 from moco_dist.data.plan import Plan
 from moco_dist.distributed.collectives import gather_uneven
 from moco_dist.errors import UserError
+from moco_dist.resume import resume
 from moco_dist.saver import Saver
 from moco_dist.train import build, train_step
 from tests.distributed.program import NUM_SAMPLES, images, largest_difference, small_config
@@ -200,3 +201,60 @@ def test_the_exported_backbone_has_torchvisions_names(tmp_path):
     assert not missing.unexpected_keys
     assert torch.equal(tensors["conv1.weight"], weights["backbone.conv1.weight"])
     assert tensors["bn1.running_mean"].unique().tolist() == [1.5]  # the mean over ranks
+
+
+def export_to_a_full_disk(world, run_dir):
+    state, _ = build(small_config(), world)
+    (path := run_dir / "backbone.safetensors").write_bytes(b"older")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    with pytest.raises(OSError, match="File too large"):  # of which the command makes one line
+        checkpoint.export_backbone(state, path, world)
+    return [(file.name, file.stat().st_size) for file in run_dir.iterdir()]
+
+
+def test_a_backbone_is_there_whole_or_not_at_all(tmp_path):
+    assert run(export_to_a_full_disk, 1, tmp_path) == [[("backbone.safetensors", 5)]]
+
+
+def resume_and_save(world, run_dir, steps, keep_last):
+    """As a training that goes on from the newest intact checkpoint."""
+    config = small_config(run={"dir": run_dir})
+    state, _ = build(config, world)
+    notes, _ = resume(state, config, world)
+    start = state.step
+    saver = Saver(run_dir, keep_last, 0, world, print)
+    for state.step in steps:
+        saver.save(state, {"config": config.model_dump(mode="json")})
+    saver.finish()
+    return start, notes
+
+
+def no_json(folder):
+    """What a host that lost its power may leave of a file that was not yet on its disk."""
+    (folder / checkpoint.MANIFEST).write_bytes(b"")
+
+
+def cut_off(folder):
+    for file in folder.glob("*.safetensors"):
+        file.write_bytes(file.read_bytes()[:100])
+
+
+@pytest.mark.parametrize("harm", [no_json, cut_off])
+def test_a_damaged_checkpoint_is_passed_over_and_never_kept_in_place_of_an_intact_one(tmp_path, harm):
+    run(resume_and_save, 2, tmp_path, (4, 8), 2)
+    harm(tmp_path / "checkpoints" / "step_00000008")
+    start, notes = run(resume_and_save, 2, tmp_path, (6,), 1)[1]
+    assert start == 4
+    assert len(notes) == 1
+    assert "step_00000008 is damaged and set aside as damaged_step_00000008" in notes[0]
+    assert [folder.name for folder in checkpoint.complete_checkpoints(tmp_path)] == ["step_00000006"]
+    assert run(resume_and_save, 1, tmp_path, (), 1) == [(6, [])]
+
+
+def test_where_no_checkpoint_is_intact_none_is_set_aside(tmp_path):
+    """Or the next start would begin anew, without a word."""
+    run(resume_and_save, 1, tmp_path, (4,), 1)
+    cut_off(tmp_path / "checkpoints" / "step_00000004")
+    for _ in range(2):
+        with pytest.raises(UserError, match="no checkpoint of .* is intact"):
+            run(resume_and_save, 1, tmp_path, (), 1)

@@ -25,7 +25,7 @@ STEPS, SAVE_EVERY = 6, 2
 PLACES = (
     (dist, "all_gather"), (dist, "all_to_all_single"), (dist, "barrier"), (dist, "all_gather_object"),
     (dist, "gather_object"), (dcp.HuggingFaceStorageWriter, "write_data"), (dcp.HuggingFaceStorageWriter, "finish"),
-    (shutil, "rmtree"), (Path, "mkdir"), (Path, "write_text"), (Path, "rename"),
+    (shutil, "rmtree"), (Path, "mkdir"), (os, "fsync"), (Path, "rename"),
 )  # fmt: skip
 
 

@@ -233,7 +233,7 @@ def another_seed(run):
 
 @pytest.mark.parametrize(
     ("harm", "says"),
-    [(cut_off, "is damaged and left alone: .* has 100 bytes instead of"), (flipped, "has another content than was"),
+    [(cut_off, "is damaged: .* has 100 bytes instead of"), (flipped, "has another content than was"),
      (no_json, r"checkpoint\.json is damaged"), (another_seed, r"run\.seed: 5 in step_0000000\d, now 0")],
     ids=lambda value: getattr(value, "__name__", None),
 )  # fmt: skip

@@ -34,7 +34,8 @@ from moco_dist.evaluate.detection.average_precision import average_precision, re
 from moco_dist.evaluate.detection.detector import build_detector, weight_groups
 from moco_dist.evaluate.detection.voc import Annotated, Pictures, read_sets
 from moco_dist.evaluate.progress import Curve, load_progress, save_progress
-from moco_dist.evaluate.subject import digest, write_atomically
+from moco_dist.evaluate.subject import digest
+from moco_dist.files import write_whole
 from moco_dist.weights import Backbone, backbone_of_run, read_backbone
 
 FLIP_PROBABILITY = 0.5
@@ -81,7 +82,7 @@ def run_detection(config: DetectConfig, world: World) -> dict[str, Any]:
         "device_hours": round(seconds * world.world_size / 3600, 4), "config": config.model_dump(mode="json"),
     }  # fmt: skip
     if world.is_main:
-        write_atomically(out, json.dumps(result, indent=1).encode())
+        write_whole(out, json.dumps(result, indent=1).encode())
         progress.unlink(missing_ok=True)
     return result
 

@@ -110,9 +110,10 @@ def weighted_sums(q: Tensor, keys: Tensor, temperature: float) -> Tensor:
     if q.device.type == "cpu":
         return _by_flash(q, keys, temperature, dtype)
     if q.dtype == dtype == torch.float32:
-        from moco_dist.method.infonce_triton import weighted_sums as by_triton
+        from moco_dist.method import infonce_triton
 
-        return by_triton(q, keys, temperature)
+        if q.shape[1] <= infonce_triton.MAX_DIM:
+            return infonce_triton.weighted_sums(q, keys, temperature)
     return _by_blocks(q.to(dtype), keys.to(dtype), temperature)
 
 

@@ -60,7 +60,10 @@ def all_gather(x: Tensor, world: World) -> Tensor:
     if world.world_size == 1:
         return x
     out = x.new_empty((world.world_size * x.shape[0], *x.shape[1:]))
-    dist.all_gather(list(out.chunk(world.world_size)), x.contiguous())
+    # torch 2.15's name for it, with a warning for the older one, which is all that torch 2.11 knows. By the list of its
+    # parts, NCCL would gather into memory of its own and then copy each of them.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(out, x.contiguous())
     return out
 
 
@@ -74,7 +77,6 @@ def reduce_scatter_sum(x: Tensor, world: World) -> Tensor:
         parts = all_to_all_rows(x, [rows] * world.world_size, [rows] * world.world_size, world)
         return parts.view(world.world_size, rows, *x.shape[1:]).sum(0)
     out = x.new_empty((rows, *x.shape[1:]))
-    # torch 2.15's name for it, with a warning for the older one, which is all that torch 2.11 knows
     reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
     reduce_scatter(out, x.contiguous())
     return out

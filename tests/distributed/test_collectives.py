@@ -114,7 +114,7 @@ def test_a_step_is_two_small_collectives_and_the_gradients(optimizer):
         batch, dim = config.optim.global_batch_size, config.model.embedding_dim
         small = [collective for collective in seen if collective[0] != "allreduce"]
         # the reduce-scatter, as `reduce_scatter_sum` does it on CPUs
-        assert small == [("allgather", 2 * batch * dim * 4), ("alltoall_base", batch * (dim + 1) * 4)]
+        assert small == [("allgather_base", 2 * batch * dim * 4), ("alltoall_base", batch * (dim + 1) * 4)]
         assert sum(size for name, size in seen if name == "allreduce") == parameters
         assert sum(size for _, size in small) < batch * 3 * SIDE * SIDE * 4 / 10
 
@@ -122,12 +122,12 @@ def test_a_step_is_two_small_collectives_and_the_gradients(optimizer):
 def test_other_exchanges_send_what_they_say():
     """`data/exchange.py`: uint8 crops once, or every rank's float32 views to all."""
     world_size = 4
-    for way, name, bytes_a_value in (("all_to_all", "alltoall_base", 1), ("all_gather", "allgather", 4)):
+    for way, name, bytes_a_value in (("all_to_all", "alltoall_base", 1), ("all_gather", "allgather_base", 4)):
         config = config_of(way)
         for seen, _ in run(collectives_of_a_step, world_size, config):
             views = config.optim.global_batch_size // (world_size if way == "all_to_all" else 1)
             assert seen[0] == (name, views * 3 * SIDE * SIDE * bytes_a_value)
-            assert [kind for kind, _ in seen if kind != "allreduce"] == [name, "allgather", "alltoall_base"]
+            assert [kind for kind, _ in seen if kind != "allreduce"] == [name, "allgather_base", "alltoall_base"]
 
 
 def test_a_world_of_one_needs_no_process_group():

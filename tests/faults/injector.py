@@ -20,10 +20,11 @@ from moco_dist.train import build, train_step
 from tests.distributed.program import NUM_SAMPLES, images, small_config
 
 STEPS, SAVE_EVERY = 6, 2
+ALL_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
 # What counts as an event, before it and after it: collectives of the training and of the checkpoint's thread, and
 # every change that a checkpoint makes to the disk.
 PLACES = (
-    (dist, "all_gather"), (dist, "all_to_all_single"), (dist, "barrier"), (dist, "all_gather_object"),
+    (dist, ALL_GATHER), (dist, "all_to_all_single"), (dist, "barrier"), (dist, "all_gather_object"),
     (dist, "gather_object"), (dcp.HuggingFaceStorageWriter, "write_data"), (dcp.HuggingFaceStorageWriter, "finish"),
     (shutil, "rmtree"), (Path, "mkdir"), (os, "fsync"), (Path, "rename"),
 )  # fmt: skip

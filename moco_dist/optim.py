@@ -131,8 +131,9 @@ class LARS(torch.optim.Optimizer):
         for i, update in zip(adapted, torch._foreach_mul(d, list(trust.unbind())), strict=True):
             updates[i] = update
         if found_inf is not None:  # then nothing changes, and the host need not know
-            updates = [torch.where(found_inf == 0, update, 0.0) for update in updates]
-            keep = (found_inf == 0).to(rate.dtype)
+            is_finite = found_inf == 0
+            updates = [torch.where(is_finite, update, 0.0) for update in updates]
+            keep = is_finite.to(rate.dtype)
             momentum, rate = momentum * keep + (1 - keep), rate * keep
         torch._foreach_mul_(buffers, momentum)
         torch._foreach_add_(buffers, updates)

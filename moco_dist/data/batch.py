@@ -43,7 +43,7 @@ class CropBatch:
         return replace(self, **{name: function(x) for name, x in tensors.items()})
 
 
-def to_device(array: NDArray[np.int64], device: str | torch.device) -> Tensor:
+def to_device(array: NDArray[np.int64 | np.bool_], device: str | torch.device) -> Tensor:
     """A small array as a tensor on `device`. The host does not wait: a copy from pageable memory would make it."""
     tensor = torch.from_numpy(array)
     return tensor if torch.device(device).type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)

@@ -2,6 +2,7 @@
 
 import ctypes
 import platform
+import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -17,6 +18,8 @@ def set_backends(config: EngineConfig) -> None:
     torch.backends.cudnn.benchmark = config.cudnn_benchmark
     torch.backends.cudnn.allow_tf32 = config.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
+    # torch 2.11's compiler advises otherwise
+    warnings.filterwarnings("ignore", "TensorFloat32 tensor cores", UserWarning)
 
 
 def keep_freed_memory(device: str) -> None:

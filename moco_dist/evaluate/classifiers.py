@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from moco_dist.config_evaluate import LinearConfig
+from moco_dist.data.batch import to_device
 from moco_dist.data.datasets import share_of_classes
 from moco_dist.distributed.collectives import all_gather, all_reduce_sum
 from moco_dist.distributed.world import World
@@ -126,7 +127,7 @@ def train_classifiers(
             group["lr"] = recipe.lr * decay
         loss_sum, seen = torch.zeros(len(recipes), device=device), 0
         for features, rows in feed(epoch):
-            losses = _losses(classifiers(features), labels[torch.from_numpy(rows).to(device)], is_left_out[rows])
+            losses = _losses(classifiers(features), labels[to_device(rows, device)], is_left_out[rows])
             losses.sum().backward()  # of classifiers that share nothing
             sgd.step()
             sgd.zero_grad()
@@ -152,7 +153,7 @@ def train_classifiers(
 def _losses(logits: Tensor, labels: Tensor, is_left_out: NDArray[np.bool_]) -> Tensor:
     """(R,) each recipe's mean loss over its images of the batch: the first takes all, the others skip some."""
     losses = F.cross_entropy(logits.transpose(1, 2), labels[:, None].expand(-1, logits.shape[1]), reduction="none")
-    taken = torch.from_numpy(~is_left_out).to(losses.device, losses.dtype)[:, None]
+    taken = to_device(~is_left_out, losses.device).to(losses.dtype)[:, None]
     others = (losses[:, 1:] * taken).sum(0) / max(1, int((~is_left_out).sum()))
     return torch.cat([losses[:, :1].mean(0), others])
 
@@ -196,7 +197,7 @@ def together(own: Tensor, owner: NDArray[np.int64], world: World) -> Tensor:
     by_rank = np.argsort(owner, kind="stable")
     place = np.empty(len(owner), dtype=np.int64)
     place[by_rank] = np.concatenate([rank * counts.max() + np.arange(count) for rank, count in enumerate(counts)])
-    return gathered[torch.from_numpy(place).to(own.device)]
+    return gathered[to_device(place, own.device)]
 
 
 @torch.no_grad()

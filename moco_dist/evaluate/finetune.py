@@ -21,6 +21,7 @@ from tqdm import tqdm
 from moco_dist import checkpoint
 from moco_dist.config import EngineConfig
 from moco_dist.config_evaluate import FinetuneConfig
+from moco_dist.data.batch import to_device
 from moco_dist.distributed.collectives import all_reduce_sum
 from moco_dist.distributed.world import World
 from moco_dist.engine.ddp import DDPEngine
@@ -169,7 +170,7 @@ def _epoch(
     with contextlib.closing(crop_batches(evaluation, own, config.crop_scale, config.seed, epoch)) as views_of_batches:
         for views, rows in zip(views_of_batches, own, strict=True):
             logits = engine(encoder.normalised(views))
-            loss = F.cross_entropy(logits, labels[torch.from_numpy(rows).to(labels.device)])
+            loss = F.cross_entropy(logits, labels[to_device(rows, labels.device)])
             engine.backward(loss)
             engine.step(lr)
             losses.append(loss.detach())

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moco_dist.config_evaluate import LinearConfig
+from moco_dist.data.batch import to_device
 from moco_dist.data.datasets import rows_of
 from moco_dist.distributed.collectives import gather_uneven
 from moco_dist.distributed.world import World
@@ -107,7 +108,7 @@ def cached_batches(train: Features, config: LinearConfig, world: World):
     def feed(epoch: int) -> Iterator[tuple[Tensor, NDArray[np.int64]]]:
         for batch in global_batches(train.total, config.global_batch_size, config.seed, epoch):
             own = batch[owner[batch] == world.rank]
-            values = train.values[place[torch.from_numpy(own).to(place.device)]]
+            values = train.values[place[to_device(own, place.device)]]
             yield together(values, owner[batch], world), batch
 
     return feed

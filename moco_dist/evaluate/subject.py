@@ -1,6 +1,7 @@
 """What an evaluation is about: the run, labelled images, and the frozen encoder of the run or of a baseline."""
 
 import contextlib
+import functools
 import hashlib
 import json
 import math
@@ -86,10 +87,15 @@ class FrozenEncoder:
 
     def normalised(self, views: Tensor) -> Tensor:
         """uint8 (N, 3, S, S) to what `module` takes, on the device."""
-        weights_dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
-        x = views.to(self.device, non_blocking=True).to(weights_dtype).div_(255)
-        mean, std = (x.new_tensor(v)[:, None, None] for v in (self.pretrain.augment.mean, self.pretrain.augment.std))
-        return x.sub_(mean).div_(std)
+        mean, std = self._mean_and_std
+        return views.to(self.device, non_blocking=True).to(mean.dtype).div_(255).sub_(mean).div_(std)
+
+    @functools.cached_property
+    def _mean_and_std(self) -> Tensor:
+        """(2, 3, 1, 1). Made once: a GPU would be waited for each time."""
+        dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
+        augment = self.pretrain.augment
+        return torch.tensor([augment.mean, augment.std], dtype=dtype, device=self.device)[..., None, None]
 
 
 class Pixels(nn.Module):

@@ -138,7 +138,9 @@ def test_on_a_gpu(optimizer, precision):
     state, engine = train.build(config, world)
     views = images(torch.float32)[:64, 0].cuda()
     order = torch.from_numpy(Plan(160, 64, 0).key_permutation(0)).cuda()
-    for mode in ("default", "error"):  # the first step chooses algorithms and compiles the kernel
-        torch.cuda.set_sync_debug_mode(mode)
-        train.train_step(state, engine, config, views, views, order, 0.1, False, world)
-    torch.cuda.set_sync_debug_mode("default")
+    try:
+        for mode in ("default", "error"):  # the first step chooses algorithms and compiles the kernel
+            torch.cuda.set_sync_debug_mode(mode)
+            train.train_step(state, engine, config, views, views, order, 0.1, False, world)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

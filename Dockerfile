@@ -22,9 +22,10 @@ RUN pip install --no-deps --no-build-isolation .
 
 FROM nvidia/cuda:13.0.1-base-ubuntu24.04
 # Wheels bring CUDA's libraries. gcc and Python's headers: Triton compiles its launcher on the host where it runs.
+# libibverbs and its drivers: NCCL loads them for InfiniBand and RoCE, and without them talks TCP.
 # hadolint ignore=DL3008
-RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev python3-dev tini \
-    && rm -rf /var/lib/apt/lists/*
+RUN apt-get update && apt-get install --yes --no-install-recommends gcc ibverbs-providers libc6-dev libibverbs1 \
+    python3-dev tini && rm -rf /var/lib/apt/lists/*
 # The venv's Python is the base's, by the same path in both stages.
 COPY --from=build /opt/venv /opt/venv
 COPY configs /opt/moco-dist/configs

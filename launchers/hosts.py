@@ -27,10 +27,16 @@ def torchrun_words(job: Job, options: Size) -> list[str]:
     if job.size.nodes == 1:
         words.append("--standalone")
     elif isinstance(options, TorchrunOptions) and options.head != "localhost":
-        head = options.head if ":" in options.head else f"{options.head}:{DEFAULT_PORT}"
-        words += ["--rdzv-backend", "c10d", "--rdzv-endpoint", head, "--rdzv-id", job.name]
+        words += ["--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint(options.head), "--rdzv-id", job.name]
     elif isinstance(options, TorchrunOptions):
         raise UserError(f"{job.size.nodes} nodes need --head HOST[:PORT]: one of them, by the name all others know")
     else:
         raise UserError(f"launch local is one machine; for {job.size.nodes} nodes: launch torchrun, slurm, kubernetes")
     return [*words, "-m", "moco_dist", *job.words]
+
+
+def endpoint(head: str) -> str:
+    """HOST or HOST:PORT with a port; an IPv6 address has its own colons, and may stand in brackets."""
+    if head.count(":") > 1 and not head.startswith("["):
+        head = f"[{head}]"
+    return f"{head}:{DEFAULT_PORT}" if ":" not in head or head.endswith("]") else head

@@ -179,10 +179,18 @@ def reach_problem(head: str, port: str, timeout_seconds: float = 3.0) -> str | N
 
 
 def head_of(args: Namespace) -> tuple[str, str]:
-    """Name and port of the host where all meet, as torchrun reads them from its words."""
-    endpoint = args.rdzv_endpoint or f"{args.master_addr}:{args.master_port}"
-    head, _, port = endpoint.rpartition(":")
-    return (head, port) if head else (endpoint, "29400")  # torchrun's default port of c10d
+    """Name and port of the host where all meet, as torchrun reads them from its words.
+
+    Raises:
+        UserError: the port is no number, or the name no name.
+    """
+    from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
+
+    try:
+        head, port = parse_rendezvous_endpoint(args.rdzv_endpoint or f"{args.master_addr}:{args.master_port}", 29400)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return head, str(port)  # 29400: torchrun's default of c10d
 
 
 def _say(text: str, kind: str = "error") -> None:

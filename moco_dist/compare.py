@@ -119,7 +119,13 @@ def runs_of_experiment(name: str, uri: str) -> list[RunRecord]:
     if experiment is None:
         known = [experiment.name for experiment in client.search_experiments()]
         raise UserError(f"MLflow at {without_credentials(uri)} has no experiment {name!r}{nearest(name, known)}")
-    runs = client.search_runs([experiment.experiment_id], order_by=["attributes.start_time ASC"], max_results=1000)
+    runs, token = [], None
+    while token != "":  # by pages of at most 1,000
+        page = client.search_runs(
+            [experiment.experiment_id], order_by=["attributes.start_time ASC"], max_results=1000, page_token=token
+        )
+        runs += page
+        token = page.token or ""
     accuracy: dict[str, dict[str, float]] = {}
     for run in runs:
         if run.data.tags.get("encoder") == "trained":

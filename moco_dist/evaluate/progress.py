@@ -48,10 +48,12 @@ def save_progress(path: Path, module: nn.Module, sgd: torch.optim.SGD, curve: Cu
 
 
 def load_progress(path: Path, module: nn.Module, sgd: torch.optim.SGD) -> Curve:
-    """Fill module and SGD; returns the curve so far, empty where there is no such file."""
-    if not path.is_file():
+    """Fill module and SGD; returns the curve so far, empty where there is no such file or it is cut off."""
+    try:
+        file = safetensors.safe_open(path, "pt", device=str(next(module.parameters()).device))
+    except (FileNotFoundError, safetensors.SafetensorError):
         return []
-    with safetensors.safe_open(path, "pt", device=str(next(module.parameters()).device)) as file:
+    with file:
         keys = set(file.keys())
         module.load_state_dict({name: file.get_tensor(name) for name in module.state_dict()})
         for name, parameter in module.named_parameters():

@@ -56,7 +56,8 @@ def page_of(run_dir: Path) -> str:
 
 def without_credentials(text: str) -> str:
     """`text`, a URI or a message with URIs in it, without `user:password@` and `password=...`."""
-    text = re.sub(r"(?<=://)[^/\s]*@", "", text)
+    # A password may have a slash in it (SQLAlchemy takes it); what follows a port is a path.
+    text = re.sub(r"(?<=://)(?:[^/\s]*@|[^/\s:]*:(?!\d+/)[^\s@]*@)", "", text)
     return re.sub(r"(?<=[?&]password=)[^&\s]*", "", text)
 
 

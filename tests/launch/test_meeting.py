@@ -3,10 +3,13 @@
 import re
 import sys
 import time
+from argparse import Namespace
 
 import pytest
 
-from launchers.torchrun import interface_problem
+from launchers.hosts import endpoint
+from launchers.torchrun import head_of, interface_problem, reach_problem
+from moco_dist.errors import UserError
 from tests.launch.machines import machines, why_not
 from tests.launch.small import last_step, wait_for_step, write_configs
 
@@ -122,3 +125,30 @@ def test_two_hosts_by_the_docs(two, tmp_path):
 )
 def test_interface_names_are_read_as_gloo_and_nccl_read_them(variable, value, fits):
     assert (interface_problem(variable, value, ["lo", "eth0"]) is None) == fits
+
+
+@pytest.mark.parametrize(
+    ("head", "name", "port"),
+    [
+        ("node1", "node1", "29500"),
+        ("node1:29400", "node1", "29400"),
+        ("10.0.0.1", "10.0.0.1", "29500"),
+        ("::1", "::1", "29500"),
+        ("[::1]", "::1", "29500"),
+        ("[::1]:29400", "::1", "29400"),
+    ],
+)
+def test_heads_by_name_and_by_address(head, name, port):
+    found = head_of(Namespace(rdzv_endpoint=endpoint(head)))
+    assert found == (name, port)
+    if name == "::1":
+        assert reach_problem(*found) is None  # this host
+
+
+def test_the_head_that_a_scheduler_sets():
+    assert head_of(Namespace(rdzv_endpoint="", master_addr="job-0.job", master_port=29400)) == ("job-0.job", "29400")
+
+
+def test_a_port_that_is_none():
+    with pytest.raises(UserError, match="port number of the rendezvous endpoint 'node1:http' must be an integer"):
+        head_of(Namespace(rdzv_endpoint="node1:http"))

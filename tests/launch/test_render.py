@@ -148,6 +148,8 @@ def test_a_manifest_keeps_values_in_their_place(capsys):
         (["kubernetes", CONFIG, "--image", "x", "--data.root", "/data/a", "--run.dir", "/runs/../b"], "not in /runs"),
         (["kubernetes", CONFIG, "--image", "x", "--data.root", "/data/a", "--run.dir", "/runs/a", "--tracking.uri",
           "http://me:hunter2@mlflow"], "tracking.uri has a password"),
+        (["kubernetes", CONFIG, "--image", "x", "--data.root", "/data/a", "--run.dir", "/runs/a", "--tracking.uri",
+          "postgresql://me:hunter/2@mlflow"], "tracking.uri has a password"),
     ],
 )  # fmt: skip
 def test_mistakes_are_told_before_anything_is_started(words, line, capsys):

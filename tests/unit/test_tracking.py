@@ -418,6 +418,8 @@ def test_a_database_that_moved_with_its_runs_is_found(runs, monkeypatch):
         ("postgresql://db/x?user=u&password=p&sslmode=require", "postgresql://db/x?user=u&password=&sslmode=require"),
         ("sqlite:////a@b/mlflow.db", "sqlite:////a@b/mlflow.db"),
         ("http://host/a@b", "http://host/a@b"),
+        ("http://host:5000/a@b", "http://host:5000/a@b"),
+        ("postgresql+psycopg2://u:p/ss@db/mlflow", "postgresql+psycopg2://db/mlflow"),
     ],
 )
 def test_without_credentials(text, expected):

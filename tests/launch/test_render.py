@@ -48,6 +48,33 @@ def test_examples_are_what_is_rendered(name, capsys):
     assert text == path.read_text()
 
 
+COMMANDS = {  # of Slurm, for a script alone: a host is lost once the run has got as far as $REACHES
+    "scontrol": """case $1$2 in showjob) echo JobState=RUNNING;; requeue*) touch "$PWD/requeued"; exit 1;; esac""",
+    "srun": """[ -z "$REACHES" ] || mkdir -p "runs/mine/checkpoints/$REACHES"; exit 69""",
+}
+
+
+@pytest.mark.parametrize(
+    ("restarts", "reaches", "is_queued"),
+    [(3, "", True), (12, "", False), (12, "step_00000100", False), (12, "step_00000200", True)],
+)
+def test_a_run_that_lost_a_host_is_queued_again_as_long_as_it_gets_on(tmp_path, capsys, restarts, reaches, is_queued):
+    """Time limits and preemptions count as restarts too, and a long run has many of them."""
+    _, text, _ = launch(capsys, "slurm", CONFIG, "--run.dir", "runs/mine", "--dry-run")
+    for name, body in COMMANDS.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "runs" / "mine" / "checkpoints" / "step_00000100").mkdir(parents=True)
+    environment = {
+        "PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "1", "SLURM_RESTART_COUNT": str(restarts),
+        "REACHES": reaches,
+    }  # fmt: skip
+    done = subprocess.run(["bash", "-c", text], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 69, done.stderr
+    assert (tmp_path / "requeued").exists() is is_queued, done.stderr
+    assert ("a host was lost: queued again" in done.stdout) is is_queued
+
+
 def test_the_docs_name_every_example_and_its_command():
     page = " ".join(Path("docs/launch.md").read_text().replace("\\\n", " ").split())
     for name, command in EXAMPLES.items():

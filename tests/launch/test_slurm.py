@@ -33,6 +33,7 @@ def submitted(slurm):
     numbers = []
     yield numbers
     for number in numbers:
+        slurm.run(["scancel", "--signal=KILL", number])  # ranks that are only told to end would save first
         slurm.run(["scancel", number])
         slurm.wait(number, lambda job: job["JobState"] not in ("RUNNING", "PENDING", "COMPLETING"), 60)
 
@@ -99,7 +100,7 @@ def test_requeued_it_goes_on_and_cancelled_it_stays(slurm, config, submitted):
     folder, run_dir = config.parent, config.parent / "runs" / "small"
     number = re.search(r"job (\d+)", launch(slurm, config, *TWO))[1]
     submitted.append(number)
-    wait_for_step(run_dir, 12, tell=lambda: output(folder))
+    wait_for_step(run_dir, 4, tell=lambda: output(folder))
     assert slurm.run(["scontrol", "requeue", number]).returncode == 0
     slurm.wait(number, lambda job: job.get("Restarts") == "1" and job["JobState"] == "RUNNING")
     stopped_at = last_step(run_dir)

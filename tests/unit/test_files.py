@@ -1,16 +1,18 @@
 """Files that two write, or none can; RUN/.lock and the locks of journals, and file systems that have none."""
 
+import contextlib
 import errno
 import fcntl
 import os
 import signal
+import socket
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from moco_dist import weights
+from moco_dist import lock, weights
 from moco_dist.distributed.world import World
 from moco_dist.errors import UserError
 from moco_dist.files import LineFile, write_whole
@@ -90,6 +92,39 @@ def test_a_file_system_without_locks_is_told_and_used(tmp_path, monkeypatch, cap
         pass
     assert f"{tmp_path} is on a file system without locks (function not implemented)" in capsys.readouterr().err
     assert LineFile(tmp_path / "journal.jsonl").is_locked
+
+
+@pytest.mark.parametrize("is_freed", [False, True])
+def test_a_host_that_may_be_gone_is_waited_for(tmp_path, monkeypatch, capsys, is_freed):
+    """Its file server frees its locks when the lease is over, and the run was queued again before that."""
+    reader, writer = os.pipe()
+    holder = os.fork()
+    if not holder:
+        monkeypatch.setattr(socket, "gethostname", lambda: "elsewhere")
+        with locked(tmp_path, World()):
+            os.write(writer, b"!")
+            time.sleep(60)
+    os.read(reader, 1)
+
+    def wait(_):
+        if is_freed:
+            os.kill(holder, signal.SIGKILL)
+            os.waitpid(holder, 0)
+
+    monkeypatch.setattr(time, "sleep", wait)
+    monkeypatch.setattr(lock, "LOST_HOST_SECONDS", 0.5)
+    try:
+        with contextlib.ExitStack() as stack:
+            if is_freed:
+                stack.enter_context(locked(tmp_path, World()))
+            else:
+                with pytest.raises(UserError, match=f"in use by process {holder} on host elsewhere"):
+                    stack.enter_context(locked(tmp_path, World()))
+    finally:
+        if not is_freed:
+            os.kill(holder, signal.SIGKILL)
+            os.waitpid(holder, 0)
+    assert f"in use by process {holder} on host elsewhere; waiting up to 0.5 s" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("is_held", [False, True])

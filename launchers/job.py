@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from moco_dist.config import PretrainConfig, Section, setting, size_problems
+from moco_dist.config import PretrainConfig, Section, setting, size_problems, worker_count
 from moco_dist.config_evaluate import LinearConfig
 from moco_dist.config_source import leaf_fields, read_config
 from moco_dist.errors import UserError, nearest
@@ -71,7 +71,7 @@ def pretraining(config_files: Sequence[Path], flags: list[str], size: Size) -> t
     if problems := size_problems(config, size.world_size):
         raise UserError("\n".join(problems))
     words = ("pretrain", *map(str, config_files), *flags)
-    return Job(words, config.run.dir, config.data.num_workers, size), config
+    return Job(words, config.run.dir, worker_count(config.data.num_workers, None), size), config
 
 
 def linear_evaluation(config_file: Path, run_dir: Path, size: Size) -> tuple[Job, LinearConfig]:
@@ -85,7 +85,8 @@ def linear_evaluation(config_file: Path, run_dir: Path, size: Size) -> tuple[Job
     one_node = Size(nodes=1, gpus_per_node=size.gpus_per_node)
     if config.global_batch_size < one_node.world_size:
         raise UserError(f"{config_file}: global_batch_size {config.global_batch_size} is less than one sample a GPU")
-    return Job(("linear", str(config_file), *flags), run_dir, config.data.num_workers, one_node), config
+    words, num_workers = ("linear", str(config_file), *flags), worker_count(config.data.num_workers, None)
+    return Job(words, run_dir, num_workers, one_node), config
 
 
 def sweep(

@@ -4,6 +4,7 @@ One frozen, strict model per command. No torch here, so that `--help` and a wron
 Sources: v1 = MoCo (arXiv 1911.05722), v2 = MoCo v2 (arXiv 2003.04297).
 """
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -69,11 +70,29 @@ class DaliConfig(Section):
     )
 
 
+MOST_WORKERS = 8
+DEFAULT_WORKERS = f"the rank's share of the host's cores but one, 1 to {MOST_WORKERS}"
+
+
+def worker_count(num_workers: int | None, local_world_size: int | None) -> int:
+    """`num_workers`, or by default a rank's share of the cores that this process may use, but one for the rank; 1 to 8.
+
+    `local_world_size`: ranks on this host; None: of a host that is taken to have cores enough.
+    """
+    if num_workers is not None:
+        return num_workers
+    if local_world_size is None:
+        return MOST_WORKERS
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(MOST_WORKERS, cores // local_world_size - 1))
+
+
 class LoadingConfig(Section):
     """Who decodes and crops, and how far ahead."""
 
-    num_workers: int = setting(
-        8, "loader processes per rank (0 loads in the training process); dali: threads", ge=0, le=256
+    num_workers: int | None = setting(
+        None, "loader processes per rank (0 loads in the training process), dali: threads; default: " + DEFAULT_WORKERS,
+        ge=0, le=256,
     )
     prefetch_batches: PositiveInt = setting(
         2, "batches ready ahead of the step: of each worker; dali: of the rank"

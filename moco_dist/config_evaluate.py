@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from moco_dist.config import Loader, LoadingConfig, PositiveInt, Probability, Section, setting
+from moco_dist.config import DEFAULT_WORKERS, Loader, LoadingConfig, PositiveInt, Probability, Section, setting
 
 DETECTION_SOURCE = "the original release's detection/configs/pascal_voc_R_50_C4_24k"
 ENCODERS = ("trained", "untrained", "pixels")
@@ -145,7 +145,9 @@ class DetectDataConfig(Section):
     )
     test_sets: tuple[str, ...] = setting(("VOC2007/test",), "the same", source="v1 sec. 4.2.1", min_length=1)
     classes: tuple[str, ...] = setting(VOC_CLASSES, "names of the objects; another name is an error", min_length=1)
-    num_workers: int = setting(4, "loader processes per rank (0 loads in the training process)", ge=0, le=256)
+    num_workers: int | None = setting(
+        None, "loader processes per rank (0 loads in the training process); default: " + DEFAULT_WORKERS, ge=0, le=256
+    )
 
 
 class DetectConfig(Section):

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from moco_dist.config import DataConfig
+from moco_dist.config import DataConfig, worker_count
 from moco_dist.config_evaluate import EvalDataConfig
 from moco_dist.data.ahead import ahead
 from moco_dist.data.datasets import ImageFolder
@@ -98,7 +98,8 @@ class _Batches(Generic[T]):
         self.files, self.job_of, self.size, self.data, self.world = Files(folder), job_of, size, data, world
         self.on_gpu = data.dali.decode_on == "gpu"
         self.sizes = np.zeros((len(folder.paths), 2), dtype=np.int32)  # (width, height), as far as they are known
-        self.pool = ThreadPoolExecutor(max(1, data.num_workers))
+        self.num_threads = max(1, worker_count(data.num_workers, world.local_world_size))
+        self.pool = ThreadPoolExecutor(self.num_threads)
         self.stream = torch.cuda.Stream(world.device) if self.on_gpu else None
         self.views_per_image = 1
 
@@ -194,7 +195,7 @@ class _Batches(Generic[T]):
         # Decode once where most images give two views.
         self.views_per_image = 2 if job.num_rows > 1.5 * len(job.samples) else 1
         return _pipeline(
-            next_arguments, self.size, self.views_per_image, job.num_rows, self.data,
+            next_arguments, self.size, self.views_per_image, job.num_rows, self.num_threads, self.data,
             torch.device(self.world.device).index if self.on_gpu else None,
         )  # fmt: skip
 
@@ -259,8 +260,8 @@ def _arguments(entries: list[Entry], size: int, views: int) -> list[Any]:
 
 
 def _pipeline(
-    next_arguments: Callable[[], list[Any]], size: int, views: int, capacity: int, data: DataConfig | EvalDataConfig,
-    device_id: int | None,
+    next_arguments: Callable[[], list[Any]], size: int, views: int, capacity: int, num_threads: int,
+    data: DataConfig | EvalDataConfig, device_id: int | None,
 ) -> Any:
     """A pipeline to (N, S, S, 3) for each of `views`, for at most `capacity` images; on the CPU where no device is."""
     fn, types = importlib.import_module("nvidia.dali.fn"), importlib.import_module("nvidia.dali.types")
@@ -274,7 +275,7 @@ def _pipeline(
             "jpeg_fancy_upsampling": True,  # as libjpeg-turbo does it
         }
     pipe = importlib.import_module("nvidia.dali").Pipeline(
-        batch_size=capacity, num_threads=max(1, data.num_workers), device_id=device_id,
+        batch_size=capacity, num_threads=num_threads, device_id=device_id,
         prefetch_queue_depth=data.prefetch_batches, seed=0,
     )  # fmt: skip
     with pipe:

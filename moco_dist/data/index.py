@@ -14,6 +14,8 @@ from typing import Any
 
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from moco_dist.errors import UserError
+
 NAME = ".moco_dist_index.json"
 MIN_IMAGES = 10_000  # below it, listing takes less than a second
 SETTLED_SECONDS = 2  # a folder changed later than so long ago may change again within the clock's resolution
@@ -44,6 +46,9 @@ def _scan(folder: Path, prefix: str, folders: dict[str, int]) -> list[str]:
     """Paths of all images below; an image is known by its name, without asking the file system for it.
 
     Fills `folders` with the modification times of the folders below, taken before they are listed.
+
+    Raises:
+        UserError: a link leads back to a folder above it.
     """
     found: list[str] = []
     if prefix:
@@ -55,6 +60,9 @@ def _scan(folder: Path, prefix: str, folders: dict[str, int]) -> list[str]:
             if entry.name.lower().endswith(IMG_EXTENSIONS):
                 found.append(prefix + entry.name)
             elif entry.is_dir():
+                target = Path(entry).resolve() if entry.is_symlink() else None
+                if target and (folder / prefix).resolve().is_relative_to(target):
+                    raise UserError(f"{entry.path} is a link to {target}, which it lies in; remove it")
                 found += _scan(folder, f"{prefix}{entry.name}/", folders)
     return found
 

@@ -5,6 +5,7 @@ function of (seed, step) alone. So any number of workers gives the same pixels, 
 """
 
 import signal
+import warnings
 from collections.abc import Generator
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -14,13 +15,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from moco_dist.config import DataConfig, OnError
+from moco_dist.config import DataConfig, OnError, worker_count
 from moco_dist.config_evaluate import EvalDataConfig
 from moco_dist.data.datasets import ImageFolder, read_bytes
 from moco_dist.data.decode import CropsFor, cut
 from moco_dist.data.jobs import JobOf, with_successors
 from moco_dist.distributed.world import World
 from moco_dist.errors import UserError
+
+# More workers than cores is the user's choice; `moco-dist doctor` speaks of it.
+warnings.filterwarnings("ignore", "This DataLoader will create", module="torch")
 
 T = TypeVar("T")
 
@@ -85,14 +89,15 @@ def batches_from_workers(
     source: Source, job_of: JobOf[T], numbers: range, size: int, data: DataConfig | EvalDataConfig, world: World
 ) -> Generator[T, None, None]:
     """The batches of `numbers`, in pinned memory where there is a GPU, from `data.num_workers` processes."""
+    num_workers = worker_count(data.num_workers, world.local_world_size)
     return batches_of(
         DataLoader(
             Batches(source, job_of, size, data.on_error),
             batch_size=None,
             sampler=numbers,
-            num_workers=data.num_workers,
+            num_workers=num_workers,
             pin_memory=world.device != "cpu",
-            prefetch_factor=data.prefetch_batches if data.num_workers else None,
+            prefetch_factor=data.prefetch_batches if num_workers else None,
             worker_init_fn=leave_signals_to_the_rank,
         )
     )

@@ -6,7 +6,7 @@ import resource
 import shutil
 from pathlib import Path
 
-from moco_dist.config import PretrainConfig
+from moco_dist.config import PretrainConfig, worker_count
 from moco_dist.doctor.finding import Finding, fine, problem, warning
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -24,7 +24,7 @@ def check(config: PretrainConfig, ranks_per_host: int, world_size: int) -> list[
     """All checks of this host, for so many ranks on it, and in all."""
     return [
         shared_memory(config, ranks_per_host, config.optim.global_batch_size // world_size),
-        open_files(config),
+        open_files(config, ranks_per_host),
         cores(config, ranks_per_host),
         *packages(config),
         gpus(config, ranks_per_host),
@@ -34,10 +34,11 @@ def check(config: PretrainConfig, ranks_per_host: int, world_size: int) -> list[
 
 def shared_memory(config: PretrainConfig, ranks: int, local_batch: int) -> Finding:
     """Loader processes hand over batches in shared memory; containers often have 64 MiB of it."""
-    if not SHARED_MEMORY.is_dir() or config.data.num_workers == 0 or config.data.loader == "dali":
+    workers = worker_count(config.data.num_workers, ranks)
+    if not SHARED_MEMORY.is_dir() or workers == 0 or config.data.loader == "dali":
         return fine("shared memory", "not needed by this loader")
     views = 2 * local_batch * 3 * config.data.image_size**2
-    needed = ranks * (config.data.num_workers * config.data.prefetch_batches + 1) * views
+    needed = ranks * (workers * config.data.prefetch_batches + 1) * views
     status = os.statvfs(SHARED_MEMORY)
     free = status.f_bavail * status.f_frsize
     if free < needed:
@@ -47,10 +48,10 @@ def shared_memory(config: PretrainConfig, ranks: int, local_batch: int) -> Findi
     return fine("shared memory", f"{free / 2**20:,.0f} MiB free, loaders may fill {needed / 2**20:,.0f} MiB")
 
 
-def open_files(config: PretrainConfig) -> Finding:
+def open_files(config: PretrainConfig, ranks: int) -> Finding:
     """Tensors of worker processes come by file descriptors."""
     data = config.data
-    needed = FILES_BESIDE + data.num_workers * data.prefetch_batches * FILES_A_BATCH
+    needed = FILES_BESIDE + worker_count(data.num_workers, ranks) * data.prefetch_batches * FILES_A_BATCH
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < needed:
         most = "unlimited" if hard == resource.RLIM_INFINITY else hard
@@ -61,11 +62,12 @@ def open_files(config: PretrainConfig) -> Finding:
 
 def cores(config: PretrainConfig, ranks: int) -> Finding:
     """Each rank and each of its workers wants a core."""
-    have, wanted = len(os.sched_getaffinity(0)), ranks * (config.data.num_workers + 1)
+    workers = worker_count(config.data.num_workers, ranks)
+    have, wanted = len(os.sched_getaffinity(0)), ranks * (workers + 1)
     if wanted > have:
-        return warning("cores", f"{ranks} rank(s) with {config.data.num_workers} workers want {wanted}, here are "
+        return warning("cores", f"{ranks} rank(s) with {workers} workers want {wanted}, here are "
                        f"{have}: --data.num-workers {max(0, have // ranks - 1)}")  # fmt: skip
-    return fine("cores", f"{have} for {ranks} rank(s) with {config.data.num_workers} workers")
+    return fine("cores", f"{have} for {ranks} rank(s) with {workers} workers")
 
 
 def packages(config: PretrainConfig) -> list[Finding]:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from moco_dist.config import PretrainConfig
+from moco_dist.config import PretrainConfig, worker_count
 from moco_dist.planning import measurements
 from moco_dist.planning.arithmetic import Sizes
 from moco_dist.planning.forecast import Forecast, weak_scaling
@@ -59,7 +59,7 @@ def plan(inputs: Inputs) -> list[Line]:
     latency = used.latency_seconds if used else 0.0
     forecast = Forecast(
         sizes, step, rate_between if hosts > 1 else rate_within, latency,
-        loading.seconds if loading else None, inputs.config.data.num_workers,
+        loading.seconds if loading else None, worker_count(inputs.config.data.num_workers, None),
     )  # fmt: skip
     network_source = _network_source(inputs, hosts, used)
     nothing = measurements.missing(inputs.known, inputs.gpu)
@@ -155,7 +155,7 @@ def _loading(forecast: Forecast, inputs: Inputs, loading: CoreSeconds | None) ->
     if compute is not None and network is not None:
         cores = loading.seconds / (compute + network)
         lines.append(Line("cores to decode", f"{cores:.1f} a GPU, {cores * sizes.local_world_size:.0f} a host "
-                          f"(data.num_workers is {data.num_workers})", loading.source))  # fmt: skip
+                          f"(data.num_workers is {worker_count(data.num_workers, None)})", loading.source))  # fmt: skip
     return lines
 
 

@@ -33,7 +33,8 @@ def doctor(tmp_path, *flags, before=()):
 def test_small_shared_memory_and_few_files(tmp_path):
     """In a mount namespace with a /dev/shm of 1 MiB, and a limit of 300 files."""
     script = 'mount -t tmpfs -o size=1m tmpfs /dev/shm && ulimit -n 300 && exec "$@"'
-    done = doctor(tmp_path, "--data.root", str(tmp_path), before=["unshare", "-m", "bash", "-c", script, "-"])
+    flags = ["--data.root", str(tmp_path), "--data.num-workers", "8"]
+    done = doctor(tmp_path, *flags, before=["unshare", "-m", "bash", "-c", script, "-"])
     assert done.returncode == 1, done.stderr
     errors = [line for line in done.stdout.splitlines() if line.startswith("error")]
     assert len(errors) == 2

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from moco_dist.commands.configured import config_or_help
-from moco_dist.config import AugmentConfig, PretrainConfig, size_problems
+from moco_dist.config import AugmentConfig, PretrainConfig, size_problems, worker_count
 from moco_dist.config_evaluate import DetectConfig, FinetuneConfig, KnnConfig, LinearConfig
 from moco_dist.config_source import flatten, help_text, leaf_fields, read_config, to_yaml
 from moco_dist.errors import UserError
@@ -149,3 +149,13 @@ def test_overlays_fit_their_configs(overlay):
     base, _, loader = overlay.stem.rpartition("_")
     config = config_or_help("pretrain", PretrainConfig, [f"configs/{base}.yaml", str(overlay)])
     assert config is not None and config.data.loader == loader
+
+
+@pytest.mark.parametrize(
+    ("given", "ranks", "cores", "count"),
+    [(None, 1, 2, 1), (None, 1, 1, 1), (None, 8, 96, 8), (None, 8, 32, 3), (None, 8, 4, 1), (None, None, 1, 8),
+     (0, 1, 16, 0), (64, 8, 4, 64)],
+)  # fmt: skip
+def test_workers_are_by_default_as_many_as_the_cores_allow(monkeypatch, given, ranks, cores, count):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)))
+    assert worker_count(given, ranks) == count

@@ -8,6 +8,7 @@ import pytest
 from moco_dist.data import index
 from moco_dist.data.datasets import find_images
 from moco_dist.data.index import NAME, image_paths
+from moco_dist.errors import UserError
 
 
 @pytest.fixture
@@ -68,3 +69,14 @@ def test_is_not_written_while_folders_change_or_for_few_images(folder, monkeypat
     monkeypatch.setattr(index, "MIN_IMAGES", 100)
     image_paths(folder)
     assert not (folder / NAME).exists()
+
+
+def test_a_link_to_a_folder_above_it_is_named(folder):
+    (folder / "b" / "again").symlink_to(folder)
+    with pytest.raises(UserError, match=r"b/again is a link to .*, which it lies in; remove it"):
+        image_paths(folder)
+
+
+def test_a_link_to_another_folder_is_followed(folder):
+    (folder / "d").symlink_to(folder / "b" / "deep")
+    assert len(image_paths(folder)) == 16

@@ -22,7 +22,7 @@ from torchvision.models.detection import FasterRCNN
 from tqdm import tqdm
 
 from moco_dist.checkpoint import averaged
-from moco_dist.config import AugmentConfig, PretrainConfig
+from moco_dist.config import AugmentConfig, PretrainConfig, worker_count
 from moco_dist.config_evaluate import DetectConfig
 from moco_dist.config_source import read_config
 from moco_dist.data.plan import Plan
@@ -129,7 +129,7 @@ def _train(
     losses: list[float] = []
     bar = tqdm(total=config.steps, initial=start, unit="step", disable=None if world.is_main else True, leave=False)
     with bar:
-        for step, batch in enumerate(_batches(train, numbers, config), start):
+        for step, batch in enumerate(_batches(train, numbers, config, world), start):
             torch.manual_seed(int(np.random.SeedSequence([5, config.seed, step, world.rank]).generate_state(1)[0]))
             images, targets = _flipped(batch, train, world.device)
             loss = torch.stack(list(detector(images, targets).values())).sum()
@@ -153,12 +153,13 @@ def _train(
 
 
 def _batches(
-    annotated: Sequence[Annotated], numbers: list[NDArray[np.int64]], config: DetectConfig
+    annotated: Sequence[Annotated], numbers: list[NDArray[np.int64]], config: DetectConfig, world: World
 ) -> Iterator[Batch]:
     return batches_of(
         DataLoader(
             Pictures(annotated), batch_sampler=[part.tolist() for part in numbers], collate_fn=list,
-            num_workers=config.data.num_workers, worker_init_fn=leave_signals_to_the_rank,
+            num_workers=worker_count(config.data.num_workers, world.local_world_size),
+            worker_init_fn=leave_signals_to_the_rank,
         )
     )  # fmt: skip
 
@@ -201,7 +202,7 @@ def _detections(
     size = config.global_batch_size // world.world_size
     detector.eval()
     found = [torch.zeros(0, 7, dtype=torch.float64, device=world.device)]
-    for batch in _batches(test, [own[i : i + size] for i in range(0, len(own), size)], config):
+    for batch in _batches(test, [own[i : i + size] for i in range(0, len(own), size)], config, world):
         for (number, _), output in zip(batch, detector([p.to(world.device) / 255 for _, p in batch]), strict=True):
             columns = [output["boxes"], output["scores"][:, None], output["labels"][:, None]]
             found.append(torch.cat([torch.full_like(columns[1], number), *columns], 1).double())

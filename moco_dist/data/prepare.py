@@ -290,7 +290,7 @@ def _appearing(out: Path, recipe: dict[str, Any]) -> Iterator[Path]:
         yield partial
         _finish(partial, out, recipe)
     except OSError as error:
-        raise UserError(f"cannot prepare {out}: {error}") from error
+        raise UserError(f"cannot prepare {out}: {(error.strerror or str(error)).lower()}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -13,16 +13,9 @@ from moco_dist.data.loader import pretrain_batches
 from moco_dist.data.pack import pack
 from moco_dist.data.plan import Plan
 from moco_dist.distributed.world import World
-from tests.unit.test_loaders import LOADERS, assert_same, batches_of, config_of, undamaged
+from tests.unit.test_loaders import assert_same, batches_of, config_of, undamaged
 
 BAD = "3.jpg"
-
-
-@pytest.fixture(params=LOADERS)
-def loader(request):
-    if request.param == "dali":
-        pytest.importorskip("nvidia.dali", reason="needs pip install 'moco_dist[dali]'")
-    return request.param
 
 
 @pytest.fixture
@@ -31,15 +24,6 @@ def images(tmp_path, loader):
     folder = tmp_path / "images"
     undamaged(folder)
     return folder, pack(folder, tmp_path / "packed.beton") if loader == "ffcv" else folder
-
-
-@pytest.fixture
-def waits(monkeypatch):
-    """Waits that are only counted."""
-    counted = []
-    monkeypatch.setattr(storage.time, "sleep", counted.append)
-    monkeypatch.setattr(storage, "_last_told", -1e9)
-    return counted
 
 
 def stumble(monkeypatch, root, times):

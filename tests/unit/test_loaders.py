@@ -25,7 +25,6 @@ from moco_dist.data.torchvision_loader import Files
 from moco_dist.distributed.world import World
 from moco_dist.errors import UserError
 
-LOADERS = ("torchvision", "dali", "ffcv")
 BATCH, SIZE = 8, 64
 
 
@@ -45,21 +44,6 @@ def picture(seed, width, height):
     small = Image.fromarray(rng.integers(0, 256, (5, 6, 3), dtype=np.uint8))
     pixels = np.asarray(small.resize((width, height), Image.Resampling.BICUBIC)) + rng.normal(0, 5, (height, width, 3))
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
-
-
-@pytest.fixture(params=LOADERS)
-def loader(request):
-    if request.param == "dali":
-        pytest.importorskip("nvidia.dali", reason="needs pip install 'moco_dist[dali]'")
-    return request.param
-
-
-@pytest.fixture(params=["torchvision", "dali"])
-def folder_loader(request):
-    """Those that read files. What cannot be read is left out when packing for the third."""
-    if request.param == "dali":
-        pytest.importorskip("nvidia.dali", reason="needs pip install 'moco_dist[dali]'")
-    return request.param
 
 
 @pytest.fixture

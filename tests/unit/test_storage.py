@@ -9,14 +9,7 @@ import pytest
 from moco_dist.data import storage
 from moco_dist.data.datasets import ImageError, read_bytes
 
-
-@pytest.fixture(autouse=True)
-def impatient(monkeypatch):
-    """Waits that are only counted."""
-    waits = []
-    monkeypatch.setattr(storage.time, "sleep", waits.append)
-    monkeypatch.setattr(storage, "_last_told", -1e9)
-    return waits
+pytestmark = pytest.mark.usefixtures("waits")
 
 
 def failing(monkeypatch, number, times):
@@ -33,11 +26,11 @@ def failing(monkeypatch, number, times):
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT])
-def test_a_hiccup_is_waited_out_and_told(tmp_path, monkeypatch, impatient, capsys, number):
+def test_a_hiccup_is_waited_out_and_told(tmp_path, monkeypatch, waits, capsys, number):
     (tmp_path / "a.jpg").write_bytes(b"pixels")
     failing(monkeypatch, number, 3)
     assert read_bytes(tmp_path / "a.jpg") == b"pixels"
-    assert impatient == list(storage.WAITS_SECONDS)
+    assert waits == list(storage.WAITS_SECONDS)
     (line,) = capsys.readouterr().err.splitlines()  # one a minute
     assert line == f"[rank 0] warning: reading {tmp_path / 'a.jpg'} failed (stale file handle); tried again in 0.5 s"
 
@@ -49,10 +42,10 @@ def test_the_fourth_failure_is_the_last(tmp_path, monkeypatch):
         read_bytes(tmp_path / "a.jpg")
 
 
-def test_a_missing_file_is_not_waited_for(tmp_path, impatient):
+def test_a_missing_file_is_not_waited_for(tmp_path, waits):
     with pytest.raises(ImageError, match="no such file"):
         read_bytes(tmp_path / "a.jpg")
-    assert impatient == []
+    assert waits == []
 
 
 def test_a_slow_file_is_told(tmp_path, monkeypatch, capsys):

@@ -12,28 +12,28 @@ from moco_dist.errors import Preempted, UserError, nearest
 EXIT_MISTAKE = 2  # a mistake in what the user gave
 EXIT_IO = 74  # EX_IOERR: a file cannot be read or written
 EXIT_INTERRUPTED = 130  # Ctrl-C
+EXIT_PIPE = 141  # SIGPIPE
 
-COMMANDS = {  # name: its arguments, what it does, the function in moco_dist.commands
-    "pretrain": ("[CONFIG.yaml ...] [--section.key VALUE ...]", "pre-train an encoder by MoCo v2", "pretrain:main"),
-    "knn": ("[CONFIG.yaml ...] --run-dir DIR [--key VALUE ...]", "nearest-neighbour accuracy of a run", "evaluate:knn"),
-    "linear": ("[CONFIG.yaml ...] --run-dir DIR [--key VALUE ...]", "linear evaluation of a run", "evaluate:linear"),
-    "finetune": ("[CONFIG.yaml ...] --run-dir DIR [--key VALUE ...]", "its network, trained further with labels",
-                 "evaluate:finetune"),
-    "detect": ("CONFIG.yaml ... --run-dir DIR [--key VALUE ...]", "detection by a run's backbone (VOC)", "detect:main"),
-    "report": ("RUN_DIR", "accuracy table, and a page with pictures and curves", "report:main"),
-    "reproduce": ("TABLE [--scale full|small] [--launcher WHERE]", "the paper's tables, beside what was published",
-                  "reproduce:main"),
-    "compare": ("RUN_DIR ... | --experiment NAME", "several runs side by side; registers the best", "compare:main"),
-    "export": ("RUN_DIR --format FORMAT --out FILE", "weights for torchvision, timm, detectron2", "weights:export"),
-    "import": ("FILE --arch ARCH --out RUN_DIR", "a backbone of another program, to evaluate", "weights:import_"),
-    "sync": ("RUN_DIR", "deliver to MLflow what it has missed", "sync:main"),
-    "plan": ("[CONFIG.yaml ...] --nodes N --gpus-per-node G", "memory, network, hours, before a run", "plan:main"),
-    "doctor": ("[CONFIG.yaml ...] | --run DIR", "what is wrong with a machine, a config or a run", "doctor:main"),
-    "launch": ("local|torchrun|slurm|kubernetes CONFIG.yaml ...", "start it where it should run", "launch:main"),
-    "data": ("prepare | verify | views | pack ...", "get, check, look at or pack a data set", "data:main"),
+COMMANDS = {  # name: what it does, the function in moco_dist.commands; in the order of use
+    "data": ("get, check, look at or pack a data set", "data:main"),
+    "doctor": ("what is wrong with a machine, a config or a run", "doctor:main"),
+    "plan": ("memory, network and hours of a run, before it starts", "plan:main"),
+    "pretrain": ("pre-train an encoder by MoCo v2; again: go on", "pretrain:main"),
+    "launch": ("the same by torchrun, Slurm or Kubernetes", "launch:main"),
+    "knn": ("nearest-neighbour accuracy of a run", "evaluate:knn"),
+    "linear": ("linear evaluation of a run", "evaluate:linear"),
+    "finetune": ("train a run's whole network further, with labels", "evaluate:finetune"),
+    "detect": ("object detection by a run's backbone", "detect:main"),
+    "report": ("a page of a run: accuracies, curves, pictures", "report:main"),
+    "compare": ("several runs side by side; registers the best", "compare:main"),
+    "export": ("weights for torchvision, timm, detectron2", "weights:export"),
+    "import": ("a backbone of another program, to evaluate", "weights:import_"),
+    "sync": ("deliver to MLflow what it has missed", "sync:main"),
+    "reproduce": ("the paper's tables, beside what was published", "reproduce:main"),
 }
 FOOTER = """
-moco-dist COMMAND --help shows every setting. On several GPUs or hosts: torchrun ... -m moco_dist COMMAND ...
+moco-dist COMMAND --help shows every setting.
+On several GPUs: torchrun --nproc-per-node N -m moco_dist COMMAND ...
 --debug shows where an error came from; --version the version."""
 
 
@@ -46,7 +46,12 @@ def main(argv: list[str] | None = None) -> int:
     argv = [word for word in argv if word != "--debug" and not word.startswith("--local_rank=")]
     signal.signal(signal.SIGTERM, _terminate)  # a pre-training has its own way: it saves first
     try:
-        return _dispatch(argv)
+        status = _dispatch(argv)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # what reads the output, `| head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_PIPE
     except UserError as error:
         if debug:
             traceback.print_exc()
@@ -71,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _dispatch(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help", "help"):
-        lines = [f"  {name} {arguments}".ljust(56) + f" {text}" for name, (arguments, text, _) in COMMANDS.items()]
+        lines = [f"  {name:<10} {text}" for name, (text, _) in COMMANDS.items()]
         print("\n".join(["usage: moco-dist COMMAND ...", "", *lines, FOOTER]))
         return 0 if argv else EXIT_MISTAKE
     if argv[0] == "--version":
@@ -79,7 +84,7 @@ def _dispatch(argv: list[str]) -> int:
         return 0
     if argv[0] not in COMMANDS:
         raise UserError(f"unknown command {argv[0]!r}; {', '.join(COMMANDS)} are{nearest(argv[0], COMMANDS)}")
-    module, function = COMMANDS[argv[0]][2].split(":")
+    module, function = COMMANDS[argv[0]][1].split(":")
     return getattr(importlib.import_module(f"moco_dist.commands.{module}"), function)(argv[1:])
 
 

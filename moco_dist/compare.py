@@ -7,16 +7,21 @@ import csv
 import io
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moco_dist import checkpoint
 from moco_dist.charts import COLOURS, Picture, chart
 from moco_dist.config import PretrainConfig
 from moco_dist.config_source import flatten, read_config
-from moco_dist.errors import UserError, nearest
+from moco_dist.errors import UnreachableError, UserError, nearest
 from moco_dist.logbook import read_log
 from moco_dist.report import EVALUATIONS, MISSING, evaluations, shown
 from moco_dist.tracking import client_of, page_of, without_credentials
+from moco_dist.tracking.remote import reason
+from moco_dist.tracking.server import require_known_scheme
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 # Settings that say where a run lives, not what it is.
 NOT_COMPARED = ("run.dir", "run.resume", "run.stop_at_step", "tracking.", "log.", "checkpoint.")
@@ -112,9 +117,20 @@ def runs_of_experiment(name: str, uri: str) -> list[RunRecord]:
     """The pre-trainings of an MLflow experiment, oldest first, each with its evaluations.
 
     Raises:
-        UserError: there is no such experiment, or no run in it.
+        UserError: `uri` is not one of MLflow's, there is no such experiment, or no run in it.
+        UnreachableError: the server does not answer, or refuses.
     """
+    require_known_scheme(uri)
     client = client_of(uri)
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return _runs_of_experiment(client, name, uri)
+    except MlflowException as error:
+        raise UnreachableError(f"MLflow at {without_credentials(uri)}: {reason(error)}") from error
+
+
+def _runs_of_experiment(client: "MlflowClient", name: str, uri: str) -> list[RunRecord]:
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
         known = [experiment.name for experiment in client.search_experiments()]

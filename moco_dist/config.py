@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 PositiveInt = Annotated[int, Field(gt=0)]
+Positive = Annotated[float, Field(gt=0)]
 
 
 def setting(default: Any, text: str, *, unit: str = "", source: str = "", **limits: Any) -> Any:
@@ -44,7 +45,7 @@ class RunConfig(Section):
     )
     resume: Literal["auto", "changed"] = setting(
         "auto", "where the folder has a checkpoint, go on from it; auto refuses settings that change what is computed, "
-        "changed takes them"
+        "changed takes those that fit the checkpoint's weights"
     )
     peer_timeout_seconds: float = setting(
         60.0, "how long a rank may be silent until the others end and name it", unit="seconds", ge=1
@@ -157,12 +158,12 @@ class AugmentConfig(Section):
     jitter_probability: Probability = setting(0.8, "share of views with colour jitter", source="v2 sec. 3")
     grayscale_probability: Probability = setting(0.2, "share of gray views", source="v1 sec. 3.3")
     blur_probability: Probability = setting(0.5, "share of blurred views", source="v2 sec. 3")
-    blur_sigma: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = setting(
+    blur_sigma: tuple[Positive, Positive] = setting(
         (0.1, 2.0), "range of the Gaussian blur's standard deviation", unit="pixels", source="v2 sec. 3"
     )
     flip_probability: Probability = setting(0.5, "share of mirrored views", source="v1 sec. 3.3")
     mean: tuple[float, float, float] = setting((0.485, 0.456, 0.406), "of R, G, B in [0, 1]")
-    std: tuple[float, float, float] = setting((0.229, 0.224, 0.225), "of R, G, B in [0, 1]")
+    std: tuple[Positive, Positive, Positive] = setting((0.229, 0.224, 0.225), "of R, G, B in [0, 1]")
 
     @model_validator(mode="before")
     @classmethod

@@ -6,6 +6,7 @@ the defaults.
 
 import argparse
 import json
+import shutil
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,7 +38,7 @@ def read_config(
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for name in fields:
         parser.add_argument(f"--{name.replace('_', '-')}", dest=name, default=argparse.SUPPRESS)
-    problems = []
+    problems, stray = [], []
     try:
         given, unknown = parser.parse_known_args([_normalise(flag) for flag in flags])
     except argparse.ArgumentError as error:
@@ -47,7 +48,11 @@ def read_config(
             name = word.removeprefix("--").split("=")[0].replace("-", "_")
             problems.append(f"unknown flag {word}{_as_flag(nearest(name, fields))}")
         elif before is None or not before.startswith("--"):  # the value of an unknown flag is told with the flag
-            problems.append(f"unexpected argument {word!r}; settings are given as --section.key VALUE")
+            stray.append(word)
+    if stray:
+        how = "config files come first" if stray[0].endswith((".yaml", ".yml")) else (
+            "settings are given as --section.key VALUE, lists as '[1, 2]'")  # fmt: skip
+        problems.append(f"unexpected argument {' '.join(map(repr, stray))}; {how}")
     for name, text in vars(given).items():
         value = _value_of(text)
         is_list = get_origin(fields[name].annotation) is tuple
@@ -55,7 +60,10 @@ def read_config(
     try:
         config = schema.model_validate(values)
     except ValidationError as error:
-        raise UserError("\n".join(problems + _messages(error, schema))) from error
+        # What is missing may be what a misspelt flag, told already, was to give.
+        meant = {line.rpartition("did you mean --")[2].rstrip("?").replace("-", "_") for line in problems}
+        told = [line for line in _messages(error, schema) if line.removesuffix(" is required") not in meant]
+        raise UserError("\n".join(problems + told)) from error
     if problems:
         raise UserError("\n".join(problems))
     return config
@@ -65,13 +73,17 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file.
 
     Raises:
-        UserError: the file is missing, unreadable or not a mapping; a missing one names its nearest neighbour.
+        UserError: the file is missing, unreadable, not a mapping, or has a key twice; a missing one names its nearest
+            neighbour.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with path.open(encoding="utf-8") as file:
+            values = yaml.load(file, _Loader)
     except FileNotFoundError as error:
         siblings = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
         raise UserError(f"config file {path} does not exist{nearest(path.name, siblings)}") from error
+    except IsADirectoryError as error:
+        raise UserError(f"{path} is a folder where a config file is expected; a run's is given by a flag") from error
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"config file {path} cannot be read: {error}") from error
     except yaml.YAMLError as error:
@@ -81,6 +93,19 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"config file {path} holds a {type(values).__name__}; a mapping of settings is expected")
     return values
+
+
+class _Loader(yaml.SafeLoader):
+    """A SafeLoader to which a key that is there twice is a mistake: YAML says so, and PyYAML takes the last."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"the key {key.value} is there twice", problem_mark=key.start_mark)
+            seen.add(key.value)
+        return node
 
 
 def _over(values: dict[str, Any], overlay: dict[str, Any]) -> dict[str, Any]:
@@ -113,25 +138,40 @@ def leaf_fields(schema: type[BaseModel], prefix: str = "") -> dict[str, FieldInf
     """Every setting of `schema` by its dotted name, in order."""
     fields: dict[str, FieldInfo] = {}
     for name, field in schema.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            fields |= leaf_fields(field.annotation, f"{prefix}{name}.")
+        if section := _section_of(field):
+            fields |= leaf_fields(section, f"{prefix}{name}.")
         else:
             fields[prefix + name] = field
     return fields
 
 
-def help_text(schema: type[BaseModel]) -> str:
-    """One paragraph per setting: flag, type or choices, what it is, unit, default, source."""
+def help_text(schema: type[BaseModel], prefix: str = "") -> str:
+    """One paragraph per setting: flag, type or choices, what it is, unit, default, source; a heading per section.
+
+    A section's own settings come before the sections in it, and what is required before all.
+    """
+    width = min(104, shutil.get_terminal_size().columns)
+    own = {name: field for name, field in schema.model_fields.items() if _section_of(field) is None}
     lines = []
-    for name, field in leaf_fields(schema).items():
+    for name, field in sorted(own.items(), key=lambda item: not item[1].is_required()):
         extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
         facts = [f"unit: {extra['unit']}"] if extra.get("unit") else []
         facts.append("required" if field.is_required() else f"default: {_show(field.default)}")
         facts += [f"source: {extra['source']}"] if extra.get("source") else []
-        lines.append(f"  --{name.replace('_', '-')} {_type_name(field.annotation)}")
+        lines.append(f"  --{(prefix + name).replace('_', '-')} {_type_name(field.annotation)}")
         text = f"{field.description or ''} [{'; '.join(facts)}]"
-        lines += textwrap.wrap(text, 104, initial_indent=" " * 8, subsequent_indent=" " * 8)
+        lines += textwrap.wrap(text, width, initial_indent=" " * 8, subsequent_indent=" " * 8)
+    for name, field in schema.model_fields.items():
+        if section := _section_of(field):
+            what = " ".join((section.__doc__ or "").split())
+            lines += ["", *textwrap.wrap(f"{prefix}{name}: {what}", width), help_text(section, f"{prefix}{name}.")]
     return "\n".join(lines)
+
+
+def _section_of(field: FieldInfo) -> type[BaseModel] | None:
+    """The model of a field that is a section; None of one that is a setting."""
+    kind = field.annotation
+    return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
 
 
 def _normalise(flag: str) -> str:
@@ -172,20 +212,30 @@ def _messages(error: ValidationError, schema: type[BaseModel]) -> list[str]:
         if item["type"] == "too_short" and any(o["loc"][: len(loc)] == loc for o in everything if o is not item):
             continue  # pydantic counts only the values that are right; the wrong ones are told
         name = ".".join(str(part) for part in item["loc"])
-        kind, given = item["type"], item["input"]
-        if kind == "extra_forbidden":
+        kind, given = item["type"], "null" if item["input"] is None else repr(item["input"])
+        if kind == "extra_forbidden" and name in known:
+            section, _, key = name.rpartition(".")
+            messages.append(f"{name}: a file has it in its section: {section}: {{{key}: {given}}}")
+        elif kind == "extra_forbidden":
             messages.append(f"unknown setting {name}{nearest(name, {*known, *(k.split('.')[0] for k in known)})}")
+        elif kind == "missing" and (whole := ".".join(map(str, loc[:-1]))) in known:  # a list that is too short
+            messages.append(f"{whole}: {_type_name(known[whole].annotation)} is expected")
         elif kind == "missing":
             messages += [f"{field} is required" for field in _required_below(name, known)]
+        elif kind in ("model_type", "model_attributes_type"):
+            messages.append(f"{name}: {given} is given where a section of settings is expected")
+        elif kind == "invalid_key":
+            messages.append(f"{name} is not the name of a setting")
         elif kind == "value_error":
             lines = str(item.get("ctx", {})["error"]).splitlines() if "ctx" in item else [item["msg"]]
             messages += [f"{name}: {line}" if name else line for line in lines]
         elif kind == "literal_error":
             expected = item.get("ctx", {})["expected"]
-            messages.append(f"{name}: {given!r} is not one of {expected}{nearest(str(given), expected.split(chr(39)))}")
+            hint = nearest(str(item["input"]), expected.split("'"))
+            messages.append(f"{name}: {given} is not one of {expected}{hint}")
         else:
-            messages.append(f"{name}: {given!r} {item['msg'].replace('Input should be', 'is not')}")
-    return messages
+            messages.append(f"{name}: {given} {item['msg'].replace('Input should be', 'is not')}")
+    return list(dict.fromkeys(messages))
 
 
 def _required_below(name: str, known: dict[str, FieldInfo]) -> list[str]:

@@ -25,7 +25,7 @@ class Preempted(Exception):
     exit_status = 75  # EX_TEMPFAIL
 
     def __init__(self, step: int) -> None:
-        super().__init__(f"preempted: saved at step {step}; run the same command to go on")
+        super().__init__(f"stopped: saved at step {step}; run the same command to go on")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

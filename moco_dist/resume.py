@@ -21,6 +21,8 @@ from moco_dist.tracking import without_credentials
 FREE_TO_CHANGE = ("run.dir", "run.device", "run.stop_at_step", "run.resume", "run.peer_timeout_seconds",
                   "data.loader", "data.num_workers", "data.prefetch_batches", "data.dali.", "data.root",
                   "log.", "checkpoint.", "tracking.", "optim.grad_accum_steps", "engine.", "shuffle.")
+# Weights or queue of another shape: no checkpoint can be loaded into them.
+SHAPES = ("method", "model.arch", "model.stem", "model.head_hidden_dims", "model.embedding_dim", "moco.queue_size")
 
 
 def resume(state: TrainState, config: PretrainConfig, world: World) -> tuple[list[str], list[float]]:
@@ -81,8 +83,10 @@ def refuse_changes(config: PretrainConfig, folder: Path) -> None:
         for name, value in flatten(config).items()
         if value != saved[name] and not name.startswith(FREE_TO_CHANGE)
     ]
-    if changed and config.run.resume != "changed":
-        how = "give another --run.dir, these settings again, or --run.resume changed to go on all the same"
+    has_other_shapes = any(line.startswith(SHAPES) for line in changed)
+    if has_other_shapes or (changed and config.run.resume != "changed"):
+        how = "give another --run.dir or these settings again" if has_other_shapes else (
+            "give another --run.dir, these settings again, or --run.resume changed to go on all the same")  # fmt: skip
         raise UserError("\n".join([f"{config.run.dir} holds a run with other settings; {how}:", *changed]))
 
 

@@ -27,7 +27,7 @@ from moco_dist.engine import Engine
 from moco_dist.engine.ddp import DDPEngine
 from moco_dist.engine.speed import compile_options, compiled_on_gpu, keep_freed_memory, set_backends
 from moco_dist.errors import Preempted, UserError
-from moco_dist.evaluate.during_training import accuracies_during_training
+from moco_dist.evaluate.during_training import accuracies_during_training, training_evaluation
 from moco_dist.logbook import Logbook
 from moco_dist.method.batch_norm import set_micro_batch
 from moco_dist.method.encoder import build_encoder
@@ -64,13 +64,15 @@ def pretrain(config: PretrainConfig, world: World, tracker: Tracker) -> Path:
     folder = subset(find_images(config.data.root, "train"), config.data.max_samples)
     plan = Plan(len(folder.paths), config.optim.global_batch_size, config.run.seed)
     require_agreement(facts_to_agree_on(config, folder), world)
+    if config.log.knn_every_epochs:
+        training_evaluation(config, world)  # a validation set that is missing is told now, not after an epoch
     state, engine = build(config, world)
     run_dir = config.run.dir
     notes, pending_losses = resume(state, config, world)
     total_steps = config.optim.epochs * plan.steps_per_epoch
     stop = min(total_steps, config.run.stop_at_step or total_steps)
     logbook = Logbook(run_dir, tracker, world, state.step, stop, pending_losses)
-    say_start(logbook, config, folder, plan, state, world, notes)
+    say_start(logbook, config, folder, plan, state, stop, world, notes)
     keep_every_steps = config.checkpoint.keep_every_epochs * plan.steps_per_epoch
     saver = Saver(run_dir, config.checkpoint.keep_last, keep_every_steps, world, logbook.say)
     kept = without_secrets(config).model_dump(mode="json")
@@ -310,8 +312,8 @@ def is_due(step: int, every: int) -> bool:
 
 
 def say_start(
-    logbook: Logbook, config: PretrainConfig, folder: ImageFolder, plan: Plan, state: TrainState, world: World,
-    notes: list[str],
+    logbook: Logbook, config: PretrainConfig, folder: ImageFolder, plan: Plan, state: TrainState, stop: int,
+    world: World, notes: list[str],
 ) -> None:
     """Two lines: what is trained on what, and how; and what to be warned of."""
     for note in notes:
@@ -323,6 +325,8 @@ def say_start(
         f"{torch.device(world.device).type}, {compute_dtype(optim.precision, world.device)}"
     )
     going_on = f"goes on at step {state.step}" if state.step else "starts"
+    if state.step >= stop:
+        going_on = f"nothing is left to train at step {state.step}"
     moco = config.moco
     method = f"SimCLR, tau {config.simclr.temperature}"
     if config.method == "moco":

@@ -106,7 +106,8 @@ def export_run(run_dir: Path, format: str, out: Path) -> str:
     if format == "torchvision":
         _save(backbone.tensors, out, {})
         how = f"model.load_state_dict(torch.load({str(out)!r}, weights_only=True), strict=True)"
-        return f"model = torchvision.models.{arch}(); model.fc = torch.nn.Identity(); {how}"
+        network = f"{arch}()" if arch != "resnet10" else "ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1])"
+        return f"model = torchvision.models.{network}; model.fc = torch.nn.Identity(); {how}"
     if format == "timm":
         _save(backbone.tensors, out, {"step": str(step), "arch": arch})
         return f"timm.create_model({arch!r}, num_classes=0, checkpoint_path={str(out)!r})"

@@ -13,6 +13,19 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *args, **more) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **more})
 
+    def parse_own(self, words: list[str]) -> tuple[argparse.Namespace, list[str]]:
+        """The arguments, and the words that are a config's; those are `section.key`, but for `--method`.
+
+        Raises:
+            UserError: a flag is neither, and resembles one of these arguments.
+        """
+        args, rest = self.parse_known_args(words)
+        for word in rest:
+            name = word.partition("=")[0]
+            if name.startswith("--") and "." not in name and nearest(name, self._option_string_actions):
+                self.error(f"unrecognized arguments: {name}")
+        return args, rest
+
     def error(self, message: str) -> NoReturn:
         """Raise it.
 

@@ -24,7 +24,10 @@ def main(words: list[str]) -> int:
     pack.add_argument("--raw-share", type=float, default=0.0, help="share of images stored as pixels (default 0)")
     verify = actions.add_parser("verify", help="decode every image, and count them")
     verify.add_argument("root", type=Path, help="ROOT/train and ROOT/val, or a folder of images")
-    views = actions.add_parser("views", help="a contact sheet of pairs of views: CONFIG.yaml --out FILE.png [settings]")
+    views = actions.add_parser(
+        "views", help="a contact sheet of pairs of views, as the encoders see them",
+        usage="moco-dist data views [CONFIG.yaml ...] --out FILE.png [--count COUNT] [--section.key VALUE ...]",
+    )  # fmt: skip
     views.add_argument("--out", type=Path, required=True, help="PNG to write")
     views.add_argument("--count", type=int, default=16, help="pairs of views (default 16)")
     prepare = actions.add_parser("prepare", help="get a data set, whole or not at all")
@@ -36,7 +39,7 @@ def main(words: list[str]) -> int:
     if args.action == "views":
         return _views(args, rest)
     if rest:
-        raise UserError(f"unexpected {' '.join(rest)}; moco-dist data {args.action} --help shows what can be given")
+        {"pack": pack, "verify": verify, "prepare": prepare}[args.action].error(f"unrecognized arguments: {rest[0]}")
     if args.action == "pack":
         return _pack(args)
     if args.action == "verify":
@@ -46,6 +49,11 @@ def main(words: list[str]) -> int:
 
     if args.kind not in ("tars", "folder"):
         raise UserError(f"--from {args.kind!r} is not tars or folder{nearest(args.kind, ('tars', 'folder'))}")
+
+    if args.source is not None and args.name in ("shapes", "cifar10"):
+        raise UserError(f"--source is not for {args.name}; it is for {HAS_SOURCE}")
+    if args.kind != "tars" and args.name != "imagenet":
+        raise UserError(f"--from is for imagenet, not for {args.name}")
 
     from moco_dist.data import prepare as data_sets
 

@@ -1,7 +1,6 @@
 """`moco-dist doctor`."""
 
 import argparse
-import itertools
 import json
 import os
 import socket
@@ -9,14 +8,13 @@ import time
 from pathlib import Path
 
 from moco_dist.commands.arguments import Parser, require_positive
+from moco_dist.commands.configured import SCHEMAS, command_of, files_and_flags
 from moco_dist.config import PretrainConfig
-from moco_dist.config_evaluate import FinetuneConfig, LinearConfig
 from moco_dist.config_source import read_config, read_yaml
 from moco_dist.errors import UserError
 
 EXIT_ERRORS = 1
-FINETUNE_KEYS = {"backbone_lr", "classifier_lr", "lr_decay"}
-LINEAR_KEYS = {"run_dir", "lr", "milestones", "features", "transfer", "sweep"}
+EVALUATIONS = ("linear", "finetune")
 NOTHING_GIVEN = ["--run.dir", "runs/doctor", "--data.root", "data"]
 
 
@@ -30,7 +28,7 @@ def main(words: list[str]) -> int:
     parser.add_argument("--run", type=Path, metavar="DIR", help="read the log of this run instead")
     parser.add_argument("--nodes", type=int, help="this is one of so many hosts of the run; default: those here")
     parser.add_argument("--gpus-per-node", type=int, help="ranks on each of them; default: this host's GPUs")
-    args, rest = parser.parse_known_args(words)
+    args, rest = parser.parse_own(words)
     require_positive(args, "nodes", "gpus_per_node")
     is_planned = args.nodes is not None or args.gpus_per_node is not None
 
@@ -41,16 +39,17 @@ def main(words: list[str]) -> int:
             unexpected = repr(rest[0]) if rest else "--nodes or --gpus-per-node"
             raise UserError(f"unexpected argument {unexpected}; --run takes a folder alone")
         return _print(logs.run(args.run))
-    files = [Path(word) for word in itertools.takewhile(lambda word: not word.startswith("-"), rest)]
-    flags = rest[len(files) :]
-    given = set(read_yaml(files[0])) if files else set()
-    if is_planned and (FINETUNE_KEYS | LINEAR_KEYS) & given:
-        raise UserError("--nodes and --gpus-per-node are of a pre-training; an evaluation is checked without them")
-    needed = [] if "run_dir" in given else ["--run-dir", "runs/doctor"]
-    if FINETUNE_KEYS & given:
-        return _print(settings.finetune(read_config(FinetuneConfig, files[0], [*needed, *flags], files[1:])))
-    if LINEAR_KEYS & given:
-        return _print(settings.linear(read_config(LinearConfig, files[0], [*needed, *flags], files[1:])))
+    files, flags = files_and_flags(rest)
+    command = command_of(files[0]) if files else "pretrain"
+    if command not in ("pretrain", *EVALUATIONS):
+        raise UserError(f"config file {files[0]} is one of moco-dist {command}; doctor looks at those of pretrain, "
+                        f"{' and '.join(EVALUATIONS)}")  # fmt: skip
+    if command in EVALUATIONS:
+        if is_planned:
+            raise UserError("--nodes and --gpus-per-node are of a pre-training; an evaluation is checked without them")
+        needed = [] if "run_dir" in read_yaml(files[0]) else ["--run-dir", "runs/doctor"]
+        config = read_config(SCHEMAS[command], files[0], [*needed, *flags], files[1:])
+        return _print(getattr(settings, command)(config))
     try:
         config = read_config(PretrainConfig, files[0] if files else None,
                              flags if files else [*NOTHING_GIVEN, *flags], files[1:])  # fmt: skip
@@ -77,6 +76,8 @@ def _machine(config: PretrainConfig, has_config: bool, args: argparse.Namespace)
         try:
             num_images = len(subset(find_images(config.data.root, "train"), config.data.max_samples).paths)
             found.append(finding.fine("data", f"{num_images:,} images in {config.data.root}"))
+            if config.log.knn_every_epochs:
+                find_images(config.data.root, "val")
         except UserError as error:
             found.append(finding.problem("data", str(error)))
     found += [*machine.check(config, ranks, world_size), *network.interfaces(), network.host_name()]

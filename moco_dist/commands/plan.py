@@ -27,7 +27,7 @@ def main(words: list[str]) -> int:
     parser.add_argument("--measurements", type=Path, metavar="DIR",
                         help="where calibrations are kept, and results of benchmarks/loader.py; "
                         "default: ~/.cache/moco_dist, and a checkout's benchmarks/results")  # fmt: skip
-    args, rest = parser.parse_known_args(words)
+    args, rest = parser.parse_own(words)
     require_positive(args, "nodes", "gpus_per_node", "link_gigabit_per_second", "num_images")
     config = config_or_help("plan", PretrainConfig, rest)
     assert config is not None  # argparse has answered --help

@@ -36,9 +36,11 @@ def main(words: list[str]) -> int:
     for given, allowed, name in ((args.table, tables, "table"), (args.scale, ("full", "small"), "--scale")):
         if given not in allowed:
             raise UserError(f"{name} {given!r} is not one of {', '.join(allowed)}{nearest(given, allowed)}")
-    seeds = args.seeds.split(",")
+    seeds = list(dict.fromkeys(args.seeds.split(",")))
     if not all(seed.isdecimal() for seed in seeds):
         raise UserError(f"--seeds {args.seeds!r} is not a list of whole numbers such as 0,1,2")
+    if not args.configs.is_dir():
+        raise UserError(f"--configs {args.configs} is not a folder; it is configs/ of a checkout of moco_dist")
     if min(args.ranks, args.small_epochs) < 1:
         raise UserError("--ranks and --small-epochs are at least 1")
 

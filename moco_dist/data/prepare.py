@@ -272,7 +272,8 @@ def _is_there(out: Path, recipe: dict[str, Any]) -> bool:
         raise UserError(f"{marker} is not what was written there; remove {out} or choose another folder") from None
     recipe = json.loads(json.dumps(recipe))
     if differing := [f"{key} {holds.get(key)!r}" for key in recipe | holds if holds.get(key) != recipe.get(key)]:
-        raise UserError(f"{out} was prepared with {', '.join(differing)}; remove it or choose another folder")
+        what = f"as {holds['name']}" if holds.get("name") != recipe["name"] else f"with {', '.join(differing)}"
+        raise UserError(f"{out} was prepared {what}; remove it or choose another folder")
     if images != _counts(out):
         raise UserError(
             f"{out} is damaged: it has {_described(_counts(out))} of {_described(images)}; remove it and prepare again"

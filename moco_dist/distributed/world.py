@@ -70,8 +70,8 @@ def world_from_env(device: str = "auto", env: Mapping[str, str] = os.environ) ->
         found = torch.cuda.device_count()
         if local_rank >= found:
             raise UserError(
-                f"local rank {local_rank} has no GPU: {found} found; start {found or 'no'} process(es) per host, "
-                "or use device cpu"
+                f"local rank {local_rank} has no GPU: {found} found; "
+                + (f"start {found} process(es) per host, or use device cpu" if found else "use device cpu or auto")
             )
         device = f"cuda:{local_rank}"
     else:

@@ -19,6 +19,10 @@ def pretraining(config: PretrainConfig, world_size: int, num_images: int | None)
         num_images: in the data set; None: not known.
     """
     found = [problem("sizes", line) for line in size_problems(config, world_size)]
+    batch = config.optim.global_batch_size
+    if num_images is not None and num_images < batch:
+        return [*found, problem("sizes", f"{num_images} images are less than one batch: --optim.global-batch-size, now "
+                                f"{batch}, and --moco.queue-size have to be smaller")]  # fmt: skip
     found += _batch_norm(config) + _optimiser(config)
     if config.method == "moco":
         found += _queue(config, num_images)

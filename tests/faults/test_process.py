@@ -23,7 +23,7 @@ def test_one_rank_is_told_to_stop_and_all_save_and_go_on_later(start, tmp_path, 
     assert process.returncode
     assert "exitcode: 75" in output or "exitcode  : 75" in output
     step = json.loads((run_dir / "preempted.json").read_text())["step"]
-    assert f"preempted: saved at step {step}; run the same command to go on" in output
+    assert f"stopped: saved at step {step}; run the same command to go on" in output
     assert [path.name for path in (run_dir / "checkpoints").iterdir()] == [f"step_{step:08d}"]
 
     stop = str(step + 4)

@@ -5,6 +5,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -76,6 +78,39 @@ COMMAND_LINE = {
     "launch misspelt option": (["launch", "local", "CONFIGS/tiny.yaml", "--gpu-per-node", "1"], r"did you mean --gpus-per-node\?"),
     "launch that does not divide": (["launch", "local", "CONFIGS/tiny.yaml", "--gpus-per-node", "3"], "8 is not a multiple of 12"),
     "launch of two hosts without a head": (["launch", "torchrun", "CONFIGS/tiny.yaml", "--nodes", "2"], "need --head"),
+    "config after flags": ([*NEW, "CONFIGS/tiny.yaml"], r"unexpected argument '.*tiny\.yaml'; config files come first"),
+    "list without brackets": ([*NEW, "--augment.blur-sigma", "[1, 2]", "3", "4"], r"unexpected argument '3' '4'; .*lists as '\[1, 2\]'"),
+    "one dash": ([*NEW, "-optim.base-lr", "1"], r"unexpected argument '-optim\.base-lr' '1'; settings are given as"),
+    "list too short": ([*NEW, "--augment.jitter", "[0.4, 0.4]"], r"augment\.jitter: \[FLOAT, FLOAT, FLOAT, FLOAT\] is expected"),
+    "colours without spread": ([*NEW, "--augment.std", "[0, 1, 1]"], r"augment\.std\.0: 0 is not greater than 0"),
+    "nothing for a number": ([*NEW, "--optim.base-lr", ""], r"optim\.base_lr: null is not a valid number"),
+    "seed too large": ([*NEW, "--run.seed", "99999999999"], r"run\.seed: 99999999999 is not less than 2147483648"),
+    "fewer images than a batch": ([*NEW, "--data.max-samples", "4"], r"has 4 images, less than one batch .*size 8\)"),
+    "folder for a config": (["pretrain", "CONFIGS"], r"configs is a folder where a config file is expected"),
+    "validation that is not there": ([*NEW, "--data.root", "DATA/train", "--log.knn-every-epochs", "50"], "has no validation set"),
+    "other network": ([*PRETRAIN, "--model.embedding-dim", "64", "--run.resume", "changed"], r"give another --run\.dir or these settings again:\n.*model\.embedding_dim: 128 in step_00000004, now 64"),
+    "other queue": ([*PRETRAIN, "--moco.queue-size", "32", "--run.resume", "changed"], r"moco\.queue_size: 64 in step_00000004, now 32"),
+    "run flag misspelt": (["knn", "--rundir", "RUN"], r"^error: unknown flag --rundir; did you mean --run-dir\?$"),
+    "config of another command": (["knn", "CONFIGS/tiny.yaml", "--run-dir", "RUN"], r"tiny\.yaml is one of moco-dist pretrain"),
+    "evaluation's config": (["pretrain", "configs/demo_linear.yaml"], r"demo_linear\.yaml is one of moco-dist linear"),
+    "doctor of a detection": (["doctor", "configs/detection_voc_r50.yaml"], "is one of moco-dist detect; doctor looks at those of"),
+    "doctor misspelt option": (["doctor", "CONFIGS/tiny.yaml", "--node", "2"], r"did you mean --nodes\?"),
+    "plan misspelt option": (["plan", "CONFIGS/tiny.yaml", "--gpu-per-node", "2"], r"did you mean --gpus-per-node\?"),
+    "plan of another command": (["plan", "configs/linear_r50_100ep.yaml"], "is one of moco-dist linear"),
+    "prepare misspelt option": (["data", "prepare", "imagenet", "--form", "folder", "--out", "NEW"], r"did you mean --from\?"),
+    "source of what is generated": (["data", "prepare", "shapes", "--source", "DATA", "--out", "NEW"], "--source is not for shapes"),
+    "kind of what has one kind": (["data", "prepare", "shapes", "--from", "folder", "--out", "NEW"], "--from is for imagenet, not for shapes"),
+    "another set is there": (["data", "prepare", "cifar10", "--out", "DATA"], "was prepared as shapes; remove it or choose another folder"),
+    "more neighbours than images": (["knn", "--run-dir", "RUN", "--neighbours", "500"], "k = 500 is more than there are .*80 is the most"),
+    "more head than there is": (["linear", "--run-dir", "RUN", "--transfer.keep-head-layers", "9"], "0 to 2 can be kept"),
+    "reproduce elsewhere": (["reproduce", "table1", "--configs", "NEW"], r"--configs .*new is not a folder; it is configs/ of a checkout"),
+    "reproduce misspelt": (["reproduce", "tabel1"], r"did you mean table1\?"),
+    "reproduce seeds": (["reproduce", "table1", "--seeds", "a"], "is not a list of whole numbers such as 0,1,2"),
+    "import of nothing": (["import", "NEW", "--out", "NEW"], "new"),
+    "import of another network": (["import", "RUN/backbone.safetensors", "--arch", "resnet18", "--out", "NEW"], "resnet18"),
+    "experiment of no server": (["compare", "--experiment", "x", "--uri", "htpp://host"], r"did you mean http\?"),
+    "experiment of a silent server": (["compare", "--experiment", "x", "--uri", "http://127.0.0.1:9"], r"MLflow at http://127\.0\.0\.1:9: it does not answer"),
+    "compare with nothing": (["compare", "RUN", "NEW"], r"new is not the folder of a run"),
     "sweep without slurm": (["launch", "local", "CONFIGS/tiny.yaml", "--sweep", "run.seed=1,2"], "are Slurm's"),
 }  # fmt: skip
 
@@ -84,6 +119,11 @@ YAML = {
     "tab": ("optim:\n\tbase_lr: 1", r"bad\.yaml is not YAML: .*line 2"),
     "list": ("- 1\n- 2", "holds a list; a mapping of settings is expected"),
     "unknown key": ("optim: {base_rate: 1}", r"unknown setting optim\.base_rate"),
+    "key twice": ("optim:\n  base_lr: 1\n  base_lr: 2", r"bad\.yaml is not YAML: the key base_lr is there twice in .* line 3"),
+    "dotted key": ("optim.base_lr: 1", r"optim\.base_lr: a file has it in its section: optim: \{base_lr: 1\}"),
+    "number for a key": ("1: 2", "1 is not the name of a setting"),
+    "empty section": ("optim:", "optim: null is given where a section of settings is expected"),
+    "two documents": ("optim: {}\n---\nmoco: {}", r"bad\.yaml is not YAML: expected a single document"),
     "unknown section": ("optimizer: {base_lr: 1}", "unknown setting optimizer; did you mean optim"),
     "value for a section": ("optim: 3", "optim"),
     "exponent without a point": ("optim: {base_lr: fast}", r"optim\.base_lr: 'fast' is not a valid number"),
@@ -135,8 +175,9 @@ def _fails(words, folders, says, capsys):
     capsys.readouterr()
     status = main(_filled(words, folders))
     error = capsys.readouterr().err
-    assert status == (69 if "cannot meet" in says else 2)
-    assert len(error.splitlines()) == 1 or says.endswith("is required"), error  # each thing that is required has one
+    assert status == (69 if "cannot meet" in says or "not answer" in says else 2)
+    # Each thing that is required has a line, and each setting that a run was made with otherwise.
+    assert len(error.splitlines()) == 1 or says.endswith("is required") or "step_" in says, error
     assert re.search(says, error), error
     assert re.match(r"(\[rank \d+\] )?error: ", error)
     assert "Traceback" not in error
@@ -170,6 +211,15 @@ def test_environment(folders, capsys, case, monkeypatch):
         monkeypatch.setenv(name, value)
     words = [*NEW, "--tracking.backend", "mlflow"] if "MLFLOW_TRACKING_URI" in environment else NEW
     _fails(words, folders, says, capsys)
+
+
+def test_head_of_the_output():
+    """`| head` ends the command without a word."""
+    words = [sys.executable, "-m", "moco_dist", "pretrain", "--help"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        assert process.wait() == 141
 
 
 def empty(data):

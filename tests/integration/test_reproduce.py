@@ -95,7 +95,7 @@ def test_mistakes_are_one_line(capsys):
         (["table1", "--scale", "smal"], "did you mean small?"),
         (["table1", "--seeds", "a,b"], "not a list of whole numbers"),
         (["table1", "--ranks", "0"], "at least 1"),
-        (["table1", "--configs", "nowhere"], "does not exist"),
+        (["table1", "--configs", "nowhere"], "is not a folder"),
     ]
     for words, expected in cases:
         assert main(["reproduce", *words]) == 2

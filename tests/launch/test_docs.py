@@ -162,7 +162,7 @@ def test_one_machine_as_written(tmp_path):
     os.killpg(first.pid, signal.SIGINT)
     assert first.wait(60) == 130
     said = (tmp_path / "first.log").read_text()
-    step = int(re.search(r"preempted: saved at step (\d+); run the same command to go on", said)[1])
+    step = int(re.search(r"stopped: saved at step (\d+); run the same command to go on", said)[1])
     second = start(tmp_path / "second.log")
     wait_for_step(run_dir, step + 2, tell=(tmp_path / "second.log").read_text)
     os.killpg(second.pid, signal.SIGINT)

@@ -57,7 +57,7 @@ def test_an_evicted_pod_has_all_save_and_go_on(pods, tmp_path):
     status = first.wait(60)
     assert status == 75, made.log(0).read_text()
     assert made.action(status) == "Ignore"
-    step = re.search(r"preempted: saved at step (\d+)", made.log(0).read_text())[1]
+    step = re.search(r"stopped: saved at step (\d+)", made.log(0).read_text())[1]
     made.start(0), made.start(1)
     wait_for_step(run_dir, int(step) + 4, tell=lambda: made.log(0).read_text())
     assert f"goes on at step {step}" in made.log(0).read_text()

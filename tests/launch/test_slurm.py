@@ -89,7 +89,7 @@ def test_time_limit_saves_and_goes_on(slurm, config, submitted):
     submitted.append(number)
     slurm.wait(number, lambda job: job.get("Restarts") == "1", 60, lambda: output(folder))
     slurm.run(["scontrol", "update", f"JobId={number}", "TimeLimit=60"])  # or it is signalled again as it starts
-    saved = re.search(r"preempted: saved at step (\d+)", output(folder))
+    saved = re.search(r"stopped: saved at step (\d+)", output(folder))
     assert saved, output(folder)
     assert "preempted: queued again" in output(folder)
     wait_for_step(run_dir, int(saved[1]) + 4, tell=lambda: output(folder))

@@ -95,7 +95,7 @@ def test_files(tmp_path):
     assert problems(file=good) == ["unknown setting optim.epocs; did you mean optim.epochs?"]
     assert "did you mean demo.yaml?" in problems(file=tmp_path / "dmo.yaml")[0]
     for text, expected in (("- 1", "a mapping of settings is expected"), ("a: [", "is not YAML"),
-                           ("optim: 3", "optim: 3 is not"), ("optimm: {}", "did you mean optim?"),
+                           ("optim: 3", "optim: 3 is given where a section"), ("optimm: {}", "did you mean optim?"),
                            ("!!python/object/apply:os.system [ls]", "is not YAML")):
         good.write_text(text)
         assert expected in problems(file=good)[0]

@@ -189,7 +189,7 @@ def test_other_parameters_are_refused_and_named(tmp_path):
         prepare_shapes(out, seed=1, num_train=30, num_val=10)
     with pytest.raises(UserError, match=r"was prepared with noise [\d.]+; remove it"):
         prepare_shapes(out, num_train=20, num_val=10, settings=ShapeSettings(noise=0.5))
-    with pytest.raises(UserError, match=r"was prepared with name 'shapes', "):
+    with pytest.raises(UserError, match=r"was prepared as shapes; "):
         prepare_fashion_mnist(out, tmp_path)
 
 

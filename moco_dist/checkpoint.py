@@ -118,9 +118,9 @@ def write(taken: Snapshot, run_dir: Path, world: World, group: dist.ProcessGroup
     if world.is_main:
         for left_over in partial.parent.glob(".step_*.partial"):
             shutil.rmtree(left_over, ignore_errors=True)
-        partial.mkdir(parents=True, exist_ok=True)
     try:
         barrier(world, group)
+        # It makes the folder too, and where one rank cannot, all raise.
         writer = dcp.HuggingFaceStorageWriter(str(partial), save_distributed=True)
         with _alone_on_purpose():
             dcp.save(taken.tensors, storage_writer=writer, no_dist=world.world_size == 1, process_group=group)

@@ -9,7 +9,7 @@ import torch
 
 from moco_dist import checkpoint
 from moco_dist.data.plan import Plan
-from moco_dist.distributed.collectives import gather_uneven
+from moco_dist.distributed.collectives import barrier, gather_uneven
 from moco_dist.errors import UserError
 from moco_dist.resume import resume
 from moco_dist.saver import Saver
@@ -141,6 +141,30 @@ def test_a_full_disk_is_survived(tmp_path, world_size):
         assert "no checkpoint at step 1: file too large" in said[0]
         assert last == "step_00000002"
     assert not list((tmp_path / "checkpoints").glob(".*"))
+
+
+def save_where_no_folder_can_be_made(world, run_dir):
+    said, place = [], run_dir / "checkpoints"
+    state, _ = build(small_config(), world)
+    saver = Saver(run_dir, 2, 0, world, said.append)
+    saver.save(state, {"config": {}})
+    with pytest.raises(UserError, match="last checkpoint was not written"):
+        saver.finish()
+    if world.is_main:
+        place.unlink()
+    barrier(world)
+    state.step = 1
+    saver.save(state, {"config": {}})
+    saver.finish()
+    return len(said), checkpoint.latest(run_dir).name
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_folder_that_cannot_be_made_is_a_failure_of_all_ranks(tmp_path, world_size):
+    """As with no inode left: a rank that gave up alone would leave the others in a collective."""
+    (tmp_path / "checkpoints").touch()
+    assert run(save_where_no_folder_can_be_made, world_size, tmp_path) == [(1, "step_00000001")] * world_size
 
 
 def test_a_checkpoint_without_its_manifest_is_not_one(tmp_path):

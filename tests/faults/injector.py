@@ -25,8 +25,9 @@ ALL_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all
 # every change that a checkpoint makes to the disk.
 PLACES = (
     (dist, ALL_GATHER), (dist, "all_to_all_single"), (dist, "barrier"), (dist, "all_gather_object"),
-    (dist, "gather_object"), (dcp.HuggingFaceStorageWriter, "write_data"), (dcp.HuggingFaceStorageWriter, "finish"),
-    (shutil, "rmtree"), (Path, "mkdir"), (os, "fsync"), (Path, "rename"),
+    (dist, "gather_object"), (dcp.HuggingFaceStorageWriter, "prepare_local_plan"),
+    (dcp.HuggingFaceStorageWriter, "write_data"), (dcp.HuggingFaceStorageWriter, "finish"),
+    (shutil, "rmtree"), (os, "fsync"), (Path, "rename"),
 )  # fmt: skip
 
 

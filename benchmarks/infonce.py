@@ -1,9 +1,10 @@
 """InfoNCE alone: forward and gradient by q, this program's against `cat` + `cross_entropy`.
 
-    python -m benchmarks.infonce [--repeats 3] [--tf32] [--quick]
+    python -m benchmarks.infonce [--repeats 3] [--quick]
 
 For each number of queries N and queue size K: seconds (medians, in turn), peak memory beside the inputs, and the
-largest error of the gradient against float64, relative to its largest value. Where the N x (1 + K) logits would not fit
+largest error of the gradient against float64, relative to its largest value. On a GPU also with TF32 products
+(`engine.allow_tf32`). Where the N x (1 + K) logits would not fit
 the machine, the usual way is left out. Five minutes on two cores. --quick: seconds, no result.
 """
 
@@ -42,6 +43,15 @@ def fused(q: Tensor, k: Tensor, queue: Tensor) -> Tensor:
     return q.grad
 
 
+def fused_tf32(q: Tensor, k: Tensor, queue: Tensor) -> Tensor:
+    """As `fused`, with TF32 products."""
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        return fused(q, k, queue)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False
+
+
 def usual(q: Tensor, k: Tensor, queue: Tensor) -> Tensor:
     """The gradient by q, by logits and cross-entropy."""
     q = q.detach().requires_grad_()
@@ -70,7 +80,9 @@ def peak_bytes(function, device: str) -> int:
 def measure(num_queries: int, num_keys: int, repeats: int, device: str) -> dict[str, Any]:
     """One row."""
     q, k, queue = unit_rows(num_queries, device), unit_rows(num_queries, device), unit_rows(num_keys, device)
-    ways = {"moco_dist": fused, "cat + cross_entropy": usual}
+    ways = {"moco_dist": fused, "moco_dist, TF32": fused_tf32, "cat + cross_entropy": usual}
+    if torch.device(device).type == "cpu":
+        del ways["moco_dist, TF32"]
     room = torch.cuda.mem_get_info()[0] if torch.device(device).type == "cuda" else psutil.virtual_memory().available
     if 6 * 4 * num_queries * num_keys > room:  # logits, their quotient, softmax and gradients
         del ways["cat + cross_entropy"]
@@ -87,11 +99,9 @@ def main() -> None:
     """Measure and write the results file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--tf32", action="store_true", help="allow TF32 products on a GPU (engine.allow_tf32)")
     parser.add_argument("--quick", action="store_true")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.backends.cuda.matmul.allow_tf32 = args.tf32
     rows = []
     sizes = QUICK_SIZES if args.quick else SIZES
     for size in sizes if device == "cuda" else [(n, k) for n, k in sizes if n * k <= MOST_ON_CPU]:
@@ -99,7 +109,7 @@ def main() -> None:
         rows.append(row)
         print(row, flush=True)
     if not args.quick:
-        results.write("infonce", rows, dim=DIM, dtype="float32", tf32=args.tf32, threads=torch.get_num_threads())
+        results.write("infonce", rows, dim=DIM, dtype="float32", threads=torch.get_num_threads())
 
 
 if __name__ == "__main__":

@@ -81,9 +81,14 @@ def main() -> int:
     return 0
 
 
+def photographs() -> list[Path]:
+    """What there is to cut images out of."""
+    return sorted(path for kind in ("*.jpg", "*.webp") for path in BACKGROUNDS.rglob(kind))
+
+
 def make_photos(root: Path, count: int) -> float:
     """`count` JPEGs of WIDTH x HEIGHT cut out of photographs, into ROOT/train; their mean size in bytes."""
-    sources = sorted(path for kind in ("*.jpg", "*.webp") for path in BACKGROUNDS.rglob(kind))
+    sources = photographs()
     if not sources:
         sys.exit(f"no photographs in {BACKGROUNDS}; apt-get install gnome-backgrounds mate-backgrounds")
     (root / "train" / "photos").mkdir(parents=True)

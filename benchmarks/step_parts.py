@@ -16,7 +16,8 @@ precision, and the bytes of momentum update and optimiser / the bandwidth of `y 
 measured in the same run.
 
 "Data wait" is of another loop: the program's loader on photographs of 500 x 375 (as in benchmarks.loader), with all
-cores but one, feeding the same step. On CPUs it competes with the step for the cores.
+cores but one, feeding the same step. On CPUs it competes with the step for the cores. Left out where there are no
+photographs.
 
 On a GPU all local batches 32, 64, 128, 256 and all ways; on a CPU batch 32, eager (three minutes on two cores).
 --quick: a small encoder, no result.
@@ -40,7 +41,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import results
-from benchmarks.loader import make_photos
+from benchmarks.loader import make_photos, photographs
 from benchmarks.timing import bytes_per_second, flops_per_second, in_turn, synchronise
 from moco_dist import train
 from moco_dist.config import PretrainConfig
@@ -200,7 +201,7 @@ def measure(config: PretrainConfig, way: str, repeats: int, world: World) -> dic
         "way": way, "local_batch": count, "seconds": seconds, "images_per_second": count / seconds["moco"],
         "share_of_ceiling": seconds["supervised"] / 0.75 / seconds["moco"],
         "share_of_step": {name: value / total for name, value in parts.items()}, "floor_seconds": floors,
-        "data_wait_share": moco.wait_share(repeats),
+        "data_wait_share": moco.wait_share(repeats) if photographs() else None,
     }  # fmt: skip
 
 
@@ -230,7 +231,8 @@ def main() -> None:
     world = World(device="cuda" if on_gpu else "cpu")
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
-        make_photos(Path(scratch), 2 * max(args.batches))
+        if photographs():
+            make_photos(Path(scratch), 2 * max(args.batches))
         for way in args.ways:
             for batch in args.batches:
                 torch.compiler.reset()

@@ -71,7 +71,7 @@ def peer_step(result: Result) -> str:
 
 def infonce(result: Result) -> str:
     """The loss alone."""
-    ways = ("moco_dist", "cat + cross_entropy")
+    ways = list(result["rows"][0]["seconds"])
 
     def cell(row: Result, key: str, way: str, unit: float, form: str) -> str:
         return format(row[key][way] * unit, form) if way in row[key] else "does not fit"
@@ -106,7 +106,8 @@ def step_parts(result: Result) -> str:
     rows = [
         [r["way"], str(r["local_batch"]), f"{r['seconds']['moco']:.3g}", f"{r['images_per_second']:.3g}",
          f"{100 * r['share_of_ceiling']:.0f}", *(f"{100 * r['share_of_step'][part]:.1f}" for part in encoders + rest),
-         f"{r['floor_seconds']['convolutions and products']:.3g}", f"{100 * r['data_wait_share']:.0f}"]
+         f"{r['floor_seconds']['convolutions and products']:.3g}",
+         "–" if r["data_wait_share"] is None else f"{100 * r['data_wait_share']:.0f}"]
         for r in result["rows"]
     ]  # fmt: skip
     return markdown(columns, rows) + origin(result)

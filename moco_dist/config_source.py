@@ -78,7 +78,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """
     try:
         with path.open(encoding="utf-8") as file:
-            values = yaml.load(file, _Loader)
+            values = _Loader(file).get_single_data()
     except FileNotFoundError as error:
         siblings = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
         raise UserError(f"config file {path} does not exist{nearest(path.name, siblings)}") from error

@@ -1,5 +1,6 @@
 """The real command, tiny, as a process that tests can watch and hurt."""
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -38,10 +39,13 @@ def wait_for_step(process: subprocess.Popen, run_dir: Path, step: int) -> None:
 
 def rank_processes(process: subprocess.Popen) -> list[psutil.Process]:
     """The ranks under a torchrun, in order."""
-    children = psutil.Process(process.pid).children()
-    # A child that torchrun has just forked has its words and not yet its own environment.
-    ranks = [p for p in children if "moco_dist" in " ".join(p.cmdline()) and "RANK" in p.environ()]
-    return sorted(ranks, key=lambda p: int(p.environ()["RANK"]))
+    ranks = {}
+    for child in psutil.Process(process.pid).children():
+        with contextlib.suppress(psutil.Error):  # it has just ended: torchrun starts helpers too
+            # A child that torchrun has just forked has its words and not yet its own environment.
+            if "moco_dist" in " ".join(child.cmdline()) and "RANK" in (env := child.environ()):
+                ranks[int(env["RANK"])] = child
+    return [ranks[rank] for rank in sorted(ranks)]
 
 
 def losses(run_dir: Path) -> dict[int, float]:

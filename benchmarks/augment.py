@@ -120,7 +120,7 @@ def main() -> None:
         rows.append(row)
         print(row)
     what = "own processor time, one thread" if device == "cpu" else "wall-clock time"
-    results.write("augment", rows, views=args.views, image_size=args.size, time=what)
+    results.write("augment", rows, device, views=args.views, image_size=args.size, time=what)
 
 
 if __name__ == "__main__":

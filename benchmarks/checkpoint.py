@@ -10,6 +10,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import torch
+
 from benchmarks import results
 from moco_dist import checkpoint
 from moco_dist.config import PretrainConfig
@@ -24,7 +26,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="checkpoints of each kind (default 5)")
     parser.add_argument("--folder", type=Path, help="file system to write to (default: that of temporary files)")
     args = parser.parse_args()
-    world = World()
+    world = World(device="cuda" if torch.cuda.is_available() else "cpu")
     config = PretrainConfig.model_validate({"run": {"dir": "unused"}, "data": {"root": "unused"}})
     state, _ = build(config, world)
     folder = Path(tempfile.mkdtemp(dir=args.folder))
@@ -51,7 +53,7 @@ def main() -> None:
         for kind, seconds in stalls.items()
     ]
     ratio = median["synchronous"] / median["asynchronous"]
-    results.write("checkpoint", rows, bytes=size, asynchronous_total_seconds=statistics.median(totals),
+    results.write("checkpoint", rows, world.device, bytes=size, asynchronous_total_seconds=statistics.median(totals),
                   stall_ratio_of_medians=ratio)  # fmt: skip
     for row in rows:
         print(f"{row['kind']}: waits {row['stall_seconds']:.2f} s for {size / 1e6:.0f} MB")

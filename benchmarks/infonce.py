@@ -4,8 +4,8 @@
 
 For each number of queries N and queue size K: seconds (medians, in turn), peak memory beside the inputs, and the
 largest error of the gradient against float64, relative to its largest value. On a GPU also with TF32 products
-(`engine.allow_tf32`). Where the N x (1 + K) logits would not fit
-the machine, the usual way is left out. Five minutes on two cores. --quick: seconds, no result.
+(`engine.allow_tf32`). Where the N x (1 + K) logits would not fit the machine, the usual way is left out. Five minutes
+on two cores. --quick: seconds, no result.
 """
 
 import argparse
@@ -109,7 +109,7 @@ def main() -> None:
         rows.append(row)
         print(row, flush=True)
     if not args.quick:
-        results.write("infonce", rows, dim=DIM, dtype="float32", threads=torch.get_num_threads())
+        results.write("infonce", rows, device, dim=DIM, dtype="float32", threads=torch.get_num_threads())
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ is not compared.
 
 Each program has processes of its own, as its user would start it; they take turns, `--rounds` times, each with one step
 that is not counted and three that are. A step ends when the last rank is done; ratios are of medians. Without root (or
-iproute2) only loopback is measured. On a machine with two GPUs the ranks use them. Ten minutes on two cores.
+iproute2) only loopback is measured. On a machine with two GPUs the ranks use them. Twelve minutes on two cores.
 --quick: a small network, seconds, no result.
 """
 

@@ -14,9 +14,9 @@ from moco_dist.provenance import package_versions
 FOLDER = Path(__file__).parent / "results"
 
 
-def hardware() -> str:
-    """The processor or GPU, in a few words."""
-    if torch.cuda.is_available():
+def hardware(device: str) -> str:
+    """The processor or GPU that computed, in a few words."""
+    if device != "cpu":
         return torch.cuda.get_device_name()
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
@@ -24,28 +24,29 @@ def hardware() -> str:
     return platform.processor()
 
 
-def write(theme: str, rows: list[dict[str, Any]], **facts: Any) -> Path:
+def write(theme: str, rows: list[dict[str, Any]], device: str = "cpu", **facts: Any) -> Path:
     """Write results/THEME_HARDWARE_DATE.json; returns its path.
 
     Args:
         theme: what was measured: the script's name.
         rows: the measurements.
+        device: where it was measured, `cpu` or `cuda`, whatever else the machine has.
         facts: what else a reader needs to understand them.
     """
     date = datetime.datetime.now(datetime.UTC).date().isoformat()
     result = {
         "theme": theme,
         "date": date,
-        "hardware": hardware(),
+        "hardware": hardware(device),
+        "device": device,
         "versions": package_versions(),
         "command": f"python -m benchmarks.{theme} {' '.join(sys.argv[1:])}".strip(),
         **facts,
         "rows": rows,
     }
-    kind = "cuda" if torch.cuda.is_available() else "cpu"
-    name = torch.cuda.get_device_name().lower().replace(" ", "-") if kind == "cuda" else f"{len(_cpus())}cores"
+    name = f"{len(_cpus())}cores" if device == "cpu" else torch.cuda.get_device_name().lower().replace(" ", "-")
     FOLDER.mkdir(exist_ok=True)
-    path = FOLDER / f"{theme}_{kind}-{name}_{date}.json"
+    path = FOLDER / f"{theme}_{device}-{name}_{date}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(f"wrote {path}")
     return path

@@ -240,7 +240,8 @@ def main() -> None:
                 rows.append(row)
                 print(row, flush=True)
     if not args.quick:
-        results.write("step_parts", rows, arch=args.arch, image_size=args.image_size, threads=torch.get_num_threads())
+        facts = {"arch": args.arch, "image_size": args.image_size, "threads": torch.get_num_threads()}
+        results.write("step_parts", rows, world.device, **facts)
 
 
 if __name__ == "__main__":

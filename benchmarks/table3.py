@@ -38,8 +38,8 @@ def main() -> None:
     if not args.quick:
         dtype = str(compute_dtype(configs["MoCo"].optim.precision, device)).removeprefix("torch.")
         queue_size = configs["MoCo"].moco.queue_size
-        results.write("table3", rows, arch=args.arch, image_size=args.image_size, dtype=dtype, queue_size=queue_size,
-                      threads=torch.get_num_threads())  # fmt: skip
+        results.write("table3", rows, device, arch=args.arch, image_size=args.image_size, dtype=dtype,
+                      queue_size=queue_size, threads=torch.get_num_threads())  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ def main() -> None:
     for row in rows:
         print(f"{row['what']}: {1e3 * row['seconds']:.2f} ms, floor {1e3 * row['floor_seconds']:.2f} ms")
     if not args.quick:
-        results.write("update", rows, arch=args.arch, threads=torch.get_num_threads())
+        results.write("update", rows, device, arch=args.arch, threads=torch.get_num_threads())
 
 
 if __name__ == "__main__":

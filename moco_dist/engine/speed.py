@@ -25,8 +25,7 @@ def set_backends(config: EngineConfig) -> None:
 def keep_freed_memory(device: str) -> None:
     """On a CPU, keep a step's freed activations for the next step's. For this process; nothing without glibc.
 
-    By default glibc gives each large block back to the kernel, which clears its pages anew for the next: 4 % of a
-    ResNet's step.
+    By default glibc gives each large block back to the kernel, which clears its pages anew for the next.
     """
     if device == "cpu" and platform.libc_ver()[0] == "glibc":
         trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h

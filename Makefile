@@ -8,7 +8,7 @@ PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 .PHONY: demo test check lint soak audit clean
 
 demo: $(STAMP)
-	@$(BIN)/python -m launchers.demo
+	@$(BIN)/python -m moco_dist demo
 
 test: check
 	$(PYTEST) -m "slow and not gpu"

@@ -17,16 +17,16 @@ import torchvision.transforms.v2.functional as tv
 from torch import Tensor
 
 from benchmarks import results
-from moco_dist.config import AugmentConfig
+from moco_dist.config.pretrain import AugmentConfig
 from moco_dist.data import counter_rng
-from moco_dist.data.augment import apply_colours, draw_colours
+from moco_dist.data.colours import apply_colours, draw_colours
 
 CONFIG = AugmentConfig()
 KERNEL = 13  # torchvision's and kornia's blur: ours reaches as far, 3 sigma of the largest
 
 
 def ours(views: Tensor, colours: Tensor) -> Tensor:
-    """The batch through `moco_dist.data.augment`."""
+    """The batch through `moco_dist.data.colours`."""
     return apply_colours(views, colours, CONFIG)
 
 

@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 
 from benchmarks import results
-from moco_dist import checkpoint
-from moco_dist.config import PretrainConfig
+from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.distributed.world import World
-from moco_dist.saver import Saver
+from moco_dist.run import checkpoint
+from moco_dist.run.saver import Saver
 from moco_dist.train import build
 
 

@@ -13,8 +13,8 @@ import time
 from pathlib import Path
 
 from benchmarks import results
-from moco_dist.data.datasets import find_images
 from moco_dist.data.index import NAME
+from moco_dist.data.sources import find_images
 
 CLASSES, REPEATS = 1000, 3
 

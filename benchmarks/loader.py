@@ -28,15 +28,16 @@ from PIL import Image
 from torchvision import transforms
 
 from benchmarks import results
-from moco_dist.config import PretrainConfig
+from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.data import decode
-from moco_dist.data.augment import apply_colours
 from moco_dist.data.batch import CropBatch
-from moco_dist.data.datasets import find_images, read_bytes
+from moco_dist.data.colours import apply_colours
+from moco_dist.data.folder import read_bytes
 from moco_dist.data.jobs import view_job
-from moco_dist.data.loader import pretrain_batches
-from moco_dist.data.pack import pack
+from moco_dist.data.loaders import pretrain_batches
 from moco_dist.data.plan import Plan
+from moco_dist.data.sources import find_images
+from moco_dist.datasets.pack import pack
 from moco_dist.distributed.world import World
 from moco_dist.errors import UserError
 

@@ -20,11 +20,11 @@ import torch
 from benchmarks import results
 from benchmarks.hosts import Hosts, hosts, why_not
 from benchmarks.ranks import run_ranks
-from moco_dist.config import PretrainConfig
+from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.data import counter_rng
-from moco_dist.data.augment import draw_colours
 from moco_dist.data.batch import CropBatch
-from moco_dist.data.exchange import key_views
+from moco_dist.data.colours import draw_colours
+from moco_dist.data.key_views import key_views
 from moco_dist.data.plan import Plan
 from moco_dist.distributed.collectives import barrier
 from moco_dist.distributed.world import World

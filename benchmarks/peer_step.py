@@ -31,12 +31,12 @@ from benchmarks import results
 from benchmarks.hosts import hosts, why_not
 from benchmarks.ranks import run_ranks
 from benchmarks.timing import synchronise
-from moco_dist.config import PretrainConfig
+from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.data.plan import Plan
 from moco_dist.distributed.collectives import barrier
 from moco_dist.distributed.world import World
+from moco_dist.engine.precision import autocast, compute_dtype
 from moco_dist.method.encoder import BLOCKS
-from moco_dist.method.precision import autocast, compute_dtype
 from moco_dist.train import build, train_step
 
 RANKS = 2

@@ -22,12 +22,12 @@ import torch
 
 from benchmarks import results
 from benchmarks.hosts import hosts, why_not
-from moco_dist.config import PretrainConfig
-from moco_dist.data.augment import apply_colours
-from moco_dist.data.datasets import find_images
-from moco_dist.data.exchange import key_views
+from moco_dist.config.pretrain import PretrainConfig
+from moco_dist.data.colours import apply_colours
+from moco_dist.data.key_views import key_views
 from moco_dist.data.plan import Plan
-from moco_dist.data.shapes import ShapeSettings, draw_image
+from moco_dist.data.sources import find_images
+from moco_dist.datasets.shapes import ShapeSettings, draw_image
 from moco_dist.distributed.collectives import barrier, process_group
 from moco_dist.distributed.world import World, world_from_env
 from moco_dist.planning import calibrate

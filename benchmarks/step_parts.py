@@ -44,20 +44,20 @@ from benchmarks import results
 from benchmarks.loader import make_photos, photographs
 from benchmarks.timing import bytes_per_second, flops_per_second, in_turn, synchronise
 from moco_dist import train
-from moco_dist.config import PretrainConfig
+from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.data import counter_rng
-from moco_dist.data.augment import apply_colours, draw_colours
 from moco_dist.data.batch import CropBatch
-from moco_dist.data.datasets import find_images
+from moco_dist.data.colours import apply_colours, draw_colours
 from moco_dist.data.plan import Plan
+from moco_dist.data.sources import find_images
 from moco_dist.distributed.world import World
 from moco_dist.engine import Engine
 from moco_dist.engine.ddp import DDPEngine
+from moco_dist.engine.optimizer import build_optimizer
+from moco_dist.engine.precision import compute_dtype
 from moco_dist.engine.speed import compiled_on_gpu
 from moco_dist.method.encoder import BLOCKS, build_encoder
-from moco_dist.method.precision import compute_dtype
 from moco_dist.method.queue import Queue
-from moco_dist.optim import build_optimizer
 from moco_dist.planning.calibrate import Marks
 
 CLASSES = 1000

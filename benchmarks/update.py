@@ -15,10 +15,10 @@ import torch
 
 from benchmarks import results
 from benchmarks.timing import bytes_per_second, in_turn
-from moco_dist.config import ModelConfig, OptimConfig
+from moco_dist.config.pretrain import ModelConfig, OptimConfig
+from moco_dist.engine.optimizer import LARS, build_optimizer
 from moco_dist.method.encoder import build_encoder
 from moco_dist.method.momentum import key_encoder_of, momentum_update
-from moco_dist.optim import LARS, build_optimizer
 
 
 def measure(arch: str, repeats: int, device: str) -> list[dict[str, Any]]:

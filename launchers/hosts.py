@@ -1,7 +1,7 @@
 """Hosts without a scheduler: torchrun on this machine, or on each of several."""
 
 from launchers.job import Job, Size
-from moco_dist.config import setting
+from moco_dist.config.section import setting
 from moco_dist.errors import UserError
 
 DEFAULT_PORT = 29500

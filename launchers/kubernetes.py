@@ -10,8 +10,9 @@ import yaml
 
 from launchers.job import Job, Size
 from launchers.render import render
-from moco_dist.config import PretrainConfig, setting
-from moco_dist.config_evaluate import LinearConfig
+from moco_dist.config.evaluate import LinearConfig
+from moco_dist.config.pretrain import PretrainConfig
+from moco_dist.config.section import setting
 from moco_dist.errors import UserError, nearest
 
 DATA, RUNS = "/data", "/runs"  # where the claims are, in a container

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from launchers.job import Job, Size
 from launchers.render import render
-from moco_dist.config import setting
+from moco_dist.config.section import setting
 from moco_dist.errors import UserError, nearest
 
 

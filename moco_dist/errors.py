@@ -3,6 +3,14 @@
 import difflib
 from collections.abc import Iterable
 
+# Exit statuses of every command.
+EXIT_MISTAKE = 2  # a mistake in what the user gave
+EXIT_UNREACHABLE = 69  # EX_UNAVAILABLE: another rank, host or server is gone, so starting again may help
+EXIT_IO = 74  # EX_IOERR: a file cannot be read or written
+EXIT_PREEMPTED = 75  # EX_TEMPFAIL: saved before the end; the same command goes on
+EXIT_INTERRUPTED = 130  # Ctrl-C
+EXIT_PIPE = 141  # SIGPIPE
+
 
 class UserError(ValueError):
     """A mistake in what the user gave. Its text says what is wrong, what is allowed and the nearest choice.
@@ -10,19 +18,19 @@ class UserError(ValueError):
     The command line prints it without a traceback and exits with `exit_status`; a library user sees a ValueError.
     """
 
-    exit_status = 2
+    exit_status = EXIT_MISTAKE
 
 
 class UnreachableError(UserError):
     """Other hosts cannot be reached: of the network or of a host that is gone, so starting again may help."""
 
-    exit_status = 69  # EX_UNAVAILABLE
+    exit_status = EXIT_UNREACHABLE
 
 
 class Preempted(Exception):
     """A scheduler asked, all ranks have agreed, and the run is saved: run the same command to go on."""
 
-    exit_status = 75  # EX_TEMPFAIL
+    exit_status = EXIT_PREEMPTED
 
     def __init__(self, step: int) -> None:
         super().__init__(f"stopped: saved at step {step}; run the same command to go on")

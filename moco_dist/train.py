@@ -10,38 +10,40 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moco_dist import checkpoint
-from moco_dist.checkpoint import TrainState
-from moco_dist.config import PretrainConfig
-from moco_dist.data.augment import apply_colours
+from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.data.batch import CropBatch, to_device
-from moco_dist.data.datasets import ImageFolder, find_images, subset
-from moco_dist.data.exchange import key_views
-from moco_dist.data.loader import pretrain_batches
+from moco_dist.data.colours import apply_colours
+from moco_dist.data.images import ImageFolder, subset
+from moco_dist.data.key_views import key_views
+from moco_dist.data.loaders import pretrain_batches
 from moco_dist.data.plan import Plan
+from moco_dist.data.sources import find_images
 from moco_dist.distributed.agreement import require_agreement
 from moco_dist.distributed.collectives import all_gather
 from moco_dist.distributed.stop import STOP, StopRequest, marker_path
 from moco_dist.distributed.world import World
 from moco_dist.engine import Engine
 from moco_dist.engine.ddp import DDPEngine
+from moco_dist.engine.optimizer import build_optimizer
+from moco_dist.engine.precision import autocast, compute_dtype
+from moco_dist.engine.schedule import learning_rate, learning_rate_formula
 from moco_dist.engine.speed import compile_options, compiled_on_gpu, keep_freed_memory, set_backends
 from moco_dist.errors import Preempted, UserError
 from moco_dist.evaluate.during_training import accuracies_during_training, training_evaluation
-from moco_dist.logbook import Logbook
 from moco_dist.method.batch_norm import set_micro_batch
 from moco_dist.method.encoder import build_encoder
 from moco_dist.method.infonce import contrastive_accuracy, exchange, info_nce, unshuffle
 from moco_dist.method.momentum import key_encoder_of, momentum_update
 from moco_dist.method.ntxent import batch_accuracy, nt_xent
-from moco_dist.method.precision import autocast, compute_dtype
 from moco_dist.method.queue import Queue
-from moco_dist.optim import build_optimizer, learning_rate, learning_rate_formula
 from moco_dist.provenance import git_state, package_versions
-from moco_dist.resume import facts_to_agree_on, resume, without_secrets
-from moco_dist.saver import Saver
+from moco_dist.run import checkpoint
+from moco_dist.run.checkpoint import TrainState
+from moco_dist.run.logbook import Logbook
+from moco_dist.run.resume import facts_to_agree_on, resume, without_secrets
+from moco_dist.run.saver import Saver
+from moco_dist.run.weights import BACKBONE
 from moco_dist.tracking import Tracker
-from moco_dist.weights import BACKBONE
 
 
 class StepResult(NamedTuple):

@@ -8,7 +8,7 @@ import psutil
 import pytest
 import torch
 
-from moco_dist.data.prepare import prepare_shapes
+from moco_dist.datasets.prepare import prepare_shapes
 from tests.faults.processes import command
 
 # A shell starts what it puts into the background with SIGINT ignored, and tests of Ctrl-C would pass that on.

@@ -25,7 +25,8 @@ TOTAL_SECONDS = 240
 _FORKSERVER = multiprocessing.get_context("forkserver")
 _FORKSERVER.set_forkserver_preload(
     ["pytest", "torch._dynamo", "torch.distributed.tensor", "torch.distributed.checkpoint", "torchvision.models",
-     "torchvision.datasets.folder", "safetensors.torch", "moco_dist.config", "moco_dist.distributed.collectives"]
+     "torchvision.datasets.folder", "safetensors.torch", "moco_dist.config.pretrain",
+     "moco_dist.distributed.collectives"]
 )  # fmt: skip
 
 

@@ -9,8 +9,10 @@ photographs that changes views by 0.4 levels of 255 on average and 26 at most, a
 the time.
 """
 
+import io
 import math
 import threading
+import warnings
 from collections.abc import Callable
 
 import numpy as np
@@ -21,10 +23,12 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from moco_dist.data.datasets import decode_image
+from moco_dist.data.images import ImageError
 from moco_dist.data.jobs import Crop
 
 CropsFor = Callable[[int, int], list[Crop]]  # of (width, height)
+
+warnings.filterwarnings("ignore", module="PIL")  # what PIL finds odd and reads all the same: no matter for a user
 
 _scratch = threading.local()
 
@@ -76,6 +80,34 @@ def cut_pixels(pixels: NDArray[np.uint8], size: int, crops: list[Crop], factor: 
         view = view[:, top : top + size, left : left + size]
         views.append(view.flip(-1) if crop.flip else view)
     return views
+
+
+def decode_image(data: bytes | memoryview, name: str) -> Image.Image:
+    """An image as RGB, converted as torchvision's default loader does, but for pixels of 16 bits.
+
+    PIL cuts those off at 255, so that all but the darkest become white; here the upper 8 bits are taken.
+
+    Args:
+        data: the file's content.
+        name: the file's, for the error.
+
+    Raises:
+        ImageError: it is empty, truncated, damaged, of 32-bit pixels (their range is not known), or larger than PIL's
+            limit (an attack's sign).
+    """
+    try:
+        if not data:
+            raise ValueError("the file is empty")
+        image = Image.open(io.BytesIO(data))
+        if image.mode in ("I", "F"):
+            raise ValueError("its pixels are 32-bit numbers of unknown range; save it with 8 or 16 bits")
+        if image.mode.startswith("I;16"):
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        return image.convert("RGB")
+    except Image.UnidentifiedImageError as error:
+        raise ImageError(f"cannot read image {name}: not an image") from error
+    except Exception as error:  # on damaged files PIL's decoders raise anything from OSError to struct.error
+        raise ImageError(f"cannot read image {name}: {str(error) or type(error).__name__}") from error
 
 
 def _decode_jpeg(data: bytes | memoryview, width: int, height: int, factor: int) -> NDArray[np.uint8]:

@@ -9,12 +9,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moco_dist.config import OnError, PretrainConfig
+from moco_dist.config.loading import OnError
+from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.data import counter_rng
-from moco_dist.data.augment import draw_colours
 from moco_dist.data.batch import CropBatch
+from moco_dist.data.colours import draw_colours
 from moco_dist.data.crops import crop_box, crop_draws, is_flipped
-from moco_dist.data.datasets import ImageError
+from moco_dist.data.images import ImageError
 from moco_dist.data.plan import Plan
 from moco_dist.distributed.world import World
 

@@ -5,13 +5,13 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from moco_dist import checkpoint
-from moco_dist.config import PretrainConfig
-from moco_dist.config_source import read_config
+from moco_dist.config.pretrain import PretrainConfig
+from moco_dist.config.source import read_config
 from moco_dist.distributed.stop import marker_path
 from moco_dist.doctor.finding import Finding, fine, problem, warning
 from moco_dist.errors import UserError
-from moco_dist.logbook import read_log
+from moco_dist.run import checkpoint
+from moco_dist.run.logbook import read_log
 
 COLLAPSED_STD = 0.1  # of 1; a network that has just been made is near it too, so only trained ones are judged
 CHANCE_NATS = 0.15  # from ln(K + 1): random unit vectors in 128 dimensions at tau 0.2 are 0.1 above

@@ -6,7 +6,8 @@ import resource
 import shutil
 from pathlib import Path
 
-from moco_dist.config import PretrainConfig, worker_count
+from moco_dist.config.loading import worker_count
+from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.doctor.finding import Finding, fine, problem, warning
 
 SHARED_MEMORY = Path("/dev/shm")

@@ -8,7 +8,7 @@ import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 
-from moco_dist.config import TrackingConfig
+from moco_dist.config.pretrain import TrackingConfig
 from moco_dist.doctor.finding import Finding, fine, problem, warning
 from moco_dist.tracking.server import without_credentials
 

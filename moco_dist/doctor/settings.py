@@ -1,7 +1,7 @@
 """Settings that are allowed, and are known not to work well: the questions that users of MoCo ask."""
 
-from moco_dist.config import PretrainConfig, size_problems
-from moco_dist.config_evaluate import FinetuneConfig, LinearConfig
+from moco_dist.config.evaluate import FinetuneConfig, LinearConfig
+from moco_dist.config.pretrain import PretrainConfig, size_problems
 from moco_dist.doctor.finding import Finding, fine, problem, warning
 
 SMALL_IMAGE_PIXELS = 64

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from moco_dist.config import EngineConfig
+from moco_dist.config.pretrain import EngineConfig
 from moco_dist.distributed.world import World
 from moco_dist.engine import whole_state
+from moco_dist.engine.optimizer import LARS
+from moco_dist.engine.precision import autocast
 from moco_dist.engine.speed import compile_options
-from moco_dist.method.precision import autocast
-from moco_dist.optim import LARS
 
 
 class DDPEngine:

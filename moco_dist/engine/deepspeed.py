@@ -17,14 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moco_dist.config import EngineConfig
+from moco_dist.config.pretrain import EngineConfig
 from moco_dist.distributed.collectives import all_gather, all_reduce_sum
 from moco_dist.distributed.world import World
 from moco_dist.engine import whole_state
+from moco_dist.engine.optimizer import LARS, Partition, make_momentum_buffers
+from moco_dist.engine.precision import autocast
 from moco_dist.engine.speed import compile_options
 from moco_dist.errors import UserError
-from moco_dist.method.precision import autocast
-from moco_dist.optim import LARS, Partition, make_momentum_buffers
 
 BUCKET_NUMBERS = 2**23  # gradients reduced at once; DeepSpeed's default would take 2 GB
 

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from moco_dist.config import EngineConfig
+from moco_dist.config.pretrain import EngineConfig
 
 Function = TypeVar("Function", bound=Callable)
 

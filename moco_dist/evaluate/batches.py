@@ -10,7 +10,7 @@ from torch import Tensor
 from moco_dist.data import counter_rng
 from moco_dist.data.crops import crop_box, crop_draws, is_flipped
 from moco_dist.data.jobs import Crop, Job, row_job
-from moco_dist.data.loader import load
+from moco_dist.data.loaders import load
 from moco_dist.evaluate.subject import Evaluation
 
 FLIP_PROBABILITY = 0.5

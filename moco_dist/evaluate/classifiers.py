@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from moco_dist.config_evaluate import LinearConfig
+from moco_dist.config.evaluate import LinearConfig
 from moco_dist.data.batch import to_device
-from moco_dist.data.datasets import share_of_classes
+from moco_dist.data.images import share_of_classes
 from moco_dist.distributed.collectives import all_gather, all_reduce_sum
 from moco_dist.distributed.world import World
 from moco_dist.errors import UserError

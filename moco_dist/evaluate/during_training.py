@@ -8,14 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from moco_dist.config import PretrainConfig
-from moco_dist.config_evaluate import EvalConfig, EvalDataConfig
+from moco_dist.config.evaluate import EvalConfig, EvalDataConfig
+from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.distributed.collectives import all_reduce_sum
 from moco_dist.distributed.world import World
+from moco_dist.engine.precision import compute_dtype
 from moco_dist.evaluate.features import Features, extract, standardise
 from moco_dist.evaluate.knn import knn_accuracy
 from moco_dist.evaluate.subject import Evaluation, frozen_copy, labelled_images
-from moco_dist.method.precision import compute_dtype
 
 TRAINING_K, TRAINING_TEMPERATURE = 20, 0.07
 # Of the mean variance along a direction. On Fashion-MNIST, with 512 dimensions and 600 to 16,000 images, within a point

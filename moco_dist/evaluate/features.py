@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from moco_dist.data.datasets import ImageFolder
-from moco_dist.data.loader import eval_batches
+from moco_dist.data.images import ImageFolder
+from moco_dist.data.loaders import eval_batches
 from moco_dist.distributed.collectives import all_reduce_sum
 from moco_dist.distributed.world import World
 from moco_dist.evaluate.subject import Evaluation, FrozenEncoder, digest

@@ -18,13 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from moco_dist import checkpoint
-from moco_dist.config import EngineConfig
-from moco_dist.config_evaluate import FinetuneConfig
+from moco_dist.config.evaluate import FinetuneConfig
+from moco_dist.config.pretrain import EngineConfig
 from moco_dist.data.batch import to_device
 from moco_dist.distributed.collectives import all_reduce_sum
 from moco_dist.distributed.world import World
 from moco_dist.engine.ddp import DDPEngine
+from moco_dist.engine.optimizer import make_momentum_buffers
 from moco_dist.engine.speed import set_backends
 from moco_dist.errors import UserError
 from moco_dist.evaluate.batches import crop_batches, global_batches
@@ -33,7 +33,7 @@ from moco_dist.evaluate.features import Features, extract
 from moco_dist.evaluate.progress import Curve, load_progress, progress_path, save_progress
 from moco_dist.evaluate.subject import Evaluation, FrozenEncoder, frozen_encoder, open_evaluation, write_trained
 from moco_dist.method.batch_norm import running_statistics
-from moco_dist.optim import make_momentum_buffers
+from moco_dist.run import checkpoint
 
 
 class Network(nn.Module):

@@ -8,6 +8,7 @@ import itertools
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moco_dist.config_evaluate import KnnConfig
+from moco_dist.config.evaluate import KnnConfig
 from moco_dist.distributed.collectives import all_gather, gather_uneven
 from moco_dist.distributed.world import World
 from moco_dist.errors import UserError
@@ -28,10 +29,26 @@ from moco_dist.evaluate.subject import (
     write_result,
 )  # fmt: skip
 from moco_dist.files import write_whole
-from moco_dist.report import NeighbourRow
 
 QUERIES = 256  # of a rank at once: the similarities take 4 x 256 x (size of the whole memory) bytes a rank
 NUM_EXAMPLES, EXAMPLE_NEIGHBOURS = 8, 5
+
+
+@dataclass(frozen=True)
+class NeighbourRow:
+    """A test image and the training images nearest to it in the features, nearest first.
+
+    Attributes:
+        query: file of the test image.
+        query_label: its class.
+        neighbours: files of the training images.
+        neighbour_labels: their classes.
+    """
+
+    query: Path
+    query_label: str
+    neighbours: tuple[Path, ...]
+    neighbour_labels: tuple[str, ...]
 
 
 def run_knn(config: KnnConfig, world: World) -> list[dict[str, Any]]:

@@ -20,9 +20,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moco_dist.config_evaluate import LinearConfig
+from moco_dist.config.evaluate import LinearConfig
 from moco_dist.data.batch import to_device
-from moco_dist.data.datasets import rows_of
+from moco_dist.data.images import rows_of
 from moco_dist.distributed.collectives import gather_uneven
 from moco_dist.distributed.world import World
 from moco_dist.errors import UserError

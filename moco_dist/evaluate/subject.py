@@ -15,20 +15,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moco_dist import checkpoint
-from moco_dist.config import PretrainConfig
-from moco_dist.config_evaluate import EvalConfig
-from moco_dist.config_source import read_config
-from moco_dist.data.datasets import NO_CLASS, ImageFolder, find_images, rows_of, share_of_classes, subset
-from moco_dist.data.loader import eval_batches
+from moco_dist.config.evaluate import EvalConfig
+from moco_dist.config.pretrain import PretrainConfig
+from moco_dist.config.source import read_config
+from moco_dist.data.images import NO_CLASS, ImageFolder, rows_of, share_of_classes, subset
+from moco_dist.data.loaders import eval_batches
+from moco_dist.data.sources import find_images
 from moco_dist.distributed.collectives import all_gather
 from moco_dist.distributed.world import World
+from moco_dist.engine.precision import autocast, compute_dtype
 from moco_dist.errors import UserError
 from moco_dist.files import write_whole
 from moco_dist.method.batch_norm import GroupedBatchNorm2d, running_statistics
 from moco_dist.method.encoder import build_encoder
-from moco_dist.method.precision import autocast, compute_dtype
-from moco_dist.weights import load_trained
+from moco_dist.run import checkpoint
+from moco_dist.run.weights import load_trained
 
 CALIBRATION_SAMPLES = 512  # training images that give the untrained network its BatchNorm statistics
 MAX_PIXEL_SIDE = 32

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from moco_dist.config import ModelConfig
+from moco_dist.config.pretrain import ModelConfig
 from moco_dist.method.batch_norm import GroupedBatchNorm2d
 
 BLOCKS: dict[str, tuple[type[BasicBlock | Bottleneck], list[int]]] = {

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from moco_dist.config import PretrainConfig
+from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.method.encoder import Encoder
 
 FLOAT_BYTES = 4

@@ -13,17 +13,18 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from moco_dist.config import PretrainConfig
+from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.data import counter_rng
-from moco_dist.data.augment import apply_colours, draw_colours
-from moco_dist.data.datasets import find_images, subset
-from moco_dist.data.loader import pretrain_batches
+from moco_dist.data.colours import apply_colours, draw_colours
+from moco_dist.data.images import subset
+from moco_dist.data.loaders import pretrain_batches
 from moco_dist.data.plan import Plan
+from moco_dist.data.sources import find_images
 from moco_dist.distributed.collectives import all_reduce_sum, barrier
 from moco_dist.distributed.world import World
 from moco_dist.engine import Engine
+from moco_dist.engine.precision import compute_dtype
 from moco_dist.errors import UserError
-from moco_dist.method.precision import compute_dtype
 from moco_dist.planning.measurements import Measurement, settings_of
 from moco_dist.train import build, train_step
 

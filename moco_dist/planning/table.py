@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from moco_dist.config import PretrainConfig, worker_count
+from moco_dist.config.loading import worker_count
+from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.planning import measurements
 from moco_dist.planning.arithmetic import Sizes
 from moco_dist.planning.forecast import Forecast, weak_scaling

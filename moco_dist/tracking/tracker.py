@@ -12,9 +12,9 @@ from typing import Any
 from pydantic import BaseModel
 from tqdm import tqdm
 
-from moco_dist.config import PretrainConfig
-from moco_dist.config_evaluate import DetectConfig, EvalConfig
-from moco_dist.config_source import flatten
+from moco_dist.config.evaluate import DetectConfig, EvalConfig
+from moco_dist.config.pretrain import PretrainConfig
+from moco_dist.config.source import flatten
 from moco_dist.distributed.world import World
 from moco_dist.errors import Preempted, UserError
 from moco_dist.provenance import package_versions

@@ -3,11 +3,11 @@
 import numpy as np
 import torch
 
-from moco_dist.checkpoint import averaged
-from moco_dist.config import PretrainConfig
+from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.data.plan import Plan
 from moco_dist.distributed.collectives import gather_uneven
-from moco_dist.optim import learning_rate
+from moco_dist.engine.schedule import learning_rate
+from moco_dist.run.checkpoint import averaged
 from moco_dist.train import build, train_step
 
 NUM_SAMPLES, SIDE = 160, 24

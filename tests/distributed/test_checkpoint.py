@@ -7,12 +7,12 @@ import pytest
 import safetensors.torch
 import torch
 
-from moco_dist import checkpoint
 from moco_dist.data.plan import Plan
 from moco_dist.distributed.collectives import barrier, gather_uneven
 from moco_dist.errors import UserError
-from moco_dist.resume import resume
-from moco_dist.saver import Saver
+from moco_dist.run import checkpoint
+from moco_dist.run.resume import resume
+from moco_dist.run.saver import Saver
 from moco_dist.train import build, train_step
 from tests.distributed.program import NUM_SAMPLES, images, largest_difference, small_config
 from tests.world import run

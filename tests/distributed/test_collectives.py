@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moco_dist.data.augment import COLOURS
 from moco_dist.data.batch import CropBatch
-from moco_dist.data.exchange import key_views
+from moco_dist.data.colours import COLOURS
+from moco_dist.data.key_views import key_views
 from moco_dist.data.plan import Plan
 from moco_dist.distributed.collectives import (
     all_gather,

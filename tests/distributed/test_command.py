@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from moco_dist.config import PretrainConfig
-from moco_dist.config_source import read_config, to_yaml
-from moco_dist.data.prepare import prepare_shapes
+from moco_dist.config.pretrain import PretrainConfig
+from moco_dist.config.source import read_config, to_yaml
+from moco_dist.datasets.prepare import prepare_shapes
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 TINY = [

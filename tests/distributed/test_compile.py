@@ -5,11 +5,11 @@ import torch
 from torch import nn
 
 from moco_dist import train
-from moco_dist.config import EngineConfig, ModelConfig
+from moco_dist.config.pretrain import EngineConfig, ModelConfig
 from moco_dist.engine import ddp, speed
+from moco_dist.engine.optimizer import LARS
 from moco_dist.method.batch_norm import GroupedBatchNorm2d, set_micro_batch
 from moco_dist.method.encoder import build_encoder
-from moco_dist.optim import LARS
 from tests.distributed.program import largest_difference, run_program, small_config
 from tests.distributed.test_against_reference import STEPS, differences, reference
 from tests.world import run

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from moco_dist import checkpoint
 from moco_dist.data.plan import Plan
 from moco_dist.distributed.collectives import gather_uneven, process_group
-from moco_dist.optim import peak_learning_rate
-from moco_dist.saver import Saver
+from moco_dist.engine.schedule import peak_learning_rate
+from moco_dist.run import checkpoint
+from moco_dist.run.saver import Saver
 from moco_dist.train import build, train_step
 from tests.distributed.program import NUM_SAMPLES, images, largest_difference, run_program, small_config
 from tests.world import run

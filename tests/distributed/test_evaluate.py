@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from moco_dist.config_evaluate import LinearConfig
+from moco_dist.config.evaluate import LinearConfig
 from moco_dist.distributed.world import World
 from moco_dist.evaluate.batches import global_batches
 from moco_dist.evaluate.classifiers import held_out, initial_classifier, train_classifiers

@@ -5,11 +5,11 @@ import pytest
 import torch
 from PIL import Image
 
-from moco_dist.config import PretrainConfig
-from moco_dist.data.datasets import find_images
-from moco_dist.data.exchange import key_views
-from moco_dist.data.loader import pretrain_batches
+from moco_dist.config.pretrain import PretrainConfig
+from moco_dist.data.key_views import key_views
+from moco_dist.data.loaders import pretrain_batches
 from moco_dist.data.plan import Plan
+from moco_dist.data.sources import find_images
 from moco_dist.distributed.agreement import require_agreement
 from moco_dist.distributed.world import World
 from moco_dist.errors import UserError

@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
-from moco_dist.config import PretrainConfig
-from moco_dist.config_evaluate import FinetuneConfig
-from moco_dist.config_source import to_yaml
-from moco_dist.data.loader import eval_batches
-from moco_dist.data.prepare import prepare_shapes
+from moco_dist.config.evaluate import FinetuneConfig
+from moco_dist.config.pretrain import PretrainConfig
+from moco_dist.config.source import to_yaml
+from moco_dist.data.loaders import eval_batches
+from moco_dist.datasets.prepare import prepare_shapes
 from moco_dist.distributed.world import World
 from moco_dist.evaluate.batches import crop_batches, global_batches
 from moco_dist.evaluate.classifiers import initial_classifier

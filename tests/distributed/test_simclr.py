@@ -6,12 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moco_dist import checkpoint
 from moco_dist.data.plan import Plan
 from moco_dist.distributed.collectives import gather_uneven
+from moco_dist.engine.schedule import peak_learning_rate
 from moco_dist.method.encoder import build_encoder
-from moco_dist.optim import peak_learning_rate
-from moco_dist.saver import Saver
+from moco_dist.run import checkpoint
+from moco_dist.run.saver import Saver
 from moco_dist.train import build, train_step
 from tests.distributed.program import NUM_SAMPLES, images, largest_difference, small_config
 from tests.world import run

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from moco_dist.data.plan import Plan
+from moco_dist.engine.schedule import peak_learning_rate
 from moco_dist.method.encoder import build_encoder
-from moco_dist.optim import peak_learning_rate
 from tests.distributed.program import NUM_SAMPLES, images, largest_difference, run_program, small_config
 from tests.world import run
 

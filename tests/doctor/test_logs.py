@@ -5,8 +5,8 @@ import math
 
 import pytest
 
-from moco_dist.config import PretrainConfig
-from moco_dist.config_source import to_yaml
+from moco_dist.config.pretrain import PretrainConfig
+from moco_dist.config.source import to_yaml
 from moco_dist.doctor.logs import run
 from moco_dist.errors import UserError
 

@@ -10,9 +10,9 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
-from moco_dist.cli import main
-from moco_dist.config import PretrainConfig, TrackingConfig
-from moco_dist.config_source import read_config
+from moco_dist.cli.main import main
+from moco_dist.config.pretrain import PretrainConfig, TrackingConfig
+from moco_dist.config.source import read_config
 from moco_dist.doctor import machine, network
 
 NEEDED = ["--run.dir", "r", "--data.root", "d"]

@@ -2,9 +2,9 @@
 
 import pytest
 
-from moco_dist.config import PretrainConfig
-from moco_dist.config_evaluate import FinetuneConfig, LinearConfig
-from moco_dist.config_source import read_config
+from moco_dist.config.evaluate import FinetuneConfig, LinearConfig
+from moco_dist.config.pretrain import PretrainConfig
+from moco_dist.config.source import read_config
 from moco_dist.doctor.settings import finetune, linear, pretraining
 
 NEEDED = ["--run.dir", "r", "--data.root", "d"]

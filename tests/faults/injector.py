@@ -12,10 +12,10 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torchvision.models.resnet import ResNet
 
-from moco_dist import checkpoint
 from moco_dist.data.plan import Plan
 from moco_dist.method import encoder
-from moco_dist.saver import Saver
+from moco_dist.run import checkpoint
+from moco_dist.run.saver import Saver
 from moco_dist.train import build, train_step
 from tests.distributed.program import NUM_SAMPLES, images, small_config
 

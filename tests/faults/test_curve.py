@@ -8,7 +8,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from moco_dist import checkpoint
+from moco_dist.run import checkpoint
 from tests.faults.processes import rank_processes, wait_for_step
 
 STOP = 88

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from moco_dist.checkpoint import complete_checkpoints
+from moco_dist.run.checkpoint import complete_checkpoints
 from tests.faults.processes import command, steps_logged
 
 ON_A_DISK = 'mount -t tmpfs -o size=200m tmpfs "$0" && exec "$@"'  # of a checkpoint's size of 60 MB

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from moco_dist import checkpoint
+from moco_dist.run import checkpoint
 from tests.distributed.program import largest_difference
 from tests.faults.injector import train
 from tests.world import run

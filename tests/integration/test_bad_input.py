@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from moco_dist.cli import main
+from moco_dist.cli.main import main
 from tests.faults.processes import TINY
 
 pytestmark = pytest.mark.slow
@@ -304,7 +304,7 @@ def test_debug_shows_where_it_came_from(folders, capsys):
     assert main(_filled(["--debug", "report", "NEW"], folders)) == 2
     error = capsys.readouterr().err
     assert "Traceback" in error
-    assert "moco_dist/commands/report.py" in error
+    assert "moco_dist/cli/report.py" in error
 
 
 def test_a_folder_that_cannot_be_written(folders, capsys, tmp_path):

@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from moco_dist.cli import main
-from moco_dist.data.prepare import prepare_shapes
+from moco_dist.cli.main import main
+from moco_dist.datasets.prepare import prepare_shapes
 
 TINY = [
     "--data.image-size", "32", "--data.num-workers", "0", "--model.arch", "resnet10", "--optim.precision", "fp32",

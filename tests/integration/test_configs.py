@@ -6,9 +6,9 @@ import pytest
 import torch
 import yaml
 
-from moco_dist.config import PretrainConfig
-from moco_dist.config_evaluate import FinetuneConfig, LinearConfig
-from moco_dist.config_source import read_config
+from moco_dist.config.evaluate import FinetuneConfig, LinearConfig
+from moco_dist.config.pretrain import PretrainConfig
+from moco_dist.config.source import read_config
 from moco_dist.distributed.world import World
 from moco_dist.method.encoder import build_encoder
 from moco_dist.train import build, train_step

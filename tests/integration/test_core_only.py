@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from moco_dist.data.prepare import prepare_shapes
+from moco_dist.datasets.prepare import prepare_shapes
 
 OPTIONAL = ("deepspeed", "ffcv", "mlflow", "nvidia.dali", "triton", "timm", "cv2", "numba", "pycocotools")
 PROGRAM = f"""
@@ -18,7 +18,7 @@ class WithoutOptional(PathFinder):
         return None if name.startswith({OPTIONAL}) else super().find_spec(name, path, target)
 
 sys.meta_path[sys.meta_path.index(PathFinder)] = WithoutOptional
-from moco_dist.cli import main
+from moco_dist.cli.main import main
 sys.exit(main(sys.argv[1:]))
 """
 

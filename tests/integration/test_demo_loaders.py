@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from moco_dist.data.pack import pack
-from moco_dist.data.prepare import prepare_shapes
+from moco_dist.datasets.pack import pack
+from moco_dist.datasets.prepare import prepare_shapes
 
 STEPS = 3
 

@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-from moco_dist.cli import main
-from moco_dist.config import AugmentConfig, ModelConfig
-from moco_dist.config_evaluate import DetectConfig
+from moco_dist.cli.main import main
+from moco_dist.config.evaluate import DetectConfig
+from moco_dist.config.pretrain import AugmentConfig, ModelConfig
 from moco_dist.distributed.world import World
 from moco_dist.evaluate.detection import detector as detector_module
 from moco_dist.evaluate.detection import run as detection_run
@@ -15,7 +15,7 @@ from moco_dist.evaluate.detection.detector import build_detector, weight_groups
 from moco_dist.evaluate.detection.run import learning_rate, run_detection
 from moco_dist.evaluate.detection.voc import Pictures, read_sets
 from moco_dist.method.encoder import build_encoder
-from moco_dist.weights import read_backbone
+from moco_dist.run.weights import read_backbone
 from tests.voc import CLASSES, make_voc
 from tests.world import run
 

@@ -5,21 +5,21 @@ import json
 import pytest
 import torch
 
-from moco_dist.cli import main
-from moco_dist.config import PretrainConfig
-from moco_dist.config_evaluate import KnnConfig
-from moco_dist.config_source import read_config
-from moco_dist.data.prepare import prepare_shapes
+from moco_dist.cli.main import main
+from moco_dist.config.evaluate import KnnConfig
+from moco_dist.config.pretrain import PretrainConfig
+from moco_dist.config.source import read_config
+from moco_dist.datasets.prepare import prepare_shapes
 from moco_dist.distributed.world import World
 from moco_dist.evaluate import features as features_module
 from moco_dist.evaluate import finetune as finetune_module
 from moco_dist.evaluate.during_training import accuracies_during_training
 from moco_dist.evaluate.features import extract
 from moco_dist.evaluate.subject import frozen, frozen_encoder, open_evaluation
-from moco_dist.logbook import read_log
 from moco_dist.method.encoder import build_encoder
-from moco_dist.report import write_report
-from moco_dist.weights import load_trained
+from moco_dist.report.page import write_report
+from moco_dist.run.logbook import read_log
+from moco_dist.run.weights import load_trained
 
 TINY = [
     "--data.image-size", "32", "--data.num-workers", "0", "--model.arch", "resnet10",

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from moco_dist.data.datasets import find_images
-from moco_dist.data.prepare import prepare_fashion_mnist
+from moco_dist.data.sources import find_images
+from moco_dist.datasets.prepare import prepare_fashion_mnist
 from moco_dist.errors import UserError
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from moco_dist.cli import main
+from moco_dist.cli.main import main
 from tests.faults.processes import wait_for_step
 from tests.integration.test_mlflow_server import Server
 

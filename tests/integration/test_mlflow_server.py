@@ -10,9 +10,9 @@ import urllib.request
 
 import pytest
 
-from moco_dist.cli import main
-from moco_dist.config import PretrainConfig
-from moco_dist.config_evaluate import LinearConfig
+from moco_dist.cli.main import main
+from moco_dist.config.evaluate import LinearConfig
+from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.distributed.world import World
 from moco_dist.tracking import Tracker
 from tests.faults.processes import steps_logged, wait_for_step

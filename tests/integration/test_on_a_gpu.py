@@ -6,7 +6,7 @@ import subprocess
 import pytest
 import torch
 
-from moco_dist.cli import main
+from moco_dist.cli.main import main
 from tests.faults.processes import command, losses
 
 DEVICE, STEPS = "cuda", 8

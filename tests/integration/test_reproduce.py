@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from moco_dist import reproduce
-from moco_dist.cli import main
-from moco_dist.config import PretrainConfig
-from moco_dist.config_source import read_config
-from moco_dist.data.prepare import prepare_shapes
-from moco_dist.planning import table3
-from moco_dist.reproduce import TABLES, as_markdown, jobs_of
+from moco_dist.cli.main import main
+from moco_dist.config.pretrain import PretrainConfig
+from moco_dist.config.source import read_config
+from moco_dist.datasets.prepare import prepare_shapes
+from moco_dist.reproduce import table3
+from moco_dist.reproduce import tables as reproduce
+from moco_dist.reproduce.tables import TABLES, as_markdown, jobs_of
 
 SMALL = ["--scale", "small", "--small-epochs", "1"]
 

@@ -8,15 +8,15 @@ import torch
 import torchvision
 from torch import nn
 
-from moco_dist.cli import main
-from moco_dist.config import PretrainConfig
-from moco_dist.config_source import to_yaml
-from moco_dist.data.prepare import prepare_shapes
+from moco_dist.cli.main import main
+from moco_dist.config.pretrain import PretrainConfig
+from moco_dist.config.source import to_yaml
+from moco_dist.datasets.prepare import prepare_shapes
 from moco_dist.distributed.world import World
 from moco_dist.method.encoder import build_encoder
-from moco_dist.saver import Saver
+from moco_dist.run.saver import Saver
+from moco_dist.run.weights import load_trained, read_backbone, to_detectron2
 from moco_dist.train import build
-from moco_dist.weights import load_trained, read_backbone, to_detectron2
 
 
 def config_of(run_dir, arch="resnet18", **model):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import yaml
 
-from moco_dist.data.prepare import prepare_shapes
+from moco_dist.datasets.prepare import prepare_shapes
 
 
 def write_configs(folder: Path, **run) -> Path:

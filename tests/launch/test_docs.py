@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch.distributed.run
 
-from moco_dist.cli import main
-from moco_dist.config import PretrainConfig
-from moco_dist.config_source import read_config, to_yaml
+from moco_dist.cli.main import main
+from moco_dist.config.pretrain import PretrainConfig
+from moco_dist.config.source import read_config, to_yaml
 from tests.launch.small import last_step, wait_for_step, write_configs
 
 PAGES = ["README.md", *sorted(str(path) for path in Path("docs").glob("*.md"))]
@@ -23,11 +23,12 @@ PLACEHOLDERS = re.compile(r"\[--|\.\.\.|…|\b(WHERE|TABLE|COMMAND|MIN:MAX)\b|co
 KNOWN_PROGRAMS = {"pip", "pytest", "docker", "sbatch", "createdb", "export", "mlflow", "kubectl"}
 WORK = [  # where a command's own work begins, once it has understood what it was given
     "moco_dist.distributed.collectives.process_group", "moco_dist.planning.arithmetic.sizes",
-    "moco_dist.doctor.logs.run", "moco_dist.data.views.view_pairs", "moco_dist.data.views.write_contact_sheet",
-    "moco_dist.data.pack.pack", "moco_dist.data.prepare.verify", "moco_dist.tracking.sync",
-    "moco_dist.weights.export_run", "moco_dist.weights.import_backbone", "moco_dist.reproduce.run_jobs",
-    "moco_dist.planning.table3.measure",
-    *(f"moco_dist.data.prepare.prepare_{name}" for name in
+    "moco_dist.doctor.logs.run", "moco_dist.report.contact_sheet.view_pairs",
+    "moco_dist.report.contact_sheet.write_contact_sheet",
+    "moco_dist.datasets.pack.pack", "moco_dist.datasets.prepare.verify", "moco_dist.tracking.sync",
+    "moco_dist.run.weights.export_run", "moco_dist.run.weights.import_backbone", "moco_dist.reproduce.tables.run_jobs",
+    "moco_dist.reproduce.table3.measure",
+    *(f"moco_dist.datasets.prepare.prepare_{name}" for name in
       ("shapes", "fashion_mnist", "cifar10", "imagenette", "imagenet", "imagefolder")),
 ]  # fmt: skip
 

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from moco_dist.cli import main
+from moco_dist.cli.main import main
 from tests.launch.machines import machines, why_not
 from tests.launch.pods import Pods
 from tests.launch.small import last_step, wait_for_step, write_configs

@@ -13,10 +13,10 @@ from launchers.job import Job, Size, pretraining
 from launchers.kubernetes import KubernetesOptions, how_to
 from launchers.slurm import SlurmOptions, limit_hours, script
 from launchers.slurm import how_to as slurm_how_to
-from moco_dist.cli import main
-from moco_dist.commands.launch import take_apart
-from moco_dist.config import PretrainConfig
-from moco_dist.config_source import read_config
+from moco_dist.cli.launch import take_apart
+from moco_dist.cli.main import main
+from moco_dist.config.pretrain import PretrainConfig
+from moco_dist.config.source import read_config
 from moco_dist.errors import UserError
 from tests.launch.schemas import problems
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from moco_dist import reproduce
-from moco_dist.cli import main
-from moco_dist.config import PretrainConfig
-from moco_dist.config_evaluate import LinearConfig
-from moco_dist.weights import BACKBONE
+from moco_dist.cli.main import main
+from moco_dist.config.evaluate import LinearConfig
+from moco_dist.config.pretrain import PretrainConfig
+from moco_dist.reproduce import tables as reproduce
+from moco_dist.run.weights import BACKBONE
 from tests.launch.schemas import problems
 
 EIGHT = ["--nodes", "1", "--gpus-per-node", "8"]
@@ -133,8 +133,8 @@ def test_kubernetes_gets_the_evaluation_when_the_pretraining_has_ended(tmp_path,
 
 
 def test_kubernetes_is_asked_before_it_gets_a_job_again(tmp_path, stub, capsys, monkeypatch):
-    monkeypatch.setattr("moco_dist.commands.submission._note", lambda *_: None)  # /runs is not here
-    monkeypatch.setattr("moco_dist.commands.reproduce._write", lambda *_: None)
+    monkeypatch.setattr("moco_dist.cli.submission._note", lambda *_: None)  # /runs is not here
+    monkeypatch.setattr("moco_dist.cli.reproduce._write", lambda *_: None)
     words = ["reproduce", "table1", "--out", "/runs/table1", "--data-root", "/data/x", "--launcher", "kubernetes",
              "--image", "x", *EIGHT]  # fmt: skip
     assert main(words) == 0

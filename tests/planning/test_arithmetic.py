@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moco_dist.config import PretrainConfig
+from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.distributed.world import World
 from moco_dist.method.encoder import Encoder
 from moco_dist.planning.arithmetic import parameters_of, saved_bytes, sizes

@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
-from moco_dist.cli import main
-from moco_dist.data.prepare import prepare_shapes
+from moco_dist.cli.main import main
+from moco_dist.datasets.prepare import prepare_shapes
 from moco_dist.planning import measurements
 from moco_dist.planning.arithmetic import sizes
 from moco_dist.planning.forecast import Forecast, weak_scaling
@@ -143,7 +143,7 @@ def test_calibration_of_the_real_step(capsys, tmp_path, monkeypatch):
 
 FEW_STEPS = """
 import sys
-from moco_dist.cli import main
+from moco_dist.cli.main import main
 from moco_dist.planning import calibrate
 calibrate.MAX_STEPS = 3
 sys.exit(main(sys.argv[1:]))

@@ -10,8 +10,8 @@ from scipy import stats
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 from torchvision.transforms.v2 import functional as F
 
-from moco_dist.config import AugmentConfig
-from moco_dist.data.augment import COLOURS, _apply, _make_neighbours, apply_colours, draw_colours
+from moco_dist.config.pretrain import AugmentConfig
+from moco_dist.data.colours import COLOURS, _apply, _make_neighbours, apply_colours, draw_colours
 from moco_dist.data.counter_rng import STREAM_COLOUR_K, STREAM_COLOUR_Q
 
 JITTER = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)

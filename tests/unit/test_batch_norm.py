@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from moco_dist.config import ModelConfig
+from moco_dist.config.pretrain import ModelConfig
 from moco_dist.method.batch_norm import GroupedBatchNorm2d, set_micro_batch
 from moco_dist.method.encoder import build_encoder
 

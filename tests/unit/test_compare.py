@@ -2,7 +2,7 @@
 
 from types import SimpleNamespace
 
-from moco_dist import compare
+from moco_dist.report import compare
 
 PAGE = 3
 

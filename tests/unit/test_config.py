@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from moco_dist.commands.configured import config_or_help
-from moco_dist.config import AugmentConfig, PretrainConfig, size_problems, worker_count
-from moco_dist.config_evaluate import DetectConfig, FinetuneConfig, KnnConfig, LinearConfig
-from moco_dist.config_source import flatten, help_text, leaf_fields, read_config, to_yaml
+from moco_dist.cli.configured import config_or_help
+from moco_dist.config.evaluate import DetectConfig, FinetuneConfig, KnnConfig, LinearConfig
+from moco_dist.config.loading import worker_count
+from moco_dist.config.pretrain import AugmentConfig, PretrainConfig, size_problems
+from moco_dist.config.source import flatten, help_text, leaf_fields, read_config, to_yaml
 from moco_dist.errors import UserError
 
 SMALL = Path("configs/reproduce_small.yaml")  # over every row of the paper's tables

@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from moco_dist.data import datasets
-from moco_dist.data.datasets import NO_CLASS, ImageError, decode_image, find_images, read_bytes, subset
+from moco_dist.data import folder as datasets
+from moco_dist.data.decode import decode_image
+from moco_dist.data.folder import read_bytes
+from moco_dist.data.images import NO_CLASS, ImageError, subset
+from moco_dist.data.sources import find_images
 from moco_dist.errors import UserError
 
 

@@ -8,8 +8,8 @@ from PIL import Image
 from torchvision.transforms import CenterCrop, Compose, Resize
 
 from moco_dist.data.crops import centre_resize
-from moco_dist.data.datasets import ImageError
 from moco_dist.data.decode import cut
+from moco_dist.data.images import ImageError
 from moco_dist.data.jobs import Crop
 
 SIZE = 64  # so that only what is meant to be decoded at a smaller size is

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from moco_dist import lock, weights
 from moco_dist.distributed.world import World
 from moco_dist.errors import UserError
 from moco_dist.files import LineFile, write_whole
-from moco_dist.lock import locked
+from moco_dist.run import lock, weights
+from moco_dist.run.lock import locked
 
 
 def test_two_writers_of_one_file_do_not_meet(tmp_path, monkeypatch):

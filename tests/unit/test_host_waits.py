@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moco_dist import train
-from moco_dist.data import exchange
+from moco_dist.data import key_views as exchange
 from moco_dist.data.batch import CropBatch
 from moco_dist.data.plan import Plan
 from moco_dist.distributed.world import World

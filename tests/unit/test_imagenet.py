@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from moco_dist.cli import main
-from moco_dist.data import imagenet
-from moco_dist.data.datasets import find_images
-from moco_dist.data.imagenet import DEVKIT, TRAIN, VAL, Sizes
-from moco_dist.data.measured import read_measured
-from moco_dist.data.prepare import prepare_imagenet, verify
+from moco_dist.cli.main import main
+from moco_dist.data.sources import find_images
+from moco_dist.datasets import imagenet
+from moco_dist.datasets.imagenet import DEVKIT, TRAIN, VAL, Sizes
+from moco_dist.datasets.measured import read_measured
+from moco_dist.datasets.prepare import prepare_imagenet, verify
 from moco_dist.errors import UserError
 
 savemat = pytest.importorskip("scipy.io").savemat
@@ -197,8 +197,8 @@ def test_what_such_a_folder_lacks_is_one_line(source, flat, tmp_path):
 
 SLOW_COMMAND = f"""
 import shutil, sys, time
-from moco_dist.cli import main
-from moco_dist.data import imagenet
+from moco_dist.cli.main import main
+from moco_dist.datasets import imagenet
 imagenet.Sizes.__new__.__defaults__ = {tuple(SIZES)}
 copy = shutil.copyfileobj
 shutil.copyfileobj = lambda *files: (time.sleep(float(sys.argv[1]) * ("_val_" in files[1].name)), copy(*files))

@@ -6,8 +6,8 @@ import time
 import pytest
 
 from moco_dist.data import index
-from moco_dist.data.datasets import find_images
 from moco_dist.data.index import NAME, image_paths
+from moco_dist.data.sources import find_images
 from moco_dist.errors import UserError
 
 

@@ -32,7 +32,7 @@ def test_collectives_are_in_one_module():
 def test_help_and_wrong_flags_need_no_torch():
     code = """if True:
         import sys
-        from moco_dist.cli import main
+        from moco_dist.cli.main import main
         assert main(["pretrain", "--help"]) == 0
         assert main(["pretrain", "--nonsense", "1"]) == 2
         assert "torch" not in sys.modules and "mlflow" not in sys.modules

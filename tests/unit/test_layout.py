@@ -6,8 +6,8 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from moco_dist import train
-from moco_dist.config import AugmentConfig
-from moco_dist.data.augment import COLOURS, apply_colours
+from moco_dist.config.pretrain import AugmentConfig
+from moco_dist.data.colours import COLOURS, apply_colours
 from moco_dist.data.plan import Plan
 from moco_dist.distributed.world import World
 from moco_dist.method.encoder import Encoder

@@ -7,10 +7,11 @@ import threading
 
 import pytest
 
-from moco_dist.data import dali_loader
-from moco_dist.data.datasets import ImageError, find_images
-from moco_dist.data.loader import pretrain_batches
+from moco_dist.data import dali as dali_loader
+from moco_dist.data.images import ImageError
+from moco_dist.data.loaders import pretrain_batches
 from moco_dist.data.plan import Plan
+from moco_dist.data.sources import find_images
 from moco_dist.distributed.world import World
 from tests.unit.test_loaders import batches_of, config_of, damaged, sizes_known_already, undamaged
 

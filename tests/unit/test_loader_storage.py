@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from moco_dist.data import dali_loader, storage
+from moco_dist.data import dali as dali_loader
+from moco_dist.data import storage
 from moco_dist.data.beton import read_beton
-from moco_dist.data.datasets import ImageError, find_images
-from moco_dist.data.loader import pretrain_batches
-from moco_dist.data.pack import pack
+from moco_dist.data.images import ImageError
+from moco_dist.data.loaders import pretrain_batches
 from moco_dist.data.plan import Plan
+from moco_dist.data.sources import find_images
+from moco_dist.datasets.pack import pack
 from moco_dist.distributed.world import World
 from tests.unit.test_loaders import assert_same, batches_of, config_of, undamaged
 

@@ -11,17 +11,19 @@ import pytest
 import torch
 from PIL import Image
 
-from moco_dist.config import PretrainConfig
-from moco_dist.config_evaluate import EvalDataConfig
-from moco_dist.data import dali_loader
+from moco_dist.config.evaluate import EvalDataConfig
+from moco_dist.config.pretrain import PretrainConfig
+from moco_dist.data import dali as dali_loader
 from moco_dist.data.beton import read_beton
-from moco_dist.data.datasets import ImageError, decode_image, find_images
-from moco_dist.data.ffcv_loader import PackedFile
+from moco_dist.data.decode import decode_image
+from moco_dist.data.images import ImageError
 from moco_dist.data.jobs import view_job
-from moco_dist.data.loader import eval_batches, pretrain_batches
-from moco_dist.data.pack import pack
+from moco_dist.data.loaders import eval_batches, pretrain_batches
+from moco_dist.data.packed import PackedFile
 from moco_dist.data.plan import Plan
-from moco_dist.data.torchvision_loader import Files
+from moco_dist.data.sources import find_images
+from moco_dist.data.workers import Files
+from moco_dist.datasets.pack import pack
 from moco_dist.distributed.world import World
 from moco_dist.errors import UserError
 

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from moco_dist.data.datasets import find_images
-from moco_dist.data.measured import NAME, read_measured
-from moco_dist.data.prepare import verify
+from moco_dist.data.sources import find_images
+from moco_dist.datasets.measured import NAME, read_measured
+from moco_dist.datasets.prepare import verify
 
 
 @pytest.fixture

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from moco_dist.config import OptimConfig
-from moco_dist.optim import LARS, build_optimizer, learning_rate, learning_rate_formula
+from moco_dist.config.pretrain import OptimConfig
+from moco_dist.engine.optimizer import LARS, build_optimizer
+from moco_dist.engine.schedule import learning_rate, learning_rate_formula
 
 
 def test_cosine_per_epoch_as_published():

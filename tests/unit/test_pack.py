@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from moco_dist.cli import main
+from moco_dist.cli.main import main
 from moco_dist.data.beton import JPEG, RAW, read_beton
-from moco_dist.data.datasets import NO_CLASS, decode_image, find_images, subset
-from moco_dist.data.ffcv_loader import PackedFile
+from moco_dist.data.decode import decode_image
+from moco_dist.data.images import NO_CLASS, subset
 from moco_dist.data.jobs import Crop
-from moco_dist.data.pack import pack
+from moco_dist.data.packed import PackedFile
+from moco_dist.data.sources import find_images
+from moco_dist.datasets.pack import pack
 from moco_dist.errors import UserError
 
 
@@ -84,7 +86,7 @@ def test_a_subset_reads_its_own_images(images, tmp_path):
 
 def test_images_do_not_cross_pages_and_larger_ones_start_one(images, tmp_path, monkeypatch):
     monkeypatch.setattr("moco_dist.data.beton.PAGE_BYTES", 4096)
-    monkeypatch.setattr("moco_dist.data.pack.CHUNK", 2)
+    monkeypatch.setattr("moco_dist.datasets.pack.CHUNK", 2)
     beton = read_beton(pack(images, tmp_path / "x.beton", raw_share=0.5))
     first, last = beton.start // 4096, (beton.start + beton.size - 1) // 4096
     assert ((first == last) | ((beton.size > 4096) & (beton.start % 4096 == 0))).all()
@@ -132,7 +134,7 @@ def test_mistakes_of_the_command(images, tmp_path, capsys, words, message):
 
 
 def test_what_fails_in_the_middle_leaves_nothing(images, tmp_path, monkeypatch):
-    monkeypatch.setattr("moco_dist.data.pack._encode", lambda *args: 1 / 0)
+    monkeypatch.setattr("moco_dist.datasets.pack._encode", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         pack(images, tmp_path / "x.beton")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["set"]

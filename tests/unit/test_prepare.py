@@ -17,10 +17,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from moco_dist.data import index, prepare, published
-from moco_dist.data.datasets import decode_image, find_images
-from moco_dist.data.prepare import prepare_cifar10, prepare_fashion_mnist, prepare_imagefolder, prepare_shapes
-from moco_dist.data.shapes import SHAPES, ShapeSettings
+from moco_dist.data import index
+from moco_dist.data.decode import decode_image
+from moco_dist.data.sources import find_images
+from moco_dist.datasets import prepare, published
+from moco_dist.datasets.prepare import prepare_cifar10, prepare_fashion_mnist, prepare_imagefolder, prepare_shapes
+from moco_dist.datasets.shapes import SHAPES, ShapeSettings
 from moco_dist.errors import UserError
 
 NUM_TRAIN, NUM_VAL = 200, 30

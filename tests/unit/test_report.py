@@ -11,11 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
-from moco_dist import report
-from moco_dist.config import PretrainConfig
-from moco_dist.config_source import flatten, to_yaml
+from moco_dist.config.pretrain import PretrainConfig
+from moco_dist.config.source import flatten, to_yaml
 from moco_dist.errors import UserError
-from moco_dist.report import NeighbourRow, accuracy_table, write_report
+from moco_dist.evaluate.knn import NeighbourRow
+from moco_dist.report import page as report
+from moco_dist.report.page import accuracy_table, write_report
 
 
 @pytest.fixture

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from moco_dist.data import storage
-from moco_dist.data.datasets import ImageError, read_bytes
+from moco_dist.data.folder import read_bytes
+from moco_dist.data.images import ImageError
 
 pytestmark = pytest.mark.usefixtures("waits")
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from moco_dist.cli import main
-from moco_dist.config import PretrainConfig
-from moco_dist.config_evaluate import KnnConfig
-from moco_dist.config_source import flatten
+from moco_dist.cli.main import main
+from moco_dist.config.evaluate import KnnConfig
+from moco_dist.config.pretrain import PretrainConfig
+from moco_dist.config.source import flatten
 from moco_dist.distributed.world import World
 from moco_dist.errors import Preempted, UserError
 from moco_dist.tracking import Tracker, ui_command, without_credentials
@@ -33,7 +33,7 @@ def first_process(tmp_path_factory):
     """
     folder = tmp_path_factory.mktemp("first")
     script = f"""
-from moco_dist.config import PretrainConfig
+from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.distributed.world import World
 from moco_dist.tracking import Tracker
 config = PretrainConfig.model_validate({{"run": {{"dir": {str(folder / "run")!r}}}, "data": {{"root": "x"}}}})

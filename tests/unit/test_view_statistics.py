@@ -9,8 +9,8 @@ import torch
 from scipy import stats
 from torchvision.transforms import v2
 
-from moco_dist.config import AugmentConfig
-from moco_dist.data.augment import apply_colours, draw_colours
+from moco_dist.config.pretrain import AugmentConfig
+from moco_dist.data.colours import apply_colours, draw_colours
 from moco_dist.data.counter_rng import STREAM_COLOUR_K, STREAM_COLOUR_Q
 
 COUNT, SIZE = 1000, 32

@@ -18,12 +18,12 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 from torchvision.models.resnet import ResNet
 from torchvision.ops import MultiScaleRoIAlign
 
-from moco_dist.config import AugmentConfig
-from moco_dist.config_evaluate import DetectConfig
+from moco_dist.config.evaluate import DetectConfig
+from moco_dist.config.pretrain import AugmentConfig
 from moco_dist.distributed.world import World
 from moco_dist.errors import UserError
 from moco_dist.method.encoder import BLOCKS
-from moco_dist.weights import Backbone
+from moco_dist.run.weights import Backbone
 
 ANCHOR_SIDES = (32, 64, 128, 256, 512)  # pixels
 ANCHOR_RATIOS = (0.5, 1.0, 2.0)

@@ -21,12 +21,12 @@ from torch.utils.data import DataLoader
 from torchvision.models.detection import FasterRCNN
 from tqdm import tqdm
 
-from moco_dist.checkpoint import averaged
-from moco_dist.config import AugmentConfig, PretrainConfig, worker_count
-from moco_dist.config_evaluate import DetectConfig
-from moco_dist.config_source import read_config
+from moco_dist.config.evaluate import DetectConfig
+from moco_dist.config.loading import worker_count
+from moco_dist.config.pretrain import AugmentConfig, PretrainConfig
+from moco_dist.config.source import read_config
 from moco_dist.data.plan import Plan
-from moco_dist.data.torchvision_loader import batches_of, leave_signals_to_the_rank
+from moco_dist.data.workers import batches_of, leave_signals_to_the_rank
 from moco_dist.distributed.collectives import all_reduce_sum, gather_uneven
 from moco_dist.distributed.world import World
 from moco_dist.errors import UserError
@@ -36,7 +36,8 @@ from moco_dist.evaluate.detection.voc import Annotated, Pictures, read_sets
 from moco_dist.evaluate.progress import Curve, load_progress, save_progress
 from moco_dist.evaluate.subject import digest
 from moco_dist.files import write_whole
-from moco_dist.weights import Backbone, backbone_of_run, read_backbone
+from moco_dist.run.checkpoint import averaged
+from moco_dist.run.weights import Backbone, backbone_of_run, read_backbone
 
 FLIP_PROBABILITY = 0.5
 CURVE_STEPS = 100  # one point of the loss's curve

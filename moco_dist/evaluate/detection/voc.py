@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from moco_dist.data.datasets import decode_image, read_bytes
+from moco_dist.data.decode import decode_image
+from moco_dist.data.folder import read_bytes
 from moco_dist.errors import UserError, nearest
 
 

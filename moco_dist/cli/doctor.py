@@ -1,0 +1,109 @@
+"""`moco-dist doctor`."""
+
+import argparse
+import json
+import os
+import socket
+import time
+from pathlib import Path
+
+from moco_dist.cli.arguments import Parser, require_positive
+from moco_dist.cli.configured import SCHEMAS, command_of, files_and_flags
+from moco_dist.config.pretrain import PretrainConfig
+from moco_dist.config.source import read_config, read_yaml
+from moco_dist.errors import UserError
+
+EXIT_ERRORS = 1
+EVALUATIONS = ("linear", "finetune")
+NOTHING_GIVEN = ["--run.dir", "runs/doctor", "--data.root", "data"]
+
+
+def main(words: list[str]) -> int:
+    """What is wrong with a machine, a config or a run; the exit status is 1 if there is an error among it."""
+    parser = Parser(
+        "moco-dist doctor",
+        usage="moco-dist doctor [CONFIG.yaml ...] [options] [--section.key VALUE] | --run DIR",
+        description="One line a finding, with what to do. Under torchrun it looks at every host, and compares clocks.",
+    )  # fmt: skip
+    parser.add_argument("--run", type=Path, metavar="DIR", help="read the log of this run instead")
+    parser.add_argument("--nodes", type=int, help="this is one of so many hosts of the run; default: those here")
+    parser.add_argument("--gpus-per-node", type=int, help="ranks on each of them; default: this host's GPUs")
+    args, rest = parser.parse_own(words)
+    require_positive(args, "nodes", "gpus_per_node")
+    is_planned = args.nodes is not None or args.gpus_per_node is not None
+
+    from moco_dist.doctor import finding, logs, settings
+
+    if args.run is not None:
+        if rest or is_planned:
+            unexpected = repr(rest[0]) if rest else "--nodes or --gpus-per-node"
+            raise UserError(f"unexpected argument {unexpected}; --run takes a folder alone")
+        return _print(logs.run(args.run))
+    files, flags = files_and_flags(rest)
+    command = command_of(files[0]) if files else "pretrain"
+    if command not in ("pretrain", *EVALUATIONS):
+        raise UserError(f"config file {files[0]} is one of moco-dist {command}; doctor looks at those of pretrain, "
+                        f"{' and '.join(EVALUATIONS)}")  # fmt: skip
+    if command in EVALUATIONS:
+        if is_planned:
+            raise UserError("--nodes and --gpus-per-node are of a pre-training; an evaluation is checked without them")
+        needed = [] if "run_dir" in read_yaml(files[0]) else ["--run-dir", "runs/doctor"]
+        config = read_config(SCHEMAS[command], files[0], [*needed, *flags], files[1:])
+        return _print(getattr(settings, command)(config))
+    try:
+        config = read_config(PretrainConfig, files[0] if files else None,
+                             flags if files else [*NOTHING_GIVEN, *flags], files[1:])  # fmt: skip
+    except UserError as error:
+        return _print([finding.problem("config", line) for line in str(error).splitlines()])
+    return _machine(config, bool(files), args)
+
+
+def _machine(config: PretrainConfig, has_config: bool, args: argparse.Namespace) -> int:
+    import torch
+
+    from moco_dist.data.images import subset
+    from moco_dist.data.sources import find_images
+    from moco_dist.distributed.collectives import barrier, gather_texts, process_group
+    from moco_dist.distributed.world import world_from_env
+    from moco_dist.doctor import finding, machine, network, settings
+
+    world = world_from_env("cpu")  # gloo answers on any host, also where a GPU is what is wrong
+    here = world.local_world_size if world.world_size > 1 else max(1, torch.cuda.device_count())
+    ranks = args.gpus_per_node or here
+    world_size = ranks * (args.nodes or world.num_nodes)
+    found = []
+    num_images = None
+    if has_config:
+        try:
+            num_images = len(subset(find_images(config.data.root, "train"), config.data.max_samples).paths)
+            found.append(finding.fine("data", f"{num_images:,} images in {config.data.root}"))
+            if config.log.knn_every_epochs:
+                find_images(config.data.root, "val")
+        except UserError as error:
+            found.append(finding.problem("data", str(error)))
+    found += [*machine.check(config, ranks, world_size), *network.interfaces(), network.host_name()]
+    found.append(network.mlflow_server(config.tracking))
+    if world.is_main:
+        found += settings.pretraining(config, world_size, num_images)
+    with process_group(world):
+        barrier(world)
+        facts = {"host": socket.gethostname(), "time": time.time(), "is_first": world.local_rank == 0,
+                 "findings": [vars(f) for f in found]}  # fmt: skip
+        hosts = [json.loads(text) for text in gather_texts(json.dumps(facts), world)]
+    if not world.is_main:
+        return 0
+    hosts = [host for host in hosts if host["is_first"]]
+    everything = []
+    for host in hosts:
+        prefix = f"[{host['host']}] " if len(hosts) > 1 else ""
+        everything += [finding.Finding(f["level"], prefix + f["about"], f["text"]) for f in host["findings"]]
+    if len(hosts) > 1:
+        everything.append(network.clocks({host["host"]: host["time"] for host in hosts}))
+    return _print(everything)
+
+
+def _print(found: list) -> int:
+    from moco_dist.doctor import finding
+
+    print(finding.text(found))
+    return EXIT_ERRORS if finding.is_error(found) else os.EX_OK

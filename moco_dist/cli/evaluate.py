@@ -1,0 +1,52 @@
+"""`moco-dist knn`, `moco-dist linear` and `moco-dist finetune`."""
+
+from moco_dist.cli.configured import config_or_help
+from moco_dist.config.evaluate import FinetuneConfig, KnnConfig, LinearConfig
+
+PEER_TIMEOUT_SECONDS = 60.0  # a pre-training has run.peer_timeout_seconds
+
+
+def knn(words: list[str]) -> int:
+    """Nearest-neighbour accuracy of what a run learned."""
+    config = config_or_help("knn", KnnConfig, words)
+    return 0 if config is None else _evaluate("knn", config)
+
+
+def linear(words: list[str]) -> int:
+    """Linear evaluation of what a run learned."""
+    config = config_or_help("linear", LinearConfig, words)
+    return 0 if config is None else _evaluate("linear", config)
+
+
+def finetune(words: list[str]) -> int:
+    """Accuracy of the whole network, trained further with labels."""
+    config = config_or_help("finetune", FinetuneConfig, words)
+    return 0 if config is None else _evaluate("finetune", config)
+
+
+def _evaluate(command: str, config: KnnConfig | LinearConfig | FinetuneConfig) -> int:
+    from moco_dist.distributed.collectives import process_group
+    from moco_dist.distributed.heartbeat import Heartbeat
+    from moco_dist.distributed.world import world_from_env
+    from moco_dist.evaluate.finetune import run_finetune
+    from moco_dist.evaluate.knn import run_knn
+    from moco_dist.evaluate.linear import run_linear
+    from moco_dist.tracking import Tracker
+
+    world = world_from_env(config.device)
+    with process_group(world), Heartbeat(world, PEER_TIMEOUT_SECONDS):
+        if isinstance(config, KnnConfig):
+            results = run_knn(config, world)
+        elif isinstance(config, LinearConfig):
+            results = run_linear(config, world)
+        else:
+            results = run_finetune(config, world)
+        if world.is_main:
+            for result in results:
+                accuracies = "  ".join(f"{name} {value:.2f} %" for name, value in result["accuracy"].items())
+                print(f"{result['encoder']}: {accuracies}")
+                with Tracker.for_evaluation(config, command, result["encoder"]) as tracker:
+                    # A part of the labels or of the head has names of its own, or `compare` would mix them up.
+                    named = {f"{name}{result['variant']}": value for name, value in result["accuracy"].items()}
+                    tracker.log_metrics(result["step"], named)
+    return 0

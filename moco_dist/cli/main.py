@@ -1,0 +1,89 @@
+"""The `moco-dist` command: finds the module of a command, and turns mistakes into lines."""
+
+import importlib
+import os
+import signal
+import sys
+import traceback
+
+from moco_dist import __version__
+from moco_dist.errors import EXIT_INTERRUPTED, EXIT_IO, EXIT_MISTAKE, EXIT_PIPE, Preempted, UserError, nearest
+
+COMMANDS = {  # name: what it does, the function in moco_dist.cli; in the order of use
+    "data": ("get, check, look at or pack a data set", "data:main"),
+    "doctor": ("what is wrong with a machine, a config or a run", "doctor:main"),
+    "plan": ("memory, network and hours of a run, before it starts", "plan:main"),
+    "pretrain": ("pre-train an encoder by MoCo v2; again: go on", "pretrain:main"),
+    "launch": ("the same by torchrun, Slurm or Kubernetes", "launch:main"),
+    "knn": ("nearest-neighbour accuracy of a run", "evaluate:knn"),
+    "linear": ("linear evaluation of a run", "evaluate:linear"),
+    "finetune": ("train a run's whole network further, with labels", "evaluate:finetune"),
+    "detect": ("object detection by a run's backbone", "detect:main"),
+    "report": ("a page of a run: accuracies, curves, pictures", "report:main"),
+    "compare": ("several runs side by side; registers the best", "compare:main"),
+    "export": ("weights for torchvision, timm, detectron2", "weights:export"),
+    "import": ("a backbone of another program, to evaluate", "weights:import_"),
+    "sync": ("deliver to MLflow what it has missed", "sync:main"),
+    "demo": ("the main job on generated images, in minutes on two cores", "demo:main"),
+    "reproduce": ("the paper's tables, beside what was published", "reproduce:main"),
+}
+FOOTER = """
+moco-dist COMMAND --help shows every setting.
+On several GPUs: torchrun --nproc-per-node N -m moco_dist COMMAND ...
+--debug shows where an error came from; --version the version."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit status. A user's mistake is one line each, without a traceback."""
+    argv = sys.argv[1:] if argv is None else argv
+    debug = "--debug" in argv
+    who = "" if os.environ.get("WORLD_SIZE", "1") == "1" else f"[rank {os.environ.get('RANK', '0')}] "
+    # The deepspeed launcher says the local rank by a flag too.
+    argv = [word for word in argv if word != "--debug" and not word.startswith("--local_rank=")]
+    signal.signal(signal.SIGTERM, _terminate)  # a pre-training has its own way: it saves first
+    try:
+        status = _dispatch(argv)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # what reads the output, `| head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_PIPE
+    except UserError as error:
+        if debug:
+            traceback.print_exc()
+        for line in str(error).splitlines():
+            print(f"{who}error: {line}", file=sys.stderr)
+        return error.exit_status
+    except OSError as error:  # no space, no permission, an input that is gone
+        if debug or error.strerror is None:
+            raise
+        where = f": {error.filename}" if error.filename else ""
+        print(f"{who}error: {error.strerror.lower()}{where}; --debug shows where it came from", file=sys.stderr)
+        return EXIT_IO
+    except Preempted as notice:
+        if os.environ.get("RANK", "0") == "0":
+            print(notice, file=sys.stderr)
+        return notice.exit_status
+    except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") == "0":
+            print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def _dispatch(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        lines = [f"  {name:<10} {text}" for name, (text, _) in COMMANDS.items()]
+        print("\n".join(["usage: moco-dist COMMAND ...", "", *lines, FOOTER]))
+        return 0 if argv else EXIT_MISTAKE
+    if argv[0] == "--version":
+        print(__version__)
+        return 0
+    if argv[0] not in COMMANDS:
+        raise UserError(f"unknown command {argv[0]!r}; {', '.join(COMMANDS)} are{nearest(argv[0], COMMANDS)}")
+    module, function = COMMANDS[argv[0]][1].split(":")
+    return getattr(importlib.import_module(f"moco_dist.cli.{module}"), function)(argv[1:])
+
+
+def _terminate(signum: int, frame: object) -> None:
+    """SIGTERM, from a scheduler or torchrun, ends a run as Ctrl-C does."""
+    raise KeyboardInterrupt

@@ -1,0 +1,99 @@
+"""`moco-dist reproduce`."""
+
+import argparse
+import functools
+import shlex
+from pathlib import Path
+
+from moco_dist.cli.arguments import Parser
+from moco_dist.errors import UserError, nearest
+
+
+def main(words: list[str]) -> int:
+    """A table of the paper: every row pre-trained, evaluated, and set beside the published number."""
+    from moco_dist.cli.submission import submit, submitted
+    from moco_dist.reproduce.tables import SMALL_EPOCHS, TABLES, as_markdown, jobs_of, on_this_machine, run_jobs
+
+    parser = Parser(
+        "moco-dist reproduce", description="every row of a table of MoCo v2 (arXiv 2003.04297) beside the published",
+        epilog="with --launcher, its options as well: moco-dist launch LAUNCHER --help shows them",
+    )
+    parser.add_argument("table", help=f"{', '.join(TABLES)}, table3 (memory and time, in minutes)")
+    parser.add_argument("--scale", default="full", help="full: as published; small: Fashion-MNIST, minutes [full]")
+    parser.add_argument("--seeds", default="0", help="one run of each row for each, e.g. 0,1,2 [0]")
+    parser.add_argument("--ranks", type=int, default=1, help="processes on this machine, one a GPU [1]")
+    parser.add_argument("--out", type=Path, help="folder for runs and table [runs/TABLE_SCALE]")
+    parser.add_argument("--data-root", type=Path, help="images [those of the configs]")
+    parser.add_argument("--configs", type=Path, default=Path("configs"), help="folder of the configs [configs]")
+    parser.add_argument("--small-epochs", type=int, default=SMALL_EPOCHS,
+                        help=f"small: epochs for each 200 of the row [{SMALL_EPOCHS}]")  # fmt: skip
+    parser.add_argument("--launcher", help="submit every row: slurm, kubernetes, torchrun [run them here]")
+    parser.add_argument("--dry-run", action="store_true", help="print the commands, or what would be submitted")
+    args, options = parser.parse_known_args(words)
+    if args.launcher is None or args.table == "table3":
+        args, options = parser.parse_args(words), []  # which tells what is nobody's
+    tables = (*TABLES, "table3")
+    for given, allowed, name in ((args.table, tables, "table"), (args.scale, ("full", "small"), "--scale")):
+        if given not in allowed:
+            raise UserError(f"{name} {given!r} is not one of {', '.join(allowed)}{nearest(given, allowed)}")
+    seeds = list(dict.fromkeys(args.seeds.split(",")))
+    if not all(seed.isdecimal() for seed in seeds):
+        raise UserError(f"--seeds {args.seeds!r} is not a list of whole numbers such as 0,1,2")
+    if not args.configs.is_dir():
+        raise UserError(f"--configs {args.configs} is not a folder; it is configs/ of a checkout of moco_dist")
+    if min(args.ranks, args.small_epochs) < 1:
+        raise UserError("--ranks and --small-epochs are at least 1")
+
+    out = args.out or Path("runs") / f"{args.table}_{args.scale}"
+    if args.table == "table3":
+        _write(_table3(args), out / "table3.md")
+        return 0
+    jobs = jobs_of(
+        args.table, args.scale, [int(seed) for seed in seeds], out, args.configs, args.data_root, args.small_epochs
+    )
+    if args.launcher is not None:
+        submit(jobs, args.launcher, options, out, args.dry_run)
+        if not args.dry_run:
+            _write(as_markdown(jobs, args.scale), out / f"{args.table}.md")
+        return 0
+    if args.dry_run:
+        for job in jobs:
+            for command in job.commands:
+                print(f"moco-dist {shlex.join(command)}")
+        return 0
+    elsewhere = submitted(out)
+    for job in jobs:
+        if job.result is None and (by := elsewhere.get(job.run_dir.name)):
+            print(f"{job.row.label}, seed {job.seed}: left to {by[0]}, job {', '.join(by[1:])}")
+    try:
+        here = [job for job in jobs if job.run_dir.name not in elsewhere]
+        run_jobs(here, functools.partial(on_this_machine, num_ranks=args.ranks))
+    finally:
+        _write(as_markdown(jobs, args.scale), out / f"{args.table}.md")
+    return 0
+
+
+def _table3(args: argparse.Namespace) -> str:
+    """Memory and time, measured here and now.
+
+    Raises:
+        UserError: `--ranks` or `--dry-run` was given.
+    """
+    from moco_dist.distributed.world import world_from_env
+    from moco_dist.planning.calibrate import hardware
+    from moco_dist.reproduce.table3 import LOCAL_BATCHES, RANKS, ROUNDS, STEPS, as_markdown, configs_of, measure
+
+    if args.ranks > 1 or args.dry_run:
+        raise UserError(f"table3 times one rank with its share of a batch of {RANKS}, without --ranks and --dry-run")
+    world = world_from_env("auto")
+    overlays = [args.configs / "reproduce_small.yaml"] if args.scale == "small" else []
+    configs = configs_of(args.configs, overlays, ["--run.device", world.device.split(":")[0]])
+    model, side = configs["MoCo"].model.arch, configs["MoCo"].data.image_size
+    rows = measure(configs, LOCAL_BATCHES, world.device, STEPS, ROUNDS)
+    return f"{as_markdown(rows)}\nOurs: {model}, {side} px, on {hardware(world)}. Published: 8 V100, fp32.\n"
+
+
+def _write(table: str, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(table, encoding="utf-8")
+    print(f"\n{table}\ntable: {path}")

@@ -1,0 +1,54 @@
+"""The settings of loading, which training and every evaluation share."""
+
+import os
+from typing import Literal
+
+from moco_dist.config.section import PositiveInt, Section, setting
+
+Loader = Literal["torchvision", "dali", "ffcv"]
+OnError = Literal["fail", "skip-and-report"]
+
+
+class DaliConfig(Section):
+    """NVIDIA DALI's pipeline. All of it changes speed and memory only."""
+
+    decode_on: Literal["cpu", "gpu"] = setting(
+        "cpu", "gpu: DALI's mixed decoder, the hardware's where there is one; crops are then made on the GPU too"
+    )
+    hw_decoder_load: float = setting(0.65, "gpu: share of a batch for the hardware decoder", ge=0, le=1)
+    device_padding_bytes: int = setting(
+        16 * 2**20, "gpu: preallocated for each decoding thread on the device", unit="bytes", ge=0
+    )
+    host_padding_bytes: int = setting(
+        8 * 2**20, "gpu: preallocated for each decoding thread in page-locked memory", unit="bytes", ge=0
+    )
+
+
+MOST_WORKERS = 8
+DEFAULT_WORKERS = f"the rank's share of the host's cores but one, 1 to {MOST_WORKERS}"
+
+
+def worker_count(num_workers: int | None, local_world_size: int | None) -> int:
+    """`num_workers`, or by default a rank's share of the cores that this process may use, but one for the rank; 1 to 8.
+
+    `local_world_size`: ranks on this host; None: of a host that is taken to have cores enough.
+    """
+    if num_workers is not None:
+        return num_workers
+    if local_world_size is None:
+        return MOST_WORKERS
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(MOST_WORKERS, cores // local_world_size - 1))
+
+
+class LoadingConfig(Section):
+    """Who decodes and crops, and how far ahead."""
+
+    num_workers: int | None = setting(
+        None, "loader processes per rank (0 loads in the training process), dali: threads; default: " + DEFAULT_WORKERS,
+        ge=0, le=256,
+    )
+    prefetch_batches: PositiveInt = setting(
+        2, "batches ready ahead of the step: of each worker; dali: of the rank"
+    )
+    dali: DaliConfig = DaliConfig()

@@ -1,0 +1,73 @@
+"""Images in folders: which there are, their classes, and how a file is read."""
+
+import os
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from moco_dist.data.images import NO_CLASS, ImageError, ImageFolder
+from moco_dist.data.index import image_paths
+from moco_dist.data.storage import read_patiently
+from moco_dist.errors import UserError, nearest
+
+
+def folder_images(root: Path, split: Literal["train", "val"], remember: bool = True) -> ImageFolder:
+    """The images of one split: of ROOT/train or ROOT/val, or of ROOT itself for training where it has neither.
+
+    An image's class is the first folder on its way, at any depth below; hidden files and folders are left out.
+    Labels of `val` are those of `train`, even where `val` lacks some of the classes.
+
+    Args:
+        root: the data set's folder.
+        split: `train` or `val`.
+        remember: whether an index may be written into a large folder.
+
+    Raises:
+        UserError: there is no such folder, no image in it, or `val` has a class that `train` lacks.
+    """
+    if not root.is_dir():
+        raise UserError(f"data root {root} is not a folder{nearest(root.name, _folder_names(root.parent))}")
+    train, val = root / "train", root / "val"
+    if split == "val" and not val.is_dir():
+        raise UserError(
+            f"{root} has no validation set; one is laid out as {val}/CLASS/IMAGE beside {train}/CLASS/IMAGE"
+        )
+    if split == "train" and not train.is_dir():
+        if val.is_dir():
+            raise UserError(f"{root} has a folder val but none called train{nearest('train', _folder_names(root))}")
+        train = root
+    folder = train if split == "train" else val
+    classes = _folder_names(train if train.is_dir() else val)
+    if split == "val":
+        for name in _folder_names(val):
+            if name not in classes:
+                raise UserError(f"{val} has a class {name} that {train} lacks{nearest(name, classes)}")
+    paths = image_paths(folder, remember)
+    if not paths:
+        raise UserError(f"no image found in {folder}; files called {', '.join(IMG_EXTENSIONS)} count as images")
+    label_of = {name: label for label, name in enumerate(classes)}
+    firsts = (path.partition("/") for path in paths)
+    labels = [label_of[first] if below else NO_CLASS for first, below, _ in firsts]
+    return ImageFolder(folder, paths, np.array(labels, dtype=np.int64), tuple(classes))
+
+
+def read_bytes(path: Path) -> bytes:
+    """The content of an image file, by `read_patiently`. Whole images are read nowhere else, but inside DALI.
+
+    Raises:
+        ImageError: it cannot be read.
+    """
+    try:
+        return read_patiently(path)
+    except OSError as error:
+        raise ImageError(f"cannot read image {path}: {(error.strerror or str(error)).lower()}") from error
+
+
+def _folder_names(folder: Path) -> list[str]:
+    """Sorted names of the visible folders in `folder`; none where it does not exist."""
+    if not folder.is_dir():
+        return []
+    with os.scandir(folder) as entries:
+        return sorted(entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir())

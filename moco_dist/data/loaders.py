@@ -1,0 +1,97 @@
+"""Batches by whichever loader the config names: `data.loader`. All of them give the same views."""
+
+import contextlib
+import functools
+from collections.abc import Generator
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from moco_dist.config.evaluate import EvalDataConfig
+from moco_dist.config.pretrain import DataConfig, PretrainConfig
+from moco_dist.data.batch import CropBatch
+from moco_dist.data.crops import centre_resize
+from moco_dist.data.images import ImageFolder
+from moco_dist.data.jobs import Crop, Job, JobOf, row_job, view_job
+from moco_dist.data.packed import PACKED_SUFFIX, PackedFile
+from moco_dist.data.plan import Plan
+from moco_dist.data.workers import Files, batches_from_workers
+from moco_dist.distributed.world import World
+from moco_dist.errors import UserError
+
+T = TypeVar("T")
+
+
+def pretrain_batches(
+    folder: ImageFolder, config: PretrainConfig, plan: Plan, world: World, start: int, stop: int
+) -> Generator[CropBatch, None, None]:
+    """This rank's CropBatch of steps start .. stop-1, in pinned memory or on the GPU where there is one."""
+    job_of = functools.partial(view_job, config=config, plan=plan, world=world)
+    return load(folder, job_of, range(start, stop), config.data.image_size, config.data, world)
+
+
+def eval_batches(
+    folder: ImageFolder, indices: NDArray[np.int64], data: EvalDataConfig, resize: int, crop: int, world: World
+) -> Generator[tuple[Tensor, NDArray[np.int64]], None, None]:
+    """Centre crops, `data.batch_size` at a time, the last batch smaller.
+
+    Args:
+        folder: the images.
+        indices: (N,) which of them, in this order.
+        data: batch size and workers.
+        resize: short side before the crop, in pixels.
+        crop: S, side of the crop, in pixels.
+        world: this process.
+
+    Yields:
+        uint8 (n, 3, S, S) and the n indices.
+    """
+    batches = [indices[i : i + data.batch_size] for i in range(0, len(indices), data.batch_size)]
+    job_of = functools.partial(_centre_job, batches=batches, resize=resize, size=crop)
+    with contextlib.closing(load(folder, job_of, range(len(batches)), crop, data, world)) as views_of_batches:
+        yield from zip(views_of_batches, batches, strict=True)
+
+
+def load(
+    folder: ImageFolder, job_of: JobOf[T], numbers: range, size: int, data: DataConfig | EvalDataConfig, world: World
+) -> Generator[T, None, None]:
+    """The batches of `numbers`, one after the other, some of them ahead of time.
+
+    Close it, by `contextlib.closing`: processes, threads and DALI's pipeline end then, whatever still refers to it.
+
+    Args:
+        folder: the images, in files or packed.
+        job_of: number to job.
+        numbers: which batches.
+        size: S, side of a view in pixels.
+        data: the loader, its workers, what to do about files that cannot be read.
+        world: this process.
+
+    Raises:
+        UserError: the loader is not installed, or does not read this kind of data; while batches are taken, an
+            ImageError names a file that cannot be read.
+    """
+    is_packed = folder.root.parent.suffix == PACKED_SUFFIX
+    if is_packed and data.loader != "ffcv":
+        raise UserError(f"{folder.root.parent} is a packed file, which data.loader ffcv reads, not {data.loader}")
+    if data.loader == "ffcv":
+        if not is_packed:
+            raise UserError(
+                f"data.loader ffcv reads a packed file, and {folder.root} is a folder; "
+                "moco-dist data pack FOLDER FILE.beton makes one"
+            )
+        return batches_from_workers(PackedFile(folder), job_of, numbers, size, data, world)
+    if data.loader == "dali":
+        from moco_dist.data.dali import batches_from_dali
+
+        return batches_from_dali(folder, job_of, numbers, size, data, world)
+    return batches_from_workers(Files(folder), job_of, numbers, size, data, world)
+
+
+def _centre_job(number: int, batches: list[NDArray[np.int64]], resize: int, size: int) -> Job[Tensor]:
+    def crop(row: int, width: int, height: int) -> Crop:
+        return Crop((0, 0, width, height), resized=centre_resize(width, height, resize, size))
+
+    return row_job(batches[number], crop)

@@ -1,0 +1,119 @@
+"""Images of one packed file (`moco-dist data pack`, or FFCV's own .beton), by the workers of the reference loader.
+
+All processes of a machine read the file through its page cache, so it is in memory once. At the start of a batch the
+kernel is told which places come next, and reads them while the first images are decoded: that is what makes a file
+larger than memory fast enough, without FFCV's quasi-random order, which would change what a batch is made of.
+
+Images are read, not mapped: a read error of mapped memory would kill the process instead of being waited out and told.
+"""
+
+import contextlib
+import errno
+import functools
+import os
+import weakref
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from moco_dist.data.beton import JPEG, Beton, read_beton
+from moco_dist.data.decode import CropsFor, cut, cut_pixels
+from moco_dist.data.images import NO_CLASS, ImageError, ImageFolder
+from moco_dist.data.storage import patiently
+from moco_dist.errors import UserError, nearest
+
+PACKED_SUFFIX = ".beton"  # of a file that `moco-dist data pack` wrote
+
+
+def packed_images(path: Path, split: Literal["train", "val"]) -> ImageFolder:
+    """The images of one split, as `find_images` finds them in the folder that was packed; `root` is FILE/SPLIT.
+
+    Raises:
+        UserError: the file cannot be read, or has no such split.
+    """
+    if not path.is_file():
+        siblings = [file.name for file in path.parent.glob("*.beton")]
+        raise UserError(f"data root {path} is not a file{nearest(path.name, siblings)}")
+    names = opened(path).names
+    paths = [name.removeprefix(f"{split}/") for name in names if name.startswith(f"{split}/")]
+    if not paths:
+        raise UserError(f"{path} has no {'validation' if split == 'val' else 'training'} images")
+    classes = sorted({name.split("/")[1] for name in names if name.count("/") > 1})
+    label_of = {name: label for label, name in enumerate(classes)}
+    labels = [label_of[path.partition("/")[0]] if "/" in path else NO_CLASS for path in paths]
+    return ImageFolder(path / split, paths, np.array(labels, dtype=np.int64), tuple(classes))
+
+
+class PackedFile:
+    """The images of `folder`, which `packed_images` found, as a source of the reference loader's workers."""
+
+    def __init__(self, folder: ImageFolder) -> None:
+        self.path, self.folder = folder.root.parent, folder
+        self._beton: Beton | None = opened(self.path)
+        self._fd: int | None = None
+        row_of = {name: row for row, name in enumerate(self._beton.names)}
+        self._rows = np.array([row_of[f"{folder.root.name}/{path}"] for path in folder.paths])
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_beton": None, "_fd": None}  # a worker that is not a fork opens the file itself
+
+    def announce(self, samples: NDArray[np.int64]) -> None:
+        """Have the kernel read these images ahead."""
+        beton = self._open()
+        with contextlib.suppress(OSError):  # told when the images are read
+            for row in self._rows[samples].tolist():
+                os.posix_fadvise(self._file(), int(beton.start[row]), int(beton.size[row]), os.POSIX_FADV_WILLNEED)
+
+    def cut(self, sample: int, size: int, crops_for: CropsFor) -> list[Tensor]:
+        """The views of one of them, as `decode.cut`."""
+        beton, row = self._open(), self._rows[sample]
+        name = f"{self.folder.root / self.folder.paths[sample]}"
+        try:
+            data = patiently(lambda: self._read(int(beton.start[row]), int(beton.size[row])), name)
+        except OSError as error:
+            raise ImageError(f"cannot read image {name}: {(error.strerror or str(error)).lower()}") from error
+        if beton.mode[row] == JPEG:
+            return cut(memoryview(data), name, size, crops_for)
+        width, height = int(beton.width[row]), int(beton.height[row])
+        return cut_pixels(np.frombuffer(data, np.uint8).reshape(height, width, 3), size, crops_for(width, height))
+
+    def _read(self, start: int, size: int) -> bytearray:
+        data = bytearray(size)  # torch wants pixels that can be written
+        try:
+            if os.preadv(self._file(), [data], start) < size:
+                raise OSError(errno.EIO, "the file ends before it")
+        except OSError:
+            self._fd = None  # a file server may have forgotten it: the next try opens the file anew
+            raise
+        return data
+
+    def _file(self) -> int:
+        if self._fd is None:
+            self._fd = os.open(self.path, os.O_RDONLY)
+            weakref.finalize(self, os.close, self._fd)
+        return self._fd
+
+    def _open(self) -> Beton:
+        if self._beton is None:
+            self._beton = opened(self.path)
+        return self._beton
+
+
+def opened(path: Path) -> Beton:
+    """`read_beton`, once a process for each version of a file."""
+    try:
+        facts = path.stat()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {(error.strerror or str(error)).lower()}") from error
+    return _opened(path, facts.st_mtime_ns, facts.st_size)
+
+
+@functools.lru_cache(maxsize=2)
+def _opened(path: Path, mtime_ns: int, size: int) -> Beton:
+    return read_beton(path)

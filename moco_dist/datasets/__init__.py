@@ -1,0 +1,1 @@
+"""Getting a data set, checking it and packing it."""

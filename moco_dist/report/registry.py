@@ -1,0 +1,105 @@
+"""A run's backbone in MLflow's model registry, with a signature and a model card.
+
+The model is saved as an exported program (torch.export's pt2), which loads without running pickled code.
+"""
+
+import inspect
+import tempfile
+import warnings
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moco_dist.config.pretrain import PretrainConfig
+from moco_dist.config.source import read_config
+from moco_dist.errors import UserError
+from moco_dist.method.encoder import build_encoder
+from moco_dist.report.compare import RunRecord
+from moco_dist.run.weights import load_trained
+from moco_dist.tracking import saved_run
+
+METHODS = {"moco": "MoCo v2 (arXiv 2003.04297)", "simclr": "SimCLR (arXiv 2002.05709)"}
+ACCURACIES = {"linear_top1": "linear evaluation, top-1", "knn_top1_k20": "kNN, k = 20, top-1"}
+
+
+def best_run(records: list[RunRecord]) -> int:
+    """The number of the run whose linear evaluation is best; by kNN where no run has one.
+
+    Raises:
+        UserError: none was evaluated.
+    """
+    for name in ACCURACIES:
+        rated = [i for i, record in enumerate(records) if name in record.accuracy]
+        if rated:
+            return max(rated, key=lambda i: records[i].accuracy[name])
+    raise UserError("none of the runs was evaluated; moco-dist linear or moco-dist knn comes first")
+
+
+def model_card(record: RunRecord, config: PretrainConfig) -> str:
+    """What the backbone is, what it was trained on, its measured numbers and its limits, in Markdown."""
+    optim, augment, size = config.optim, config.augment, config.data.image_size
+    found = record.accuracy
+    measured = [f"- {text}: {found[key]:.2f} %" for key, text in ACCURACIES.items() if key in found]
+    return f"""# {record.name}: {config.model.arch} backbone, trained without labels
+
+Input: float32 (N, 3, {size}, {size}), RGB in [0, 1], less mean {list(augment.mean)},
+divided by std {list(augment.std)}.
+Output: features, before the projection head.
+
+## Data
+`{config.data.root}`, the images alone. Their licence is theirs, and may limit what can be done with this model.
+
+## Recipe
+{METHODS[config.method]}, {optim.epochs} epochs, batch {optim.global_batch_size}, {optim.optimizer},
+base_lr {optim.base_lr}, seed {config.run.seed}. All settings are parameters of the MLflow run.
+
+## Numbers
+{chr(10).join(measured or ["- not evaluated"])}
+
+Measured by this program on the validation images of the same data.
+
+## Limits
+How the features do on images unlike the training data was not measured. A bias of the images may be one of the
+features.
+"""
+
+
+def register(record: RunRecord, run_dir: Path, name: str) -> str:
+    """A new version of model `name`: the backbone of the run in `run_dir`; returns the version.
+
+    Raises:
+        UserError: the run was not tracked by MLflow.
+    """
+    found = saved_run(run_dir)
+    if found is None:
+        raise UserError(f"{run_dir} was not tracked by MLflow, so its backbone cannot be registered there")
+    client, uri, run = found
+    import mlflow
+    import mlflow.pytorch
+    from mlflow.models import infer_signature
+
+    config = read_config(PretrainConfig, run_dir / "config.yaml", [])
+    encoder = build_encoder(config.model, config.run.seed)
+    step = load_trained(encoder, run_dir)
+    backbone = encoder.backbone.eval()
+    example = torch.zeros(2, 3, config.data.image_size, config.data.image_size).numpy()
+    with torch.no_grad():
+        signature = infer_signature(example, backbone(torch.from_numpy(example)).numpy())
+    has_format = "serialization_format" in inspect.signature(mlflow.pytorch.save_model).parameters
+    safe: dict[str, Any] = {"serialization_format": "pt2"} if has_format else {"export_model": True}
+    with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # mlflow's, of its own choices
+        folder, card = Path(scratch) / "backbone", model_card(record, config)
+        mlflow.pytorch.save_model(
+            backbone, str(folder), signature=signature, input_example=example,
+            pip_requirements=[f"{package}=={metadata.version(package)}" for package in ("torch", "torchvision")],
+            metadata={"step": step, "model_card": card}, **safe,
+        )  # fmt: skip
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        client.log_artifacts(run.info.run_id, str(folder), "backbone")
+        mlflow.set_tracking_uri(uri)
+        version = mlflow.register_model(f"runs:/{run.info.run_id}/backbone", name)
+        client.update_model_version(name, version.version, description=card)
+    return str(version.version)

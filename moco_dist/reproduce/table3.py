@@ -1,0 +1,109 @@
+"""Memory and time of MoCo beside the end-to-end method, Table 3 of MoCo v2 (arXiv 2003.04297), on this machine.
+
+The paper's rows are of 8 GPUs; what is measured is one rank with its share of the batch: the real `train_step` on
+random crops, colours included, loading and the network not. Every measurement is a process of its own, so that no
+memory of another one counts, and the methods take turns.
+"""
+
+import multiprocessing
+import statistics
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from moco_dist.config.pretrain import PretrainConfig
+from moco_dist.config.source import read_config
+from moco_dist.distributed.world import World
+from moco_dist.planning.arithmetic import sizes
+from moco_dist.planning.calibrate import Step
+
+RANKS = 8  # of the paper
+CONFIGS = {"MoCo": "mocov2_r50_200ep", "end to end": "end_to_end_r50_b256"}
+# Method and global batch: GB a GPU, hours of 200 epochs on 8 V100. 93 GB is the paper's own estimate.
+PUBLISHED = {("MoCo", 256): ("5.0", "53"), ("end to end", 256): ("7.4", "65"), ("end to end", 4096): ("93 (est.)", "–")}
+LOCAL_BATCHES = (32, 128, 512)  # samples of a rank
+STEPS, ROUNDS = 5, 2
+
+
+def configs_of(folder: Path, overlays: Sequence[Path] = (), flags: Sequence[str] = ()) -> dict[str, PretrainConfig]:
+    """The method's configs, with the same overlays and flags."""
+    return {
+        method: read_config(PretrainConfig, folder / f"{name}.yaml", list(flags), overlays)
+        for method, name in CONFIGS.items()
+    }
+
+
+def measure(
+    configs: dict[str, PretrainConfig], local_batches: Sequence[int], device: str, steps: int, rounds: int
+) -> list[dict[str, Any]]:
+    """A row for each method and batch: peak bytes and seconds of a step, None where it did not fit.
+
+    On a GPU the bytes are those that torch had allocated at most; on a CPU the process's peak beyond what its imports
+    hold.
+    """
+    cases = [(method, batch) for batch in local_batches for method in configs]
+    readings: dict[tuple[str, int], list[tuple[int, float] | None]] = {case: [] for case in cases}
+    for _ in range(rounds):
+        for method, batch in cases:
+            if None not in readings[method, batch]:
+                readings[method, batch].append(_alone(configs[method], batch, steps, device))
+    rows = []
+    for method, batch in cases:
+        found = [reading for reading in readings[method, batch] if reading is not None]
+        fits = len(found) == rounds
+        rows.append({
+            "method": method, "local_batch": batch,
+            "peak_bytes": max(peak for peak, _ in found) if fits else None,
+            "step_seconds": statistics.median(seconds for _, seconds in found) if fits else None,
+        })  # fmt: skip
+    return rows
+
+
+def _alone(config: PretrainConfig, local_batch: int, steps: int, device: str) -> tuple[int, float] | None:
+    """Peak bytes and seconds of a step, in a process of its own; None where memory is too small.
+
+    On a host it is not tried where the activations alone are more than is free: the kernel might end another process.
+    """
+    if device == "cpu":
+        values, group = config.model_dump(mode="json"), config.model.bn_group_size
+        values["optim"]["global_batch_size"] = group
+        of_a_group = sizes(PretrainConfig.model_validate(values), 1, 1).activation_bytes
+        if of_a_group * local_batch / group > psutil.virtual_memory().available:
+            return None
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        try:
+            return pool.submit(_measured, config, local_batch, steps, device, torch.get_num_threads()).result()
+        except (torch.OutOfMemoryError, BrokenProcessPool):  # of a GPU; of a host, where the kernel ends the process
+            return None
+
+
+def _measured(config: PretrainConfig, local_batch: int, steps: int, device: str, threads: int) -> tuple[int, float]:
+    torch.set_num_threads(threads)
+    before = psutil.Process().memory_info().rss
+    seconds = Step(config, local_batch, World(device=device)).seconds(steps)
+    if device != "cpu":
+        return torch.cuda.max_memory_allocated(), seconds
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024 - before, seconds
+
+
+def as_markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """The table: ours, its ratio to MoCo's at the same batch, and the published."""
+    columns = ["method", "batch of a rank", f"of {RANKS} ranks", "GB", "of MoCo's", "s a step", "of MoCo's",
+               "published: GB", "hours"]  # fmt: skip
+    lines = [columns, ["---"] * len(columns)]
+    moco = {row["local_batch"]: row for row in rows if row["method"] == "MoCo"}
+    for row in rows:
+        base, whole = moco[row["local_batch"]], RANKS * row["local_batch"]
+        cells = [row["method"], str(row["local_batch"]), f"{whole:,}"]
+        for key, unit, form in (("peak_bytes", 1e-9, ".2f"), ("step_seconds", 1, ".3f")):
+            value = row[key]
+            cells.append("does not fit" if value is None else format(unit * value, form))
+            cells.append("–" if None in (value, base[key]) else f"{value / base[key]:.2f}")
+        lines.append([*cells, *PUBLISHED.get((row["method"], whole), ("–", "–"))])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)

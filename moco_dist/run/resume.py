@@ -1,0 +1,102 @@
+"""Going on with a run: from which checkpoint, under which settings, and whether all ranks mean the same."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from moco_dist.config.pretrain import PretrainConfig
+from moco_dist.config.source import flatten, to_yaml
+from moco_dist.data.images import ImageFolder
+from moco_dist.distributed.collectives import barrier, gather_texts
+from moco_dist.distributed.stop import marker_path
+from moco_dist.distributed.world import World
+from moco_dist.errors import UserError
+from moco_dist.files import write_whole
+from moco_dist.provenance import package_versions, source_hash
+from moco_dist.run import checkpoint
+from moco_dist.run.checkpoint import TrainState
+from moco_dist.tracking import without_credentials
+
+# Settings that say where and how fast, not what is computed: they may change when a run goes on.
+FREE_TO_CHANGE = ("run.dir", "run.device", "run.stop_at_step", "run.resume", "run.peer_timeout_seconds",
+                  "data.loader", "data.num_workers", "data.prefetch_batches", "data.dali.", "data.root",
+                  "log.", "checkpoint.", "tracking.", "optim.grad_accum_steps", "engine.", "shuffle.")
+# Weights or queue of another shape: no checkpoint can be loaded into them.
+SHAPES = ("method", "model.arch", "model.stem", "model.head_hidden_dims", "model.embedding_dim", "moco.queue_size")
+
+
+def resume(state: TrainState, config: PretrainConfig, world: World) -> tuple[list[str], list[float]]:
+    """Load the newest intact checkpoint of the run's folder, if there is one; write the resolved config.
+
+    Returns:
+        lines about checkpoints that were passed over, and the losses of the log interval that was under way.
+
+    Raises:
+        UserError: the checkpoint was made with settings that compute something else (each is named), or none is intact.
+    """
+    damaged: dict[Path, str] = {}
+    pending_losses: list[float] = []
+    # As rank 0 sees it: a shared file system may show a new folder to some hosts a little later.
+    seen = " ".join(folder.name for folder in checkpoint.complete_checkpoints(config.run.dir))
+    for name in reversed(gather_texts(seen, world)[0].split()):
+        folder = config.run.dir / "checkpoints" / name
+        if problem := checkpoint.damage(folder, world):
+            damaged[folder] = problem
+            continue
+        refuse_changes(config, folder)
+        checkpoint.load(state, folder, world)
+        pending_losses = checkpoint.read_manifest(folder).get("pending_losses", [])
+        break
+    else:
+        if damaged:
+            lines = [f"{folder.name} is damaged: {problem}" for folder, problem in damaged.items()]
+            raise UserError("\n".join([*lines, f"no checkpoint of {config.run.dir} is intact; give another --run.dir"]))
+    notes = [
+        f"warning: {folder.name} is damaged and set aside as {checkpoint.aside(folder).name}: {problem}"
+        for folder, problem in damaged.items()
+    ]
+    if world.is_main:
+        for folder in damaged:
+            checkpoint.set_aside(folder)
+        marker_path(config.run.dir).unlink(missing_ok=True)
+        write_whole(config.run.dir / "config.yaml", to_yaml(without_secrets(config)).encode())
+    barrier(world)
+    return notes, pending_losses
+
+
+def without_secrets(config: PretrainConfig) -> PretrainConfig:
+    """The config as files may hold it: a user and password in tracking.uri are left out."""
+    uri = config.tracking.uri
+    tracking = config.tracking.model_copy(update={"uri": without_credentials(uri) if uri else uri})
+    return config.model_copy(update={"tracking": tracking})
+
+
+def refuse_changes(config: PretrainConfig, folder: Path) -> None:
+    """Compare with the settings that a checkpoint was made with.
+
+    Raises:
+        UserError: some that change what is computed differ; each is named.
+    """
+    saved: dict[str, Any] = flatten(PretrainConfig.model_validate(checkpoint.read_manifest(folder)["config"]))
+    changed = [
+        f"{name}: {saved[name]} in {folder.name}, now {value}"
+        for name, value in flatten(config).items()
+        if value != saved[name] and not name.startswith(FREE_TO_CHANGE)
+    ]
+    has_other_shapes = any(line.startswith(SHAPES) for line in changed)
+    if has_other_shapes or (changed and config.run.resume != "changed"):
+        how = "give another --run.dir or these settings again" if has_other_shapes else (
+            "give another --run.dir, these settings again, or --run.resume changed to go on all the same")  # fmt: skip
+        raise UserError("\n".join([f"{config.run.dir} holds a run with other settings; {how}:", *changed]))
+
+
+def facts_to_agree_on(config: PretrainConfig, folder: ImageFolder) -> dict[str, Any]:
+    """What must be the same on every rank: settings, versions, and the list of images."""
+    per_host = ("data.root", "data.num_workers", "run.dir", "run.device", "run.resume")
+    return {
+        **{name: value for name, value in flatten(without_secrets(config)).items() if name not in per_host},
+        **{f"version of {name}": version for name, version in package_versions().items()},
+        "source of moco_dist (hash)": source_hash(),
+        "number of images": len(folder.paths),
+        "list of images (hash)": hashlib.sha256("\n".join(folder.paths).encode()).hexdigest()[:16],
+    }

@@ -1,0 +1,254 @@
+"""Weights that go out to other programs (`moco-dist export`) and come in from them (`moco-dist import`).
+
+Inside, a backbone has torchvision's names. Files are safetensors, or torch's own format where the other program asks
+for it; what comes in is read with `weights_only=True`, which runs no code of the file.
+"""
+
+import io
+import re
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from moco_dist.config.pretrain import ModelConfig, PretrainConfig
+from moco_dist.config.source import read_config, to_yaml
+from moco_dist.errors import UserError, nearest
+from moco_dist.files import write_whole
+from moco_dist.method.encoder import BLOCKS, build_encoder
+from moco_dist.run import checkpoint
+
+BACKBONE = "backbone.safetensors"
+FORMATS = {
+    "torchvision": ".pth",
+    "timm": ".safetensors",
+    "detectron2": ".pth",
+    "safetensors": ".safetensors",
+}  # and the ending of their files
+# What other programs put before the names of MoCo's query encoder, the most specific first.
+PREFIXES = (
+    "module.encoder_q.",  # the original release of MoCo, under DDP
+    "encoder_q.0.",  # mmselfsup's forerunner OpenSelfSup: Sequential(backbone, neck)
+    "encoder_q.",  # the same without DDP
+    "module.backbone.",
+    "model.backbone.",  # lightly's LightningModules that wrap a model
+    "backbone.",  # lightly, mmselfsup, OpenMMLab's exports, ours
+    "module.",
+    "",
+)
+# lightly builds its backbone as Sequential(conv1, bn1, relu, maxpool, layer1, ..., layer4, avgpool).
+LIGHTLY = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A trained backbone.
+
+    Attributes:
+        tensors: torchvision's names (without `fc`) to float32 tensors on the CPU.
+        model: what network it is; its head is of no matter here.
+        step: optimiser steps behind it; 0 where unknown.
+    """
+
+    tensors: dict[str, Tensor]
+    model: ModelConfig
+    step: int
+
+
+def backbone_of_run(run_dir: Path) -> Backbone:
+    """The query encoder's backbone of a run's newest checkpoint, running statistics averaged over ranks.
+
+    Raises:
+        UserError: there is no run or no checkpoint.
+    """
+    encoder, config, step = _query_encoder(run_dir)
+    prefix = "backbone."
+    tensors = {k.removeprefix(prefix): v for k, v in encoder.items() if k.startswith(prefix)}
+    return Backbone(tensors, config.model, step)
+
+
+def export_run(run_dir: Path, format: str, out: Path) -> str:
+    """Write a run's query encoder for another program.
+
+    `torchvision` and `timm` load with `strict=True` into a network without classifier; `detectron2` has its ResNet's
+    names; `safetensors` is the whole encoder, head included, under this program's names.
+
+    Args:
+        run_dir: folder of the run.
+        format: one of FORMATS.
+        out: file to write; replaced only when the new one is complete.
+
+    Returns:
+        a line of Python that loads it.
+
+    Raises:
+        UserError: an unknown format, another file ending, no checkpoint, or the other program has no such network.
+    """
+    if format not in FORMATS:
+        raise UserError(f"--format {format!r} is not one of {', '.join(FORMATS)}{nearest(format, FORMATS)}")
+    if out.suffix != FORMATS[format]:
+        raise UserError(f"--out {out}: a file for {format} ends in {FORMATS[format]}")
+    if format == "safetensors":
+        tensors, config, step = _query_encoder(run_dir)
+        _save(tensors, out, {"step": str(step), "arch": config.model.arch})
+        return f"safetensors.torch.load_file({str(out)!r})  # backbone.* with torchvision's names, head.*"
+    backbone = backbone_of_run(run_dir)
+    arch, step = backbone.model.arch, backbone.step
+    if backbone.model.stem != "imagenet" or (arch == "resnet10" and format != "torchvision"):
+        raise UserError(
+            f"{format} has no {arch} with the {backbone.model.stem} stem; --format safetensors has no such limit"
+        )
+    if format == "torchvision":
+        _save(backbone.tensors, out, {})
+        how = f"model.load_state_dict(torch.load({str(out)!r}, weights_only=True), strict=True)"
+        network = f"{arch}()" if arch != "resnet10" else "ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1])"
+        return f"model = torchvision.models.{network}; model.fc = torch.nn.Identity(); {how}"
+    if format == "timm":
+        _save(backbone.tensors, out, {"step": str(step), "arch": arch})
+        return f"timm.create_model({arch!r}, num_classes=0, checkpoint_path={str(out)!r})"
+    # Where a file says so, detectron2 matches names by their longest common endings: any prefix of its models fits.
+    renamed = {to_detectron2(name): value for name, value in backbone.tensors.items() if "num_batches" not in name}
+    _save({"model": renamed, "matching_heuristics": True, "__author__": "moco_dist"}, out, {})
+    return f"MODEL.WEIGHTS {out}  with MODEL.RESNETS.STRIDE_IN_1X1 False, and PIXEL_MEAN and PIXEL_STD in RGB"
+
+
+def to_detectron2(name: str) -> str:
+    """A ResNet's tensor by torchvision's name, to detectron2's: stem.conv1, res2.0.conv1.norm, res2.0.shortcut."""
+    if not name.startswith("layer"):
+        name = f"stem.{name}"
+    name = re.sub(r"^layer(\d)", lambda match: f"res{int(match[1]) + 1}", name)
+    name = re.sub(r"\bbn(\d)", r"conv\1.norm", name)
+    return name.replace("downsample.0", "shortcut").replace("downsample.1", "shortcut.norm")
+
+
+def import_backbone(path: Path, arch: str, data_root: Path, run_dir: Path) -> Backbone:
+    """Make RUN of the backbone in `path`, so that every evaluation and export takes it as a run of ours.
+
+    Args:
+        path: see `read_backbone`.
+        arch: see `read_backbone`.
+        data_root: what the evaluations read by default.
+        run_dir: folder to make; RUN/config.yaml has MoCo v2's settings beside the model and the data.
+
+    Raises:
+        UserError: `run_dir` is not empty, or the file does not fit.
+    """
+    if run_dir.exists() and any(run_dir.iterdir()):
+        raise UserError(f"{run_dir} is not empty; give another --out")
+    backbone = read_backbone(path, arch)
+    config = PretrainConfig.model_validate(
+        {"run": {"dir": run_dir}, "data": {"root": data_root}, "model": backbone.model.model_dump()}
+    )
+    _save(backbone.tensors, run_dir / BACKBONE, {"step": "0", "arch": arch, "imported_from": path.name})
+    (run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    return backbone
+
+
+def load_trained(encoder: nn.Module, run_dir: Path) -> int:
+    """Fill a query encoder from a run's newest checkpoint, or the backbone alone where it was imported.
+
+    Returns:
+        the optimiser steps behind it.
+
+    Raises:
+        UserError: there is neither, or it does not fit.
+    """
+    imported = run_dir / BACKBONE
+    if checkpoint.complete_checkpoints(run_dir) or not imported.is_file():
+        return checkpoint.load_query_encoder(encoder, checkpoint.latest(run_dir))
+    tensors = {f"backbone.{name}": value for name, value in _read(imported).items()}
+    problems = encoder.load_state_dict(tensors, strict=False)
+    if problems.unexpected_keys or any(name.startswith("backbone.") for name in problems.missing_keys):
+        raise UserError(f"{imported} does not fit the model of {run_dir / 'config.yaml'}")
+    return 0
+
+
+def read_backbone(path: Path, arch: str) -> Backbone:
+    """The backbone in a file of another program: MoCo's original release, lightly, mmselfsup, torchvision or ours.
+
+    Args:
+        path: `.pth`, `.pth.tar`, `.ckpt` or `.safetensors`.
+        arch: torchvision's name of the network that it should be.
+
+    Raises:
+        UserError: the file cannot be read safely, or holds no backbone of `arch`.
+    """
+    if arch not in BLOCKS:
+        raise UserError(f"--arch {arch!r} is not one of {', '.join(BLOCKS)}{nearest(arch, BLOCKS)}")
+    found = _named_tensors(_read(path))
+    model = ModelConfig.model_validate({"arch": arch})
+    wanted = {
+        name.removeprefix("backbone."): value.shape
+        for name, value in build_encoder(model, 0).state_dict().items()
+        if name.startswith("backbone.") and "num_batches" not in name
+    }
+    best: list[str] = list(wanted)
+    for prefix in PREFIXES:
+        tensors = {_torchvision_name(k.removeprefix(prefix)): v for k, v in found.items() if k.startswith(prefix)}
+        missing = [name for name in wanted if name not in tensors]
+        if not missing:
+            for name, shape in wanted.items():
+                if tensors[name].shape != shape:
+                    sizes = f"{tuple(tensors[name].shape)} instead of {tuple(shape)}"
+                    raise UserError(f"{path} is not a {arch}: {name} has the shape {sizes}; give another --arch")
+            kept = {name: tensors[name].float().contiguous() for name in wanted}  # they may be channels-last
+            kept |= {f"{name[:-12]}num_batches_tracked": torch.tensor(0) for name in wanted if "running_mean" in name}
+            return Backbone(kept, model, 0)
+        best = min(best, missing, key=len)
+    raise UserError(f"{path} holds no {arch}: {best[0]} is missing; --arch is one of {', '.join(BLOCKS)}")
+
+
+def _torchvision_name(name: str) -> str:
+    first, dot, rest = name.partition(".")
+    return LIGHTLY.get(first, first) + dot + rest
+
+
+def _query_encoder(run_dir: Path) -> tuple[dict[str, Tensor], PretrainConfig, int]:
+    if not (run_dir / "config.yaml").is_file():
+        raise UserError(f"{run_dir} is not the folder of a run: it has no config.yaml")
+    config = read_config(PretrainConfig, run_dir / "config.yaml", [])
+    encoder = build_encoder(config.model, config.run.seed)
+    step = load_trained(encoder, run_dir)
+    return {name: value.contiguous() for name, value in encoder.state_dict().items()}, config, step
+
+
+def _save(content: dict[str, Any], out: Path, metadata: dict[str, str]) -> None:
+    if out.suffix == ".safetensors":
+        packed = safetensors.torch.save(content, metadata={"format": "pt", **metadata})
+    else:
+        torch.save(content, file := io.BytesIO())
+        packed = file.getvalue()
+    try:
+        write_whole(out, packed)  # the libraries' own writers call a full disk neither OSError nor by its name
+    except OSError as error:
+        raise UserError(f"{out} cannot be written: {(error.strerror or str(error)).lower()}") from error
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(f"{path} is not a file")
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the age of a file's format
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # on a damaged or hostile file torch raises anything
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{path} cannot be read as weights alone, without running code of it: {reason}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}; a dict of tensors is expected")
+    return content
+
+
+def _named_tensors(content: dict[str, Any]) -> dict[str, Tensor]:
+    for key in ("state_dict", "model", "model_state_dict"):
+        if isinstance(content.get(key), dict):
+            content = content[key]
+            break
+    return {str(name): value for name, value in content.items() if isinstance(value, Tensor)}

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from moco_dist.data import folder as datasets
 from moco_dist.data.decode import decode_image
 from moco_dist.data.folder import read_bytes
 from moco_dist.data.images import NO_CLASS, ImageError, subset
@@ -132,7 +131,7 @@ def test_a_folder_called_like_an_image_is_named(tmp_path):
 
 def test_a_decompression_bomb_is_refused(tmp_path, noise, monkeypatch):
     noise.save(tmp_path / "x.png")
-    monkeypatch.setattr(datasets.Image, "MAX_IMAGE_PIXELS", 100)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(ImageError, match=r"x\.png: .*decompression bomb"):
         read_image(tmp_path / "x.png")
 

@@ -10,7 +10,7 @@ ALLOWED = {
     "distributed/heartbeat.py",  # talks to the store, and calls no collective
     "distributed/meeting.py",  # likewise
     "engine/ddp.py",
-    "checkpoint.py",
+    "run/checkpoint.py",
 }
 
 

@@ -43,7 +43,7 @@ from mlflow.telemetry.utils import is_telemetry_disabled
 print("no telemetry:", is_telemetry_disabled())
 """
     ignored = ("MLFLOW_", "CI", "GITHUB_", "PYTEST_", "DO_NOT_TRACK")
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(ignored)}
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(ignored)} | {"PYTHONPATH": os.getcwd()}
     done = subprocess.run(
         [sys.executable, "-c", script], env=environment, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         text=True, check=False,

@@ -14,7 +14,7 @@ class LocalOptions(Size):
 class TorchrunOptions(Size):
     """`moco-dist launch torchrun`: the same command on every host."""
 
-    head: str = setting("localhost", "the host where all meet, as HOST or HOST:PORT")
+    head: str = setting("localhost", "the host where all meet, as HOST or HOST:PORT", changes="place")
 
 
 def torchrun_words(job: Job, options: Size) -> list[str]:

@@ -20,8 +20,8 @@ MAX_NAME_LENGTH = 40  # Kubernetes puts it into host names, with a suffix
 class Size(Section):
     """How many hosts and GPUs. 0 GPUs a host: one rank a host, on its CPU."""
 
-    nodes: int = setting(1, "hosts", ge=1)
-    gpus_per_node: int = setting(1, "GPUs, and ranks, of each host; 0: one rank on CPU", ge=0)
+    nodes: int = setting(1, "hosts", changes="place", ge=1)
+    gpus_per_node: int = setting(1, "GPUs, and ranks, of each host; 0: one rank on CPU", changes="place", ge=0)
 
     @property
     def ranks_per_node(self) -> int:

@@ -25,19 +25,28 @@ PASSWORD = re.compile(r"://[^/@:]*:(?!\d+/)[^@]*@|[?&]password=")  # it may have
 class KubernetesOptions(Size):
     """`moco-dist launch kubernetes`: what a pod is made of."""
 
-    image: str = setting(..., "container image, built from the Dockerfile", min_length=1)
+    image: str = setting(..., "container image, built from the Dockerfile", changes="place", min_length=1)
     form: Literal["trainjob", "indexed-job"] = setting(
-        "trainjob", "trainjob: Kubeflow Trainer v2; indexed-job: Kubernetes alone, no operator"
+        "trainjob", "trainjob: Kubeflow Trainer v2; indexed-job: Kubernetes alone, no operator", changes="place"
     )
-    namespace: str = setting("default", "of all that is made", pattern="^[a-z0-9]([-a-z0-9]*[a-z0-9])?$")
-    queue: str | None = setting(None, "Kueue's local queue; default: none")
-    data_claim: str = setting("data", f"PersistentVolumeClaim seen as {DATA}, read only", min_length=1)
-    runs_claim: str = setting("runs", f"PersistentVolumeClaim seen as {RUNS}; several pods write to it", min_length=1)
+    namespace: str = setting(
+        "default", "of all that is made", changes="place", pattern="^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"
+    )
+    queue: str | None = setting(None, "Kueue's local queue; default: none", changes="place")
+    data_claim: str = setting("data", f"PersistentVolumeClaim seen as {DATA}, read only", changes="place", min_length=1)
+    runs_claim: str = setting(
+        "runs", f"PersistentVolumeClaim seen as {RUNS}; several pods write to it", changes="place", min_length=1
+    )
     mlflow_secret: str | None = setting(
-        None, "Secret with MLFLOW_TRACKING_URI, and MLFLOW_TRACKING_USERNAME and _PASSWORD; default: none"
+        None, "Secret with MLFLOW_TRACKING_URI, and MLFLOW_TRACKING_USERNAME and _PASSWORD; default: none",
+        changes="place",
     )
-    cpus_per_gpu: int | None = setting(None, "CPU cores for each rank; default: its loader processes and one", gt=0)
-    memory_gib_per_gpu: int = setting(16, "host memory for each rank, shared memory included", unit="GiB", gt=2)
+    cpus_per_gpu: int | None = setting(
+        None, "CPU cores for each rank; default: its loader processes and one", changes="place", gt=0
+    )
+    memory_gib_per_gpu: int = setting(
+        16, "host memory for each rank, shared memory included", changes="place", unit="GiB", gt=2
+    )
 
 
 def manifest(job: Job, config: PretrainConfig | LinearConfig, options: KubernetesOptions) -> str:

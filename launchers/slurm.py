@@ -17,17 +17,20 @@ from moco_dist.errors import UserError, nearest
 class SlurmOptions(Size):
     """`moco-dist launch slurm`: what sbatch is told."""
 
-    partition: str | None = setting(None, "queue of the cluster; default: Slurm's")
-    account: str | None = setting(None, "who pays")
+    partition: str | None = setting(None, "queue of the cluster; default: Slurm's", changes="place")
+    account: str | None = setting(None, "who pays", changes="place")
     hours: float | None = setting(
         None, "time limit of one go: the run saves before it and is queued again; default: the partition's",
+        changes="place",
         unit="hours", gt=0,
     )
-    cpus_per_gpu: int | None = setting(None, "CPU cores for each rank; default: its loader processes and one", gt=0)
-    sbatch: tuple[str, ...] = setting(
-        (), "more #SBATCH options: --sbatch=--mem=0, or --sbatch='[--mem=0, --constraint=h100]'"
+    cpus_per_gpu: int | None = setting(
+        None, "CPU cores for each rank; default: its loader processes and one", changes="place", gt=0
     )
-    python: str = setting(sys.executable, "Python on the hosts; default: the one that runs this")
+    sbatch: tuple[str, ...] = setting(
+        (), "more #SBATCH options: --sbatch=--mem=0, or --sbatch='[--mem=0, --constraint=h100]'", changes="place"
+    )
+    python: str = setting(sys.executable, "Python on the hosts; default: the one that runs this", changes="place")
 
 
 def script(jobs: list[Job], options: SlurmOptions) -> str:

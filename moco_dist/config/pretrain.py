@@ -5,29 +5,36 @@ Sources: v1 = MoCo (arXiv 1911.05722), v2 = MoCo v2 (arXiv 2003.04297).
 """
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import field_validator, model_validator
 
+from moco_dist.config.augment import AugmentConfig
 from moco_dist.config.loading import Loader, LoadingConfig, OnError
-from moco_dist.config.section import Positive, PositiveInt, Probability, Section, setting
+from moco_dist.config.section import PositiveInt, Section, setting
 
 
 class RunConfig(Section):
     """Where the run lives and what makes it repeatable."""
 
-    dir: Path = setting(..., "folder of the run: resolved config, log, checkpoints, evaluations")
-    seed: int = setting(0, "every random number is a function of (seed, step, sample, view)", ge=0, lt=2**31)
-    device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto takes CUDA where there is a GPU")
+    dir: Path = setting(
+        ..., "folder of the run: resolved config, log, checkpoints, evaluations", changes="record", per_host=True
+    )
+    seed: int = setting(
+        0, "every random number is a function of (seed, step, sample, view)", changes="result", ge=0, lt=2**31
+    )
+    device: Literal["auto", "cpu", "cuda"] = setting(
+        "auto", "auto takes CUDA where there is a GPU", changes="place", per_host=True
+    )
     stop_at_step: int | None = setting(
-        None, "end early, with a checkpoint; schedules stay those of the full run", unit="steps", gt=0
+        None, "end early, with a checkpoint; schedules stay those of the full run", changes="record", unit="steps", gt=0
     )
     resume: Literal["auto", "changed"] = setting(
         "auto", "where the folder has a checkpoint, go on from it; auto refuses settings that change what is computed, "
-        "changed takes those that fit the checkpoint's weights"
+        "changed takes those that fit the checkpoint's weights", changes="record", per_host=True
     )
     peer_timeout_seconds: float = setting(
-        60.0, "how long a rank may be silent until the others end and name it", unit="seconds", ge=1
+        60.0, "how long a rank may be silent until the others end and name it", changes="place", unit="seconds", ge=1
     )
 
 
@@ -36,170 +43,145 @@ class DataConfig(LoadingConfig):
 
     root: Path = setting(
         ..., "ROOT/train and ROOT/val, a folder of images alone (then there is no validation set), or for the loader "
-        "ffcv a file written by `moco-dist data pack`"
+        "ffcv a file written by `moco-dist data pack`", changes="place", per_host=True, times=("loader",)
     )
-    image_size: int = setting(224, "side of a crop", unit="pixels", source="v1 sec. 3.3", ge=8, le=1024)
+    image_size: int = setting(
+        224, "side of a crop", changes="result", times=("step", "loader"), unit="pixels", source="v1 sec. 3.3", ge=8,
+        le=1024,
+    )
     loader: Loader = setting(
         "torchvision", "who decodes and crops; all give the same views. torchvision: works everywhere; dali: also "
-        "decodes on the GPU; ffcv: reads one packed file"
+        "decodes on the GPU; ffcv: reads one packed file", changes="speed", times=("loader",)
     )
     on_error: OnError = setting(
-        "fail", "a file that cannot be read ends the run, or its successor takes its place and it is named in the log"
+        "fail", "a file that cannot be read ends the run, or its successor takes its place and it is named in the log",
+        changes="result",
     )
-    max_samples: int | None = setting(None, "use this many training images, spread evenly over the set", gt=0)
-
-
-RECIPES: dict[str, dict[str, Any]] = {
-    "v1": {
-        "jitter": (0.4, 0.4, 0.4, 0.4),
-        "jitter_probability": 1.0,
-        "blur_probability": 0.0,
-    },
-    "v2": {
-        "jitter": (0.4, 0.4, 0.4, 0.1),
-        "jitter_probability": 0.8,
-        "blur_probability": 0.5,
-    },
-    "simclr": {
-        "crop_scale": (0.08, 1.0),
-        "jitter": (0.8, 0.8, 0.8, 0.2),
-        "jitter_probability": 0.8,
-        "blur_probability": 0.5,
-    },
-}
-
-
-class AugmentConfig(Section):
-    """How a view is made. `recipe` sets crops, jitter and blur; any of them may be given instead."""
-
-    recipe: Literal["v1", "v2", "simclr"] = setting(
-        "v2", "v1: MoCo's; v2: aug+, with blur; simclr: twice the jitter, smaller crops",
-        source="v2 sec. 3; arXiv 2002.05709, app. A",
+    max_samples: int | None = setting(
+        None, "use this many training images, spread evenly over the set", changes="result", gt=0
     )
-    crop_scale: tuple[Probability, Probability] = setting(
-        (0.2, 1.0), "random resized crop: range of the share of the area", source="v1 sec. 3.3"
-    )
-    jitter: tuple[
-        Annotated[float, Field(ge=0)],
-        Annotated[float, Field(ge=0)],
-        Annotated[float, Field(ge=0)],
-        Annotated[float, Field(ge=0, le=0.5)],
-    ] = setting((0.4, 0.4, 0.4, 0.1), "strength of brightness, contrast, saturation, hue", source="v2 sec. 3")
-    jitter_probability: Probability = setting(0.8, "share of views with colour jitter", source="v2 sec. 3")
-    grayscale_probability: Probability = setting(0.2, "share of gray views", source="v1 sec. 3.3")
-    blur_probability: Probability = setting(0.5, "share of blurred views", source="v2 sec. 3")
-    blur_sigma: tuple[Positive, Positive] = setting(
-        (0.1, 2.0), "range of the Gaussian blur's standard deviation", unit="pixels", source="v2 sec. 3"
-    )
-    flip_probability: Probability = setting(0.5, "share of mirrored views", source="v1 sec. 3.3")
-    mean: tuple[float, float, float] = setting((0.485, 0.456, 0.406), "of R, G, B in [0, 1]")
-    std: tuple[Positive, Positive, Positive] = setting((0.229, 0.224, 0.225), "of R, G, B in [0, 1]")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_from_recipe(cls, given: Any) -> Any:
-        if isinstance(given, dict):
-            return {**RECIPES.get(given.get("recipe", "v2"), {}), **given}
-        return given
-
-    @model_validator(mode="after")
-    def _ranges_are_ordered(self) -> "AugmentConfig":
-        for name in ("crop_scale", "blur_sigma"):
-            low, high = getattr(self, name)
-            if not 0 < low <= high:
-                raise ValueError(f"{name} ({low}, {high}) is not a range; 0 < low <= high is")
-        return self
 
 
 class ModelConfig(Section):
     """The encoder f: backbone, projection head and its BN groups."""
 
     arch: Literal["resnet10", "resnet18", "resnet34", "resnet50"] = setting(
-        "resnet50", "torchvision's ResNet (resnet10: one basic block a stage)", source="v1 sec. 3.3"
+        "resnet50", "torchvision's ResNet (resnet10: one basic block a stage)", changes="shapes", times=("step",),
+        source="v1 sec. 3.3",
     )
     stem: Literal["imagenet", "cifar"] = setting(
-        "imagenet", "imagenet: 7x7 stride 2 and max-pool; cifar: 3x3 stride 1, for images of about 32 pixels"
+        "imagenet", "imagenet: 7x7 stride 2 and max-pool; cifar: 3x3 stride 1, for images of about 32 pixels",
+        changes="shapes", times=("step",),
     )
     head_hidden_dims: tuple[PositiveInt, ...] = setting(
-        (2048,), "hidden sizes of the MLP head, ReLU between; [] is v1's linear head", source="v2 sec. 3"
+        (2048,), "hidden sizes of the MLP head, ReLU between; [] is v1's linear head", changes="shapes",
+        times=("step",), source="v2 sec. 3",
     )
-    embedding_dim: PositiveInt = setting(128, "C, size of q and k", source="v1 sec. 3.3")
+    embedding_dim: PositiveInt = setting(
+        128, "C, size of q and k", changes="shapes", times=("step",), source="v1 sec. 3.3"
+    )
     bn_group_size: PositiveInt = setting(
-        32, "samples that share BatchNorm statistics, whatever the number of GPUs (256 over 8 GPUs)",
-        unit="samples", source="v1 sec. 3.3",
+        32, "samples that share BatchNorm statistics, whatever the number of GPUs (256 over 8 GPUs)", changes="result",
+        times=("step",), unit="samples", source="v1 sec. 3.3",
     )
 
 
 class MocoConfig(Section):
     """The dictionary and the loss."""
 
-    queue_size: int = setting(65536, "K, keys in the queue", unit="keys", source="v1 sec. 3.3", gt=0)
+    queue_size: int = setting(
+        65536, "K, keys in the queue", changes="shapes", times=("step",), unit="keys", source="v1 sec. 3.3", gt=0
+    )
     symmetric: bool = setting(
         False, "each view is query and key in turn: twice the work a step, and two keys a sample for the queue",
-        source="arXiv 2104.02057",
+        changes="result", times=("step",), source="arXiv 2104.02057",
     )
-    momentum: float = setting(0.999, "m, of the key encoder's moving average", source="v1 eq. (2)", ge=0, lt=1)
-    temperature: float = setting(0.2, "tau", source="v2 Table 2; v1 uses 0.07", ge=0.01, le=10)
+    momentum: float = setting(
+        0.999, "m, of the key encoder's moving average", changes="result", source="v1 eq. (2)", ge=0, lt=1
+    )
+    temperature: float = setting(0.2, "tau", changes="result", source="v2 Table 2; v1 uses 0.07", ge=0.01, le=10)
 
 
 class SimclrConfig(Section):
     """method simclr: the negatives are the batch itself, through one encoder, end to end."""
 
-    temperature: float = setting(0.1, "tau of NT-Xent", source="arXiv 2002.05709, sec. 5.1", ge=0.01, le=10)
+    temperature: float = setting(
+        0.1, "tau of NT-Xent", changes="result", source="arXiv 2002.05709, sec. 5.1", ge=0.01, le=10
+    )
 
 
 class OptimConfig(Section):
     """The optimiser and its schedule."""
 
-    epochs: int = setting(200, "length of the schedule", unit="epochs", source="v2 Table 1", gt=0)
+    epochs: int = setting(200, "length of the schedule", changes="result", unit="epochs", source="v2 Table 1", gt=0)
     global_batch_size: PositiveInt = setting(
-        256, "samples of one optimiser step, over all ranks and accumulation steps", unit="samples",
+        256, "samples of one optimiser step, over all ranks and accumulation steps", changes="result", unit="samples",
         source="v1 sec. 3.3",
     )
-    grad_accum_steps: PositiveInt = setting(1, "micro-batches a rank splits its share of a step into")
+    grad_accum_steps: PositiveInt = setting(
+        1, "micro-batches a rank splits its share of a step into", changes="speed", times=("step",)
+    )
     optimizer: Literal["sgd", "lars"] = setting(
-        "sgd", "lars: for batches of thousands", source="v1 sec. 3.3; LARS: arXiv 1708.03888"
+        "sgd", "lars: for batches of thousands", changes="result", times=("step",),
+        source="v1 sec. 3.3; LARS: arXiv 1708.03888",
     )
-    base_lr: float = setting(0.03, "learning rate at batch 256", source="v1 sec. 3.3", gt=0)
+    base_lr: float = setting(0.03, "learning rate at batch 256", changes="result", source="v1 sec. 3.3", gt=0)
     lr_scaling: Literal["linear", "sqrt", "none"] = setting(
-        "linear", "lr = base_lr x r, x sqrt(r) or x 1, with r = global_batch_size / 256", source="arXiv 1706.02677"
+        "linear", "lr = base_lr x r, x sqrt(r) or x 1, with r = global_batch_size / 256", changes="result",
+        source="arXiv 1706.02677",
     )
-    warmup_epochs: float = setting(0.0, "the rate grows linearly from 0, at every step", unit="epochs",
-                                   source="arXiv 1706.02677", ge=0)
-    sgd_momentum: float = setting(0.9, "of SGD and LARS", source="v1 sec. 3.3", ge=0, lt=1)
+    warmup_epochs: float = setting(
+        0.0, "the rate grows linearly from 0, at every step", changes="result", unit="epochs",
+        source="arXiv 1706.02677", ge=0,
+    )
+    sgd_momentum: float = setting(0.9, "of SGD and LARS", changes="result", source="v1 sec. 3.3", ge=0, lt=1)
     weight_decay: float = setting(
-        1e-4, "sgd: on every parameter; lars: on weights of two dimensions or more", source="v1 sec. 3.3", ge=0
+        1e-4, "sgd: on every parameter; lars: on weights of two dimensions or more", changes="result",
+        source="v1 sec. 3.3", ge=0,
     )
-    trust_coefficient: float = setting(0.001, "lars: of the layer-wise rate", source="arXiv 1708.03888", gt=0)
-    schedule: Literal["cosine", "step"] = setting("cosine", "of the learning rate", source="v2 sec. 3; v1: step")
+    trust_coefficient: float = setting(
+        0.001, "lars: of the layer-wise rate", changes="result", source="arXiv 1708.03888", gt=0
+    )
+    schedule: Literal["cosine", "step"] = setting(
+        "cosine", "of the learning rate", changes="result", source="v2 sec. 3; v1: step"
+    )
     schedule_unit: Literal["epoch", "step"] = setting(
-        "epoch", "the learning rate changes once an epoch, as published, or at every step"
+        "epoch", "the learning rate changes once an epoch, as published, or at every step", changes="result"
     )
     milestones: tuple[PositiveInt, ...] = setting(
-        (120, 160), "schedule step: epochs at which the rate is multiplied by 0.1", unit="epochs",
+        (120, 160), "schedule step: epochs at which the rate is multiplied by 0.1", changes="result", unit="epochs",
         source="v1 sec. 3.3",
     )
     precision: Literal["auto", "fp32", "bf16", "fp16", "fp64"] = setting(
-        "auto", "autocast of the encoders (auto: bf16 on GPUs that have it, fp16 on others, fp32 on CPU); "
-        "embeddings, loss, queue and BN statistics stay fp32. fp64 is for checking the mathematics",
+        "auto", "autocast of the encoders (auto: bf16 on GPUs that have it, fp16 on others, fp32 on CPU); embeddings, "
+        "loss, queue and BN statistics stay fp32. fp64 is for checking the mathematics", changes="result",
+        times=("step",),
     )
 
 
 class EngineConfig(Section):
     """Who takes the gradients and the optimiser's step, and how fast. All of it may change when a run goes on."""
 
-    kind: Literal["ddp", "deepspeed"] = setting("ddp", "deepspeed: pip install 'moco_dist[deepspeed]'")
+    kind: Literal["ddp", "deepspeed"] = setting(
+        "ddp", "deepspeed: pip install 'moco_dist[deepspeed]'", changes="speed", times=("step",)
+    )
     zero_stage: int = setting(
-        0, "deepspeed: 1 cuts the optimiser's state over the ranks, 2 the gradients too", ge=0, le=2,
-        source="ZeRO, arXiv 1910.02054",
+        0, "deepspeed: 1 cuts the optimiser's state over the ranks, 2 the gradients too", changes="speed",
+        times=("step",), ge=0, le=2, source="ZeRO, arXiv 1910.02054",
     )
     compile: Literal["off", "model", "step"] = setting(
-        "off", "torch.compile of both encoders (model), and of LARS and, on GPUs, colours too (step)"
+        "off", "torch.compile of both encoders (model), and of LARS and, on GPUs, colours too (step)", changes="speed",
+        times=("step",),
     )
-    cuda_graphs: bool = setting(False, "replay what is compiled as CUDA graphs: for small batches a GPU")
-    cudnn_benchmark: bool = setting(True, "try cuDNN's algorithms for each shape, and keep the fastest")
+    cuda_graphs: bool = setting(
+        False, "replay what is compiled as CUDA graphs: for small batches a GPU", changes="speed", times=("step",)
+    )
+    cudnn_benchmark: bool = setting(
+        True, "try cuDNN's algorithms for each shape, and keep the fastest", changes="speed", times=("step",)
+    )
     allow_tf32: bool = setting(
-        False, "TF32 (10-bit mantissa) in float32 convolutions and products: those of fp32 encoders, and the loss"
+        False, "TF32 (10-bit mantissa) in float32 convolutions and products: those of fp32 encoders, and the loss",
+        changes="speed", times=("step",),
     )
 
     @field_validator("compile", mode="before")
@@ -214,39 +196,48 @@ class ShuffleConfig(Section):
     exchange: Literal["loader", "all_to_all", "all_gather"] = setting(
         "loader", "loader: each rank loads the key views it encodes, no image crosses the network; all_to_all: every "
         "image is decoded once and its key crop sent as uint8 to the rank that encodes it; all_gather: every rank "
-        "gets every key view, as is usually done"
+        "gets every key view, as is usually done", changes="speed", times=("loader",)
     )
 
 
 class LogConfig(Section):
     """What is written down and when."""
 
-    every_steps: PositiveInt = setting(50, "one line of the log, and the only synchronisation of host and device",
-                                       unit="steps")
-    knn_every_epochs: int = setting(
-        0, "accuracy of kNN and of a linear probe on a sample during training; 0 is never", unit="epochs", ge=0
+    every_steps: PositiveInt = setting(
+        50, "one line of the log, and the only synchronisation of host and device", changes="record", unit="steps"
     )
-    knn_train_samples: PositiveInt = setting(20_000, "training images of that sample", unit="samples")
-    knn_val_samples: PositiveInt = setting(5_000, "validation images of that sample", unit="samples")
+    knn_every_epochs: int = setting(
+        0, "accuracy of kNN and of a linear probe on a sample during training; 0 is never", changes="record",
+        unit="epochs", ge=0,
+    )
+    knn_train_samples: PositiveInt = setting(20_000, "training images of that sample", changes="record", unit="samples")
+    knn_val_samples: PositiveInt = setting(5_000, "validation images of that sample", changes="record", unit="samples")
 
 
 class CheckpointConfig(Section):
     """The TrainState on disk."""
 
-    every_steps: PositiveInt = setting(5_000, "between checkpoints; one more at the end", unit="steps")
-    every_seconds: float = setting(1_800.0, "a checkpoint also whenever the last is older", unit="seconds", gt=0)
-    keep_last: PositiveInt = setting(2, "older checkpoints are removed")
-    keep_every_epochs: int = setting(0, "but those at multiples of this are kept; 0 is none", unit="epochs", ge=0)
+    every_steps: PositiveInt = setting(
+        5_000, "between checkpoints; one more at the end", changes="record", unit="steps"
+    )
+    every_seconds: float = setting(
+        1_800.0, "a checkpoint also whenever the last is older", changes="record", unit="seconds", gt=0
+    )
+    keep_last: PositiveInt = setting(2, "older checkpoints are removed", changes="record")
+    keep_every_epochs: int = setting(
+        0, "but those at multiples of this are kept; 0 is none", changes="record", unit="epochs", ge=0
+    )
 
 
 class TrackingConfig(Section):
     """MLflow on rank 0."""
 
-    backend: Literal["mlflow", "none"] = setting("mlflow", "none: only log.jsonl in the run's folder")
+    backend: Literal["mlflow", "none"] = setting("mlflow", "none: only log.jsonl in the run's folder", changes="record")
     uri: str | None = setting(
-        None, "of the tracking server; default: MLFLOW_TRACKING_URI, else sqlite in the folder above the run's"
+        None, "of the tracking server; default: MLFLOW_TRACKING_URI, else sqlite in the folder above the run's",
+        changes="record",
     )
-    experiment: str = setting("moco_dist", "name of the MLflow experiment", min_length=1)
+    experiment: str = setting("moco_dist", "name of the MLflow experiment", changes="record", min_length=1)
 
 
 class PretrainConfig(Section):
@@ -255,8 +246,8 @@ class PretrainConfig(Section):
     run: RunConfig
     data: DataConfig
     method: Literal["moco", "simclr"] = setting(
-        "moco", "moco: a queue of keys from a momentum encoder; simclr: end to end, for comparison",
-        source="v2; arXiv 2002.05709",
+        "moco", "moco: a queue of keys from a momentum encoder; simclr: end to end, for comparison", changes="shapes",
+        times=("step",), source="v2; arXiv 2002.05709",
     )
     augment: AugmentConfig = AugmentConfig()
     model: ModelConfig = ModelConfig()

@@ -3,24 +3,71 @@
 No torch here, so that `--help` and a wrong flag answer at once.
 """
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, TypedDict, cast, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic.fields import FieldInfo
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 PositiveInt = Annotated[int, Field(gt=0)]
 Positive = Annotated[float, Field(gt=0)]
 
 
-def setting(default: Any, text: str, *, unit: str = "", source: str = "", **limits: Any) -> Any:
-    """A config field: `--help` shows its text, unit, default and source; `limits` are pydantic's (gt, le, ...)."""
-    return Field(default, description=text, json_schema_extra={"unit": unit, "source": source}, **limits)
+# What a setting changes, the first that holds: the "shapes" of weights or queue, so that no checkpoint of another value
+# can be loaded; the "result", which is what is computed; its "speed" or memory alone; the "place" where it is computed
+# and read from; the "record", which is how far a run goes now and what is written of it, where and when.
+Changes = Literal["shapes", "result", "speed", "place", "record"]
+COMPUTED: tuple[Changes, ...] = ("shapes", "result")
+
+
+class Declaration(TypedDict):
+    """What `setting` knows of a setting beside its type, text, default and limits."""
+
+    changes: Changes
+    times: tuple[Literal["step", "loader"], ...]
+    per_host: bool
+    unit: str
+    source: str
+
+
+def setting(
+    default: Any, text: str, *, changes: Changes, times: tuple[Literal["step", "loader"], ...] = (),
+    per_host: bool = False, unit: str = "", source: str = "", **limits: Any,
+) -> Any:
+    """A config field: `--help` shows its text, unit, default and source.
+
+    Args:
+        default: its value where nothing is given; `...` makes it required.
+        text: what it is, in a line.
+        changes: what another value of it changes; see `Changes`.
+        times: measurements of these parts of a run's time hold for its value alone.
+        per_host: hosts of one run may have different values.
+        unit: of the value.
+        source: where the default was published.
+        limits: pydantic's (gt, le, ...).
+    """
+    declaration = Declaration(changes=changes, times=times, per_host=per_host, unit=unit, source=source)
+    return Field(default, description=text, json_schema_extra=cast(Any, declaration), **limits)
+
+
+def declared(field: FieldInfo) -> Declaration:
+    """What `setting` was told."""
+    return cast(Declaration, field.json_schema_extra)
 
 
 class Section(BaseModel):
     """A group of settings: unknown keys are errors, and nothing changes after it was read."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        """Refuse a field of which nobody has said what it changes, when its module is imported."""
+        for name, field in cls.model_fields.items():
+            is_section = isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+            extra = field.json_schema_extra
+            if not is_section and not (isinstance(extra, dict) and extra["changes"] in get_args(Changes)):
+                raise TypeError(f"{cls.__name__}.{name}: setting() declares it, and changes= is one of {Changes}")
 
     @field_validator("*", mode="before")
     @classmethod

@@ -8,7 +8,7 @@ import argparse
 import json
 import shutil
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from moco_dist.config.section import COMPUTED, Declaration, declared
 from moco_dist.errors import UserError, nearest
 
 Config = TypeVar("Config", bound=BaseModel)
@@ -145,6 +146,23 @@ def leaf_fields(schema: type[BaseModel], prefix: str = "") -> dict[str, FieldInf
     return fields
 
 
+def declarations(schema: type[BaseModel]) -> dict[str, Declaration]:
+    """How every setting of `schema` was declared, by its dotted name."""
+    return {name: declared(field) for name, field in leaf_fields(schema).items()}
+
+
+def what_is_computed(config: BaseModel, without: Container[str] = ()) -> dict[str, Any]:
+    """The settings that change what is computed, in their sections, as plain JSON values; those of `without` left out.
+
+    Two configs for which it is equal compute the same.
+    """
+    flat, computed = flatten(config), {}
+    for name, setting in declarations(type(config)).items():
+        if setting["changes"] in COMPUTED and name not in without:
+            _set(computed, name, flat[name])
+    return computed
+
+
 def help_text(schema: type[BaseModel], prefix: str = "") -> str:
     """One paragraph per setting: flag, type or choices, what it is, unit, default, source; a heading per section.
 
@@ -154,10 +172,10 @@ def help_text(schema: type[BaseModel], prefix: str = "") -> str:
     own = {name: field for name, field in schema.model_fields.items() if _section_of(field) is None}
     lines = []
     for name, field in sorted(own.items(), key=lambda item: not item[1].is_required()):
-        extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
-        facts = [f"unit: {extra['unit']}"] if extra.get("unit") else []
+        extra = declared(field)
+        facts = [f"unit: {extra['unit']}"] if extra["unit"] else []
         facts.append("required" if field.is_required() else f"default: {_show(field.default)}")
-        facts += [f"source: {extra['source']}"] if extra.get("source") else []
+        facts += [f"source: {extra['source']}"] if extra["source"] else []
         lines.append(f"  --{(prefix + name).replace('_', '-')} {_type_name(field.annotation)}")
         text = f"{field.description or ''} [{'; '.join(facts)}]"
         lines += textwrap.wrap(text, width, initial_indent=" " * 8, subsequent_indent=" " * 8)

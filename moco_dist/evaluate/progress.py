@@ -12,13 +12,11 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from moco_dist.config.source import what_is_computed
 from moco_dist.evaluate.subject import Evaluation, FrozenEncoder, digest
 from moco_dist.files import write_whole
 
 Curve = list[dict[str, float]]
-# Settings that say where and how fast, not what is computed.
-FREE_TO_CHANGE = {"run_dir": True, "encoders": True, "device": True, "tracking": True,
-                  "data": {"root", "num_workers", "prefetch_batches", "dali", "batch_size"}}  # fmt: skip
 
 
 def progress_path(evaluation: Evaluation, kind: str, encoder: FrozenEncoder) -> Path:
@@ -32,7 +30,7 @@ def progress_path(evaluation: Evaluation, kind: str, encoder: FrozenEncoder) -> 
     facts = [
         digest(encoder.module), str(encoder.dtype), evaluation.resize, evaluation.crop,
         hashlib.sha256("\n".join(evaluation.train.paths).encode()).hexdigest(),
-        evaluation.config.model_dump(mode="json", exclude=FREE_TO_CHANGE),
+        what_is_computed(evaluation.config),
     ]  # fmt: skip
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
     return evaluation.config.run_dir / "eval" / f".{kind}_{encoder.name}_{key}.safetensors"

@@ -12,15 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from moco_dist.config.pretrain import PretrainConfig
+from moco_dist.config.source import declarations, flatten
 from moco_dist.errors import UserError, nearest
 
 THEME = "calibration"
-# What a step's time depends on, beside the hardware and the samples of a rank.
-STEP_SETTINGS = (
-    "method", "data.image_size", "augment", "model", "moco.queue_size", "moco.symmetric", "optim.optimizer",
-    "optim.grad_accum_steps", "optim.precision", "engine",
-)  # fmt: skip
-LOADER_SETTINGS = ("data.loader", "data.root", "data.image_size", "data.dali", "augment.crop_scale", "shuffle.exchange")
 
 
 @dataclass(frozen=True)
@@ -31,7 +26,7 @@ class Measurement:
         hardware: processor or GPU.
         date: ISO.
         path: of the file.
-        settings: STEP_SETTINGS and LOADER_SETTINGS of the config it was made with.
+        settings: those of the config it was made with that a time depends on, by their dotted names.
         local_batch: samples of a rank.
         world_size: ranks that were measured at the same time; num_nodes: on how many hosts.
         parts: seconds of a step by part; `step` is the whole of it, without network and without waiting for data.
@@ -78,14 +73,9 @@ class CoreSeconds:
 
 
 def settings_of(config: PretrainConfig) -> dict[str, Any]:
-    """The settings that times depend on, as plain values."""
-    values, picked = config.model_dump(mode="json"), {}
-    for name in (*STEP_SETTINGS, *LOADER_SETTINGS):
-        value: Any = values
-        for part in name.split("."):
-            value = value[part]
-        picked[name] = value
-    return picked
+    """The settings that times depend on, as plain values by their dotted names."""
+    flat = flatten(config)
+    return {name: flat[name] for name, setting in declarations(PretrainConfig).items() if setting["times"]}
 
 
 def default_folder() -> Path:
@@ -123,7 +113,8 @@ def read(where: list[Path]) -> list[Measurement]:
         try:
             result = json.loads(path.read_text(encoding="utf-8"))
             found += [
-                Measurement(hardware=result["hardware"], date=result["date"], path=str(path), **row)
+                Measurement(hardware=result["hardware"], date=result["date"], path=str(path),
+                            **{**row, "settings": _flat(row["settings"])})
                 for row in result["rows"]
             ]
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -164,9 +155,7 @@ def of_gpu(measurements: list[Measurement], gpu: str | None) -> list[Measurement
 
 def for_step(measurements: list[Measurement], config: PretrainConfig, local_batch: int) -> Measurement | None:
     """The newest that timed this very step; of those on several ranks, which contend, the one on the most."""
-    wanted = settings_of(config)
-    fitting = [m for m in measurements
-               if m.local_batch == local_batch and all(m.settings[s] == wanted[s] for s in STEP_SETTINGS)]  # fmt: skip
+    fitting = [m for m in measurements if m.local_batch == local_batch and _is_of(m, config, "step")]
     return max(fitting, key=lambda m: (m.date, m.world_size), default=None)
 
 
@@ -174,12 +163,25 @@ def for_loader(
     measurements: list[Measurement], config: PretrainConfig, local_batch: int, world_size: int
 ) -> Measurement | None:
     """The newest that loaded this very share of a batch."""
-    wanted = settings_of(config)
     fitting = [m for m in measurements
                if m.loader_core_seconds is not None and m.loader_world_size == world_size
-               and m.local_batch == local_batch
-               and all(m.settings[s] == wanted[s] for s in LOADER_SETTINGS)]  # fmt: skip
+               and m.local_batch == local_batch and _is_of(m, config, "loader")]  # fmt: skip
     return fitting[-1] if fitting else None
+
+
+def _is_of(measured: Measurement, config: PretrainConfig, part: str) -> bool:
+    """Whether it was made with the values that `config` has of all settings that this part's time depends on."""
+    settings = declarations(PretrainConfig)
+    return all(measured.settings.get(name) == value for name, value in settings_of(config).items()
+               if part in settings[name]["times"])  # fmt: skip
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """By dotted names: files of version 0.1 have whole sections under the section's name."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
 
 
 def for_network(measurements: list[Measurement], num_nodes: int) -> Measurement | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moco_dist.config.pretrain import PretrainConfig
-from moco_dist.config.source import flatten, read_config
+from moco_dist.config.source import declarations, flatten, read_config
 from moco_dist.errors import UnreachableError, UserError, nearest
 from moco_dist.report.charts import COLOURS, Picture, chart
 from moco_dist.report.page import EVALUATIONS, MISSING, evaluations, shown
@@ -23,8 +23,6 @@ from moco_dist.tracking.server import require_known_scheme
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-# Settings that say where a run lives, not what it is.
-NOT_COMPARED = ("run.dir", "run.resume", "run.stop_at_step", "tracking.", "log.", "checkpoint.")
 CURVES = {
     "loss": "loss",
     "knn_top1": "kNN top-1 during training, %",
@@ -176,9 +174,10 @@ def compare(records: list[RunRecord]) -> Comparison:
         raise UserError(f"two runs are called {', '.join(sorted(twice))}; compare folders of different names")
     if len(records) > len(COLOURS):
         raise UserError(f"{len(records)} runs are more than a chart can tell apart; at most {len(COLOURS)} can be")
+    records_alone = [name for name, it in declarations(PretrainConfig).items() if it["changes"] == "record"]
     keys = [
         key for key in dict.fromkeys(key for record in records for key in record.settings)
-        if len({record.settings.get(key) for record in records}) > 1 and not key.startswith(NOT_COMPARED)
+        if len({record.settings.get(key) for record in records}) > 1 and key not in records_alone
     ]  # fmt: skip
     accuracies = [
         name for name in dict.fromkeys(name for record in records for name in record.accuracy)

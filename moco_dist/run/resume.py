@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from moco_dist.config.pretrain import PretrainConfig
-from moco_dist.config.source import flatten, to_yaml
+from moco_dist.config.section import COMPUTED
+from moco_dist.config.source import declarations, flatten, to_yaml
 from moco_dist.data.images import ImageFolder
 from moco_dist.distributed.collectives import barrier, gather_texts
 from moco_dist.distributed.stop import marker_path
@@ -16,13 +17,6 @@ from moco_dist.provenance import package_versions, source_hash
 from moco_dist.run import checkpoint
 from moco_dist.run.checkpoint import TrainState
 from moco_dist.tracking import without_credentials
-
-# Settings that say where and how fast, not what is computed: they may change when a run goes on.
-FREE_TO_CHANGE = ("run.dir", "run.device", "run.stop_at_step", "run.resume", "run.peer_timeout_seconds",
-                  "data.loader", "data.num_workers", "data.prefetch_batches", "data.dali.", "data.root",
-                  "log.", "checkpoint.", "tracking.", "optim.grad_accum_steps", "engine.", "shuffle.")
-# Weights or queue of another shape: no checkpoint can be loaded into them.
-SHAPES = ("method", "model.arch", "model.stem", "model.head_hidden_dims", "model.embedding_dim", "moco.queue_size")
 
 
 def resume(state: TrainState, config: PretrainConfig, world: World) -> tuple[list[str], list[float]]:
@@ -78,12 +72,13 @@ def refuse_changes(config: PretrainConfig, folder: Path) -> None:
         UserError: some that change what is computed differ; each is named.
     """
     saved: dict[str, Any] = flatten(PretrainConfig.model_validate(checkpoint.read_manifest(folder)["config"]))
+    settings = declarations(PretrainConfig)
     changed = [
         f"{name}: {saved[name]} in {folder.name}, now {value}"
         for name, value in flatten(config).items()
-        if value != saved[name] and not name.startswith(FREE_TO_CHANGE)
+        if settings[name]["changes"] in COMPUTED and value != saved[name]
     ]
-    has_other_shapes = any(line.startswith(SHAPES) for line in changed)
+    has_other_shapes = any(settings[line.partition(":")[0]]["changes"] == "shapes" for line in changed)
     if has_other_shapes or (changed and config.run.resume != "changed"):
         how = "give another --run.dir or these settings again" if has_other_shapes else (
             "give another --run.dir, these settings again, or --run.resume changed to go on all the same")  # fmt: skip
@@ -92,9 +87,9 @@ def refuse_changes(config: PretrainConfig, folder: Path) -> None:
 
 def facts_to_agree_on(config: PretrainConfig, folder: ImageFolder) -> dict[str, Any]:
     """What must be the same on every rank: settings, versions, and the list of images."""
-    per_host = ("data.root", "data.num_workers", "run.dir", "run.device", "run.resume")
+    settings = declarations(PretrainConfig)
     return {
-        **{name: value for name, value in flatten(without_secrets(config)).items() if name not in per_host},
+        **{name: v for name, v in flatten(without_secrets(config)).items() if not settings[name]["per_host"]},
         **{f"version of {name}": version for name, version in package_versions().items()},
         "source of moco_dist (hash)": source_hash(),
         "number of images": len(folder.paths),

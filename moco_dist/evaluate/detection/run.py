@@ -24,7 +24,7 @@ from tqdm import tqdm
 from moco_dist.config.evaluate import DetectConfig
 from moco_dist.config.loading import worker_count
 from moco_dist.config.pretrain import AugmentConfig, PretrainConfig
-from moco_dist.config.source import read_config
+from moco_dist.config.source import read_config, what_is_computed
 from moco_dist.data.plan import Plan
 from moco_dist.data.workers import batches_of, leave_signals_to_the_rank
 from moco_dist.distributed.collectives import all_reduce_sum, gather_uneven
@@ -110,10 +110,9 @@ def _beside(weights: Path | None) -> Path:
 
 def _key(config: DetectConfig, detector: nn.Module, train: Sequence[Annotated], world: World) -> str:
     """A hash of all that the training depends on."""
-    exclude = {"run_dir": True, "weights": True, "device": True, "tracking": True,
-               "data": {"root", "num_workers", "test_sets"}}  # fmt: skip
     images = hashlib.sha256("\n".join(item.image.stem for item in train).encode()).hexdigest()
-    facts = [digest(detector), images, world.world_size, config.model_dump(mode="json", exclude=exclude)]
+    settings = what_is_computed(config, without=["data.test_sets"])  # they are read when the training has ended
+    facts = [digest(detector), images, world.world_size, settings]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 

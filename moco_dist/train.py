@@ -20,7 +20,7 @@ from moco_dist.data.plan import Plan
 from moco_dist.data.sources import find_images
 from moco_dist.distributed.agreement import require_agreement
 from moco_dist.distributed.collectives import all_gather
-from moco_dist.distributed.stop import STOP, StopRequest, marker_path
+from moco_dist.distributed.stop import STOP, StopRequest
 from moco_dist.distributed.world import World
 from moco_dist.engine import Engine
 from moco_dist.engine.ddp import DDPEngine
@@ -39,10 +39,10 @@ from moco_dist.method.queue import Queue
 from moco_dist.provenance import git_state, package_versions
 from moco_dist.run import checkpoint
 from moco_dist.run.checkpoint import TrainState
+from moco_dist.run.folder import RunFolder
 from moco_dist.run.logbook import Logbook
 from moco_dist.run.resume import facts_to_agree_on, resume, without_secrets
 from moco_dist.run.saver import Saver
-from moco_dist.run.weights import BACKBONE
 from moco_dist.tracking import Tracker
 
 
@@ -116,10 +116,10 @@ def pretrain(config: PretrainConfig, world: World, tracker: Tracker) -> Path:
             if asked == STOP and state.step != stop:
                 saver.finish()
                 if world.is_main:
-                    marker_path(run_dir).write_text(json.dumps({"step": state.step}))
+                    RunFolder(run_dir).stopped.write_text(json.dumps({"step": state.step}))
                 raise Preempted(state.step)
         saver.finish()
-        checkpoint.export_backbone(state, run_dir / BACKBONE, world)
+        checkpoint.export_backbone(state, RunFolder(run_dir).backbone, world)
         return checkpoint.latest(run_dir)
     finally:
         feed.close()

@@ -3,9 +3,7 @@
 from pathlib import Path
 
 from moco_dist.cli.arguments import Parser
-from moco_dist.config.pretrain import PretrainConfig
-from moco_dist.config.source import read_config
-from moco_dist.errors import UserError
+from moco_dist.run.folder import RunFolder
 
 
 def main(words: list[str]) -> int:
@@ -13,15 +11,13 @@ def main(words: list[str]) -> int:
     parser = Parser("moco-dist report", description="accuracy table, pictures and curves of a run")
     parser.add_argument("run", type=Path, help="folder of the pre-training run")
     run_dir = parser.parse_args(words).run
-    if not (run_dir / "config.yaml").is_file():
-        raise UserError(f"{run_dir} is not the folder of a run: it has no config.yaml")
+    config = RunFolder(run_dir).settings()
 
     from moco_dist.evaluate.knn import nearest_examples
     from moco_dist.report.contact_sheet import view_pairs
     from moco_dist.report.page import accuracy_table, write_report
     from moco_dist.tracking import Tracker, ui_command
 
-    config = read_config(PretrainConfig, run_dir / "config.yaml", [])
     page = write_report(run_dir, view_pairs(config, 8), nearest_examples(run_dir))
     with Tracker.reopen(run_dir) as tracker:
         tracker.log_artifact(page, "report")

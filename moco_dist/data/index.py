@@ -15,6 +15,7 @@ from typing import Any
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from moco_dist.errors import UserError
+from moco_dist.files import write_whole
 
 NAME = ".moco_dist_index.json"
 MIN_IMAGES = 10_000  # below it, listing takes less than a second
@@ -83,9 +84,5 @@ def _read(index: Path) -> dict[str, Any] | None:
 
 
 def _write(index: Path, known: dict[str, Any]) -> None:
-    partial = index.with_name(f"{NAME}.{os.getpid()}")
-    with contextlib.suppress(OSError, UnicodeEncodeError):  # a folder that cannot be written is listed every time
-        partial.write_text(json.dumps(known), encoding="utf-8")
-        partial.replace(index)
-    with contextlib.suppress(OSError):
-        partial.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # a folder that cannot be written is listed every time
+        write_whole(index, json.dumps(known).encode())

@@ -5,6 +5,7 @@ The file is FOLDER/.moco_dist_sizes.npz: paths, bytes, widths and heights, in pl
 """
 
 import contextlib
+import io
 import os
 import zipfile
 from collections.abc import Callable
@@ -15,6 +16,8 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
+
+from moco_dist.files import write_whole
 
 T = TypeVar("T")
 
@@ -55,18 +58,14 @@ def read_measured(folder: Path) -> Measured | None:
 
 def write_measured(folder: Path, sizes: dict[str, Size]) -> None:
     """Remember the sizes of all images of `folder`, by path; where it cannot be written, nothing happens."""
-    partial = folder / f"{NAME}.{os.getpid()}"
     paths = sorted(sizes)
+    np.savez(
+        content := io.BytesIO(),
+        paths=np.frombuffer(os.fsencode(_END.join(paths)), dtype=np.uint8),
+        sizes=np.array([sizes[path] for path in paths], dtype=np.int64),
+    )
     with contextlib.suppress(OSError):
-        with partial.open("wb") as file:
-            np.savez(
-                file,
-                paths=np.frombuffer(os.fsencode(_END.join(paths)), dtype=np.uint8),
-                sizes=np.array([sizes[path] for path in paths], dtype=np.int64),
-            )
-        partial.replace(folder / NAME)
-    with contextlib.suppress(OSError):
-        partial.unlink(missing_ok=True)
+        write_whole(folder / NAME, content.getvalue())
 
 
 def differences(folder: Path, measured: Measured, now: dict[str, Size | str]) -> list[str]:

@@ -4,7 +4,6 @@ import os
 import signal
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -71,8 +70,3 @@ class StopRequest:
             self._saved_at = time.monotonic()
             return SAVE
         return 0
-
-
-def marker_path(run_dir: Path) -> Path:
-    """RUN/preempted.json: there while a run has been stopped early and not gone on. Launchers requeue by it."""
-    return run_dir / "preempted.json"

@@ -6,11 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from moco_dist.config.pretrain import PretrainConfig
-from moco_dist.config.source import read_config
-from moco_dist.distributed.stop import marker_path
 from moco_dist.doctor.finding import Finding, fine, problem, warning
-from moco_dist.errors import UserError
 from moco_dist.run import checkpoint
+from moco_dist.run.folder import RunFolder
 from moco_dist.run.logbook import read_log
 
 COLLAPSED_STD = 0.1  # of 1; a network that has just been made is near it too, so only trained ones are judged
@@ -27,9 +25,7 @@ def run(run_dir: Path) -> list[Finding]:
     Raises:
         UserError: it is not the folder of a run.
     """
-    if not (run_dir / "config.yaml").is_file():
-        raise UserError(f"{run_dir} is not the folder of a run: it has no config.yaml")
-    config = read_config(PretrainConfig, run_dir / "config.yaml", [])
+    config = RunFolder(run_dir).settings()
     rows = [row for row in read_log(run_dir) if "loss" in row]
     if not rows:
         return [warning("log", "no step is logged yet (log.every_steps "
@@ -105,7 +101,7 @@ def _speed(rows: list[dict[str, Any]], config: PretrainConfig) -> list[Finding]:
 
 def _end(rows: list[dict[str, Any]], run_dir: Path) -> list[Finding]:
     saved = checkpoint.complete_checkpoints(run_dir)
-    if marker_path(run_dir).is_file():
+    if RunFolder(run_dir).stopped.is_file():
         return [fine("stopped", f"on request at step {rows[-1]['step']}; the same command goes on")]
     if not saved:
         return [warning("checkpoint", "none is complete yet: see checkpoint.every_steps and every_seconds")]

@@ -6,8 +6,6 @@ out of date but images that were changed under the same name. The folder has to 
 """
 
 import contextlib
-import hashlib
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,6 +25,8 @@ from moco_dist.distributed.collectives import all_reduce_sum
 from moco_dist.distributed.world import World
 from moco_dist.evaluate.subject import Evaluation, FrozenEncoder, digest
 from moco_dist.files import write_whole
+from moco_dist.provenance import hash_of_list, key_of
+from moco_dist.run.folder import RunFolder
 
 CHUNK_SAMPLES = 512
 
@@ -68,7 +68,7 @@ def extract(
     rows = torch.cat([torch.empty(0, dtype=torch.int64), *(torch.arange(c.start, c.stop) for c in chunks)])
     values = torch.empty(len(rows), encoder.dim)
     places = dict(zip(chunks, values.split([len(chunk) for chunk in chunks]), strict=True))
-    cache = evaluation.config.run_dir / "eval" / "features" / _key(evaluation, encoder, split, folder) if keep else None
+    cache = RunFolder(evaluation.config.run_dir).features(_key(evaluation, encoder, split, folder)) if keep else None
 
     missing = [chunk for chunk in chunks if cache is None or not _read(_path(cache, chunk), places[chunk])]
     for chunk, encoded in zip(missing, _encode(evaluation, encoder, folder, missing), strict=True):
@@ -133,12 +133,12 @@ def _key(evaluation: Evaluation, encoder: FrozenEncoder, split: str, folder: Ima
         "dtype": str(encoder.dtype),
         "images": str(folder.root.resolve()),
         "split": split,
-        "paths": hashlib.sha256("\n".join(folder.paths).encode()).hexdigest(),
+        "paths": hash_of_list(folder.paths),
         "loader": evaluation.config.data.loader,
         "size": [evaluation.resize, evaluation.crop],
         "chunk": CHUNK_SAMPLES,
     }
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+    return key_of(facts)
 
 
 def _path(cache: Path, chunk: range) -> Path:

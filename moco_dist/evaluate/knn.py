@@ -29,6 +29,7 @@ from moco_dist.evaluate.subject import (
     write_result,
 )  # fmt: skip
 from moco_dist.files import write_whole
+from moco_dist.run.folder import RunFolder
 
 QUERIES = 256  # of a rank at once: the similarities take 4 x 256 x (size of the whole memory) bytes a rank
 NUM_EXAMPLES, EXAMPLE_NEIGHBOURS = 8, 5
@@ -179,7 +180,7 @@ def vote(
 
 def nearest_examples(run_dir: Path) -> list[NeighbourRow]:
     """Validation images with their nearest training images, as the last `run_knn` of the run found them; or none."""
-    path = _examples_path(run_dir)
+    path = RunFolder(run_dir).neighbours
     rows = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
     return [
         NeighbourRow(
@@ -209,11 +210,7 @@ def _write_examples(evaluation: Evaluation, train: Features, val: Features) -> N
         for q, near in sorted(near_by_query.items())
     ]
     if world.is_main:
-        write_whole(_examples_path(evaluation.config.run_dir), json.dumps(rows, indent=1).encode())
-
-
-def _examples_path(run_dir: Path) -> Path:
-    return run_dir / "eval" / "neighbours.json"
+        write_whole(RunFolder(evaluation.config.run_dir).neighbours, json.dumps(rows, indent=1).encode())
 
 
 def _check_k(k: int, memory_size: int) -> None:

@@ -3,7 +3,6 @@
 The disk has to be one that all ranks see.
 """
 
-import hashlib
 import json
 from pathlib import Path
 
@@ -15,6 +14,8 @@ from torch import nn
 from moco_dist.config.source import what_is_computed
 from moco_dist.evaluate.subject import Evaluation, FrozenEncoder, digest
 from moco_dist.files import write_whole
+from moco_dist.provenance import hash_of_list, key_of
+from moco_dist.run.folder import RunFolder
 
 Curve = list[dict[str, float]]
 
@@ -29,11 +30,10 @@ def progress_path(evaluation: Evaluation, kind: str, encoder: FrozenEncoder) -> 
     """
     facts = [
         digest(encoder.module), str(encoder.dtype), evaluation.resize, evaluation.crop,
-        hashlib.sha256("\n".join(evaluation.train.paths).encode()).hexdigest(),
+        hash_of_list(evaluation.train.paths),
         what_is_computed(evaluation.config),
     ]  # fmt: skip
-    key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
-    return evaluation.config.run_dir / "eval" / f".{kind}_{encoder.name}_{key}.safetensors"
+    return RunFolder(evaluation.config.run_dir).progress(kind, encoder.name, key_of(facts))
 
 
 def save_progress(path: Path, module: nn.Module, sgd: torch.optim.SGD, curve: Curve) -> None:

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from moco_dist.config.evaluate import EvalConfig
 from moco_dist.config.pretrain import PretrainConfig
-from moco_dist.config.source import read_config
 from moco_dist.data.images import NO_CLASS, ImageFolder, rows_of, share_of_classes, subset
 from moco_dist.data.loaders import eval_batches
 from moco_dist.data.sources import find_images
@@ -29,6 +28,7 @@ from moco_dist.files import write_whole
 from moco_dist.method.batch_norm import GroupedBatchNorm2d, running_statistics
 from moco_dist.method.encoder import build_encoder
 from moco_dist.run import checkpoint
+from moco_dist.run.folder import RunFolder
 from moco_dist.run.weights import load_trained
 
 CALIBRATION_SAMPLES = 512  # training images that give the untrained network its BatchNorm statistics
@@ -119,9 +119,7 @@ def open_evaluation(config: EvalConfig, world: World) -> Evaluation:
     Raises:
         UserError: there is no run, no validation set, or images without a class.
     """
-    if not (config.run_dir / "config.yaml").is_file():
-        raise UserError(f"run_dir {config.run_dir} is not the folder of a run: it has no config.yaml")
-    pretrain = read_config(PretrainConfig, config.run_dir / "config.yaml", [])
+    pretrain = RunFolder(config.run_dir).settings("run_dir")
     data = config.data.model_copy(update={"loader": config.data.loader or pretrain.data.loader})
     config = config.model_copy(update={"data": data})
     train, val = labelled_images(data.root or pretrain.data.root, data.max_train_samples, data.max_val_samples)
@@ -271,7 +269,7 @@ def write_result(
         **more,
     }
     if evaluation.world.is_main:
-        path = evaluation.config.run_dir / "eval" / f"{kind}_{encoder.name}{variant}.json"
+        path = RunFolder(evaluation.config.run_dir).result(kind, encoder.name, variant)
         write_whole(path, json.dumps(result, indent=1).encode())
     return result
 

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moco_dist.config.pretrain import PretrainConfig
-from moco_dist.config.source import declarations, flatten, read_config
+from moco_dist.config.source import declarations, flatten
 from moco_dist.errors import UnreachableError, UserError, nearest
 from moco_dist.report.charts import COLOURS, Picture, chart
 from moco_dist.report.page import EVALUATIONS, MISSING, evaluations, shown
 from moco_dist.run import checkpoint
+from moco_dist.run.folder import RunFolder
 from moco_dist.run.logbook import read_log
 from moco_dist.tracking import client_of, page_of, without_credentials
 from moco_dist.tracking.remote import reason
@@ -96,9 +97,7 @@ def run_of_folder(run_dir: Path) -> RunRecord:
     Raises:
         UserError: it is not one.
     """
-    if not (run_dir / "config.yaml").is_file():
-        raise UserError(f"{run_dir} is not the folder of a run: it has no config.yaml")
-    config = read_config(PretrainConfig, run_dir / "config.yaml", [])
+    config = RunFolder(run_dir).settings()
     found = evaluations(run_dir)
     accuracy = {}
     for kind in EVALUATIONS:

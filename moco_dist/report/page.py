@@ -16,10 +16,12 @@ from PIL import Image
 from torch import Tensor
 
 from moco_dist.config.pretrain import DataConfig, PretrainConfig, RunConfig
-from moco_dist.config.source import flatten, leaf_fields, read_config
+from moco_dist.config.source import flatten, leaf_fields
 from moco_dist.evaluate.knn import NeighbourRow
+from moco_dist.files import write_whole
 from moco_dist.provenance import package_versions
 from moco_dist.report.charts import Picture, chart, png_uri
+from moco_dist.run.folder import RunFolder
 from moco_dist.run.logbook import read_log
 from moco_dist.tracking import without_credentials
 
@@ -71,7 +73,7 @@ def write_report(run_dir: Path, view_pairs: Tensor | None = None, neighbours: li
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    config = read_config(PretrainConfig, run_dir / "config.yaml", [])
+    config = RunFolder(run_dir).settings()
     rows = read_log(run_dir)
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
@@ -88,9 +90,8 @@ def write_report(run_dir: Path, view_pairs: Tensor | None = None, neighbours: li
         settings=_settings(config),
         versions=package_versions(),
     )
-    path = run_dir / "report" / "index.html"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(page, encoding="utf-8")
+    path = RunFolder(run_dir).report
+    write_whole(path, page.encode())
     return path
 
 
@@ -101,7 +102,7 @@ def evaluations(run_dir: Path) -> dict[tuple[str, str], dict[str, Any]]:
     """
     name = re.compile(rf"({'|'.join(EVALUATIONS)})_({'|'.join(ROWS)})((?:_labels[^_]+)?(?:_head\d+)?)")
     found = {}
-    for path in sorted((run_dir / "eval").glob("*.json")):
+    for path in RunFolder(run_dir).results():
         if match := name.fullmatch(path.stem):
             found[match[1] + match[3], match[2]] = json.loads(path.read_text(encoding="utf-8"))
     return found

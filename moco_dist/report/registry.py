@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from moco_dist.config.pretrain import PretrainConfig
-from moco_dist.config.source import read_config
 from moco_dist.errors import UserError
 from moco_dist.method.encoder import build_encoder
 from moco_dist.report.compare import RunRecord
+from moco_dist.run.folder import RunFolder
 from moco_dist.run.weights import load_trained
 from moco_dist.tracking import saved_run
 
@@ -80,7 +80,7 @@ def register(record: RunRecord, run_dir: Path, name: str) -> str:
     import mlflow.pytorch
     from mlflow.models import infer_signature
 
-    config = read_config(PretrainConfig, run_dir / "config.yaml", [])
+    config = RunFolder(run_dir).settings()
     encoder = build_encoder(config.model, config.run.seed)
     step = load_trained(encoder, run_dir)
     backbone = encoder.backbone.eval()

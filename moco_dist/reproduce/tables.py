@@ -16,7 +16,7 @@ from pathlib import Path
 from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.config.source import read_config
 from moco_dist.errors import UserError
-from moco_dist.run.weights import BACKBONE
+from moco_dist.run.folder import RunFolder
 from moco_dist.tracking import page_of
 
 SMALL_EPOCHS = 6  # of a row of 200 at `--scale small`
@@ -93,13 +93,13 @@ class Job:
     @property
     def result(self) -> float | None:
         """Linear top-1 in percent; None until it is evaluated."""
-        path = self.run_dir / "eval" / "linear_trained.json"
+        path = RunFolder(self.run_dir).result("linear", "trained")
         return json.loads(path.read_text())["accuracy"]["linear_top1"] if path.is_file() else None
 
     @property
     def is_pretrained(self) -> bool:
         """Whether the pre-training has come to its end."""
-        return (self.run_dir / BACKBONE).is_file()
+        return RunFolder(self.run_dir).backbone.is_file()
 
 
 def jobs_of(

@@ -31,6 +31,7 @@ from moco_dist.errors import UserError
 from moco_dist.files import write_whole
 from moco_dist.method.batch_norm import running_statistics
 from moco_dist.method.queue import Queue
+from moco_dist.run.folder import RunFolder
 
 MANIFEST = "checkpoint.json"
 ENCODERS = ("query_encoder", "key_encoder")
@@ -113,7 +114,7 @@ def write(taken: Snapshot, run_dir: Path, world: World, group: dist.ProcessGroup
     Raises:
         one of CANNOT_WRITE: it cannot be written; nothing of it is left.
     """
-    folder = run_dir / "checkpoints" / f"step_{taken.step:08d}"
+    folder = RunFolder(run_dir).checkpoint(taken.step)
     partial = folder.with_name(f".{folder.name}.partial")
     if world.is_main:
         for left_over in partial.parent.glob(".step_*.partial"):
@@ -228,7 +229,7 @@ def reason(error: BaseException) -> str:
 
 def complete_checkpoints(run_dir: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
-    return sorted(path.parent for path in (run_dir / "checkpoints").glob(f"step_*/{MANIFEST}"))
+    return sorted(path.parent for path in RunFolder(run_dir).checkpoints.glob(f"step_*/{MANIFEST}"))
 
 
 def latest(run_dir: Path) -> Path:

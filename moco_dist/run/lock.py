@@ -13,6 +13,7 @@ from typing import TextIO
 from moco_dist.distributed.world import World
 from moco_dist.errors import UserError
 from moco_dist.files import is_held
+from moco_dist.run.folder import RunFolder
 
 LOST_HOST_SECONDS = 120.0  # an NFS server keeps the locks of a host that is gone for its lease, 90 s by default
 
@@ -31,7 +32,7 @@ def locked(run_dir: Path, world: World) -> Iterator[None]:
     if not world.is_main:
         yield
         return
-    path = run_dir / ".lock"
+    path = RunFolder(run_dir).lock
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         file = path.open("a+", encoding="utf-8")

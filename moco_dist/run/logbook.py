@@ -15,6 +15,7 @@ from tqdm import tqdm
 from moco_dist.distributed.collectives import all_reduce_sum
 from moco_dist.distributed.world import World
 from moco_dist.files import LineFile
+from moco_dist.run.folder import RunFolder
 from moco_dist.tracking import Tracker
 
 
@@ -38,7 +39,7 @@ class Logbook:
             pending_losses: `pending_losses` of the checkpoint that the run goes on from.
         """
         self._world, self._tracker, self._stop = world, tracker, stop
-        self._file = LineFile(run_dir / "log.jsonl") if world.is_main else None
+        self._file = LineFile(RunFolder(run_dir).log) if world.is_main else None
         if self._file is not None:
             self._file.truncate(_end_of_step(self._file.path, start))
         self._bar = tqdm(
@@ -174,7 +175,7 @@ def read_log(run_dir: Path) -> list[dict[str, Any]]:
     A resumed run logs some steps twice (the last counts); a line that was cut short when the run was stopped is left
     out.
     """
-    path, rows = run_dir / "log.jsonl", {}
+    path, rows = RunFolder(run_dir).log, {}
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:
             row = json.loads(line)

@@ -1,6 +1,5 @@
 """Going on with a run: from which checkpoint, under which settings, and whether all ranks mean the same."""
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +8,13 @@ from moco_dist.config.section import COMPUTED
 from moco_dist.config.source import declarations, flatten, to_yaml
 from moco_dist.data.images import ImageFolder
 from moco_dist.distributed.collectives import barrier, gather_texts
-from moco_dist.distributed.stop import marker_path
 from moco_dist.distributed.world import World
 from moco_dist.errors import UserError
 from moco_dist.files import write_whole
-from moco_dist.provenance import package_versions, source_hash
+from moco_dist.provenance import hash_of_list, package_versions, source_hash
 from moco_dist.run import checkpoint
 from moco_dist.run.checkpoint import TrainState
+from moco_dist.run.folder import RunFolder
 from moco_dist.tracking import without_credentials
 
 
@@ -28,12 +27,13 @@ def resume(state: TrainState, config: PretrainConfig, world: World) -> tuple[lis
     Raises:
         UserError: the checkpoint was made with settings that compute something else (each is named), or none is intact.
     """
+    run = RunFolder(config.run.dir)
     damaged: dict[Path, str] = {}
     pending_losses: list[float] = []
     # As rank 0 sees it: a shared file system may show a new folder to some hosts a little later.
     seen = " ".join(folder.name for folder in checkpoint.complete_checkpoints(config.run.dir))
     for name in reversed(gather_texts(seen, world)[0].split()):
-        folder = config.run.dir / "checkpoints" / name
+        folder = run.checkpoints / name
         if problem := checkpoint.damage(folder, world):
             damaged[folder] = problem
             continue
@@ -52,8 +52,8 @@ def resume(state: TrainState, config: PretrainConfig, world: World) -> tuple[lis
     if world.is_main:
         for folder in damaged:
             checkpoint.set_aside(folder)
-        marker_path(config.run.dir).unlink(missing_ok=True)
-        write_whole(config.run.dir / "config.yaml", to_yaml(without_secrets(config)).encode())
+        run.stopped.unlink(missing_ok=True)
+        write_whole(run.config, to_yaml(without_secrets(config)).encode())
     barrier(world)
     return notes, pending_losses
 
@@ -93,5 +93,5 @@ def facts_to_agree_on(config: PretrainConfig, folder: ImageFolder) -> dict[str, 
         **{f"version of {name}": version for name, version in package_versions().items()},
         "source of moco_dist (hash)": source_hash(),
         "number of images": len(folder.paths),
-        "list of images (hash)": hashlib.sha256("\n".join(folder.paths).encode()).hexdigest()[:16],
+        "list of images (hash)": hash_of_list(folder.paths)[:16],
     }

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from moco_dist.config.pretrain import ModelConfig, PretrainConfig
-from moco_dist.config.source import read_config, to_yaml
+from moco_dist.config.source import to_yaml
 from moco_dist.errors import UserError, nearest
 from moco_dist.files import write_whole
 from moco_dist.method.encoder import BLOCKS, build_encoder
 from moco_dist.run import checkpoint
+from moco_dist.run.folder import RunFolder
 
-BACKBONE = "backbone.safetensors"
 FORMATS = {
     "torchvision": ".pth",
     "timm": ".safetensors",
@@ -144,8 +144,8 @@ def import_backbone(path: Path, arch: str, data_root: Path, run_dir: Path) -> Ba
     config = PretrainConfig.model_validate(
         {"run": {"dir": run_dir}, "data": {"root": data_root}, "model": backbone.model.model_dump()}
     )
-    _save(backbone.tensors, run_dir / BACKBONE, {"step": "0", "arch": arch, "imported_from": path.name})
-    (run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    _save(backbone.tensors, RunFolder(run_dir).backbone, {"step": "0", "arch": arch, "imported_from": path.name})
+    write_whole(RunFolder(run_dir).config, to_yaml(config).encode())
     return backbone
 
 
@@ -158,13 +158,13 @@ def load_trained(encoder: nn.Module, run_dir: Path) -> int:
     Raises:
         UserError: there is neither, or it does not fit.
     """
-    imported = run_dir / BACKBONE
+    imported = RunFolder(run_dir).backbone
     if checkpoint.complete_checkpoints(run_dir) or not imported.is_file():
         return checkpoint.load_query_encoder(encoder, checkpoint.latest(run_dir))
     tensors = {f"backbone.{name}": value for name, value in _read(imported).items()}
     problems = encoder.load_state_dict(tensors, strict=False)
     if problems.unexpected_keys or any(name.startswith("backbone.") for name in problems.missing_keys):
-        raise UserError(f"{imported} does not fit the model of {run_dir / 'config.yaml'}")
+        raise UserError(f"{imported} does not fit the model of {RunFolder(run_dir).config}")
     return 0
 
 
@@ -209,9 +209,7 @@ def _torchvision_name(name: str) -> str:
 
 
 def _query_encoder(run_dir: Path) -> tuple[dict[str, Tensor], PretrainConfig, int]:
-    if not (run_dir / "config.yaml").is_file():
-        raise UserError(f"{run_dir} is not the folder of a run: it has no config.yaml")
-    config = read_config(PretrainConfig, run_dir / "config.yaml", [])
+    config = RunFolder(run_dir).settings()
     encoder = build_encoder(config.model, config.run.seed)
     step = load_trained(encoder, run_dir)
     return {name: value.contiguous() for name, value in encoder.state_dict().items()}, config, step

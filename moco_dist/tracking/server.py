@@ -33,7 +33,7 @@ MLFLOW_ENVIRONMENT = {
 
 def ui_command(run_dir: Path) -> str:
     """The shell command that opens the run in MLflow: its web server for a database, else the server's page."""
-    saved = read_saved(run_dir / "mlflow.json")
+    saved = read_saved(record_path(run_dir))
     if saved is None:
         return "not tracked (--tracking.backend none)"
     if not saved["run_id"]:
@@ -48,7 +48,7 @@ def ui_command(run_dir: Path) -> str:
 
 def page_of(run_dir: Path) -> str:
     """The run's page on its MLflow server; "" where it has none."""
-    saved = read_saved(run_dir / "mlflow.json")
+    saved = read_saved(record_path(run_dir))
     if saved is None or not saved["run_id"] or not saved["tracking_uri"].startswith("http"):
         return ""
     return f"{saved['tracking_uri'].rstrip('/')}/#/experiments/{saved['experiment_id']}/runs/{saved['run_id']}"
@@ -106,7 +106,7 @@ def client_of(uri: str) -> "MlflowClient":
 
 def saved_run(run_dir: Path) -> "tuple[MlflowClient, str, Run] | None":
     """Client, URI and run of the pre-training in `run_dir`; None where it was not tracked, or with a warning."""
-    saved = read_saved(run_dir / "mlflow.json")
+    saved = read_saved(record_path(run_dir))
     if saved is None:
         return None
     uri = uri_of(run_dir, saved)
@@ -119,6 +119,16 @@ def saved_run(run_dir: Path) -> "tuple[MlflowClient, str, Run] | None":
         text = f"warning: MLflow at {uri}: {str(error).splitlines()[0]}; going on without it"
         tqdm.write(without_credentials(text), file=sys.stderr)
         return None
+
+
+def record_path(run_dir: Path) -> Path:
+    """RUN/mlflow.json: which MLflow run is the pre-training's, and how much of its journal was sent."""
+    return run_dir / "mlflow.json"
+
+
+def journal_path(run_dir: Path, name: str) -> Path:
+    """RUN/mlflow/NAME: the journal of a pre-training or of an evaluation."""
+    return run_dir / "mlflow" / name
 
 
 def read_saved(path: Path) -> dict[str, str] | None:

@@ -23,7 +23,9 @@ from moco_dist.tracking.remote import RemoteRun, reason
 from moco_dist.tracking.server import (
     absolute,
     default_uri,
+    journal_path,
     read_saved,
+    record_path,
     require_known_scheme,
     uri_of,
     without_credentials,
@@ -66,8 +68,8 @@ class Tracker:
         uri = absolute(config.tracking.uri or default_uri(run_dir))
         require_known_scheme(uri)
         _require_mlflow()
-        remote = RemoteRun(run_dir / "mlflow.json", uri, watches_system=True)
-        outbox = Outbox(run_dir / "mlflow" / PRETRAIN, remote, _say_of(uri))
+        remote = RemoteRun(record_path(run_dir), uri, watches_system=True)
+        outbox = Outbox(journal_path(run_dir, PRETRAIN), remote, _say_of(uri))
         remote.save()
         tags = {f"version.{name}": version for name, version in package_versions().items()}
         tags |= {"world_size": str(world.world_size), "num_nodes": str(world.num_nodes), "device": world.device}
@@ -102,7 +104,7 @@ class Tracker:
     @classmethod
     def _beside(cls, run_dir: Path, begin: dict[str, Any], ends_run: bool) -> "Tracker":
         """A journal of its own beside that of the pre-training, which may be running."""
-        saved = read_saved(run_dir / "mlflow.json")
+        saved = read_saved(record_path(run_dir))
         if saved is None:
             return cls()
         _require_mlflow()
@@ -168,14 +170,14 @@ def sync(run_dir: Path) -> tuple[list[str], list[str]]:
     Raises:
         UserError: the run is not tracked, or mlflow is not installed.
     """
-    saved = read_saved(run_dir / "mlflow.json")
+    saved = read_saved(record_path(run_dir))
     if saved is None:
         what = "is not tracked: it has no mlflow.json" if run_dir.is_dir() else "does not exist"
         raise UserError(f"run folder {run_dir} {what}")
     _require_mlflow()
     uri = uri_of(run_dir, saved)
     done, undone = [], []
-    journals = (run_dir / "mlflow").glob("*.jsonl")
+    journals = journal_path(run_dir, "").glob("*.jsonl")
     for path in sorted(journals, key=lambda path: (path.name != PRETRAIN, path.stat().st_mtime)):
         outbox = _outbox(run_dir, path.name, uri)
         name = path.relative_to(run_dir)
@@ -195,7 +197,7 @@ def sync(run_dir: Path) -> tuple[list[str], list[str]]:
 
 
 def _outbox(run_dir: Path, name: str, uri: str) -> Outbox:
-    path, record = run_dir / "mlflow" / name, run_dir / "mlflow.json"
+    path, record = journal_path(run_dir, name), record_path(run_dir)
     remote = RemoteRun(record, uri) if name == PRETRAIN else RemoteRun(path.with_suffix(".json"), uri, record)
     return Outbox(path, remote, _say_of(uri))
 

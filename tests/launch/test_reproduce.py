@@ -12,7 +12,6 @@ from moco_dist.cli.main import main
 from moco_dist.config.evaluate import LinearConfig
 from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.reproduce import tables as reproduce
-from moco_dist.run.weights import BACKBONE
 from tests.launch.schemas import problems
 
 EIGHT = ["--nodes", "1", "--gpus-per-node", "8"]
@@ -50,7 +49,7 @@ def table(tmp_path, *flags):
 def finish(run_dir, accuracy=None):
     """Leave what a pre-training leaves at its end; with an accuracy, what its evaluation does."""
     (run_dir / "eval").mkdir(parents=True, exist_ok=True)
-    (run_dir / BACKBONE).touch()
+    (run_dir / "backbone.safetensors").touch()
     if accuracy is not None:
         (run_dir / "eval" / "linear_trained.json").write_text(json.dumps({"accuracy": {"linear_top1": accuracy}}))
 

@@ -280,5 +280,5 @@ def test_versions_are_named(run_dir):
 
 
 def test_a_folder_that_is_no_run(tmp_path):
-    with pytest.raises(UserError, match="config.yaml does not exist"):
+    with pytest.raises(UserError, match="is not the folder of a run: it has no config.yaml"):
         write_report(tmp_path)

@@ -5,7 +5,6 @@ generator, which is set anew at each step. So a training goes on as if it had no
 of sums; another number of ranks samples other boxes.
 """
 
-import hashlib
 import json
 import math
 import time
@@ -23,8 +22,8 @@ from tqdm import tqdm
 
 from moco_dist.config.evaluate import DetectConfig
 from moco_dist.config.loading import worker_count
-from moco_dist.config.pretrain import AugmentConfig, PretrainConfig
-from moco_dist.config.source import read_config, what_is_computed
+from moco_dist.config.pretrain import AugmentConfig
+from moco_dist.config.source import what_is_computed
 from moco_dist.data.plan import Plan
 from moco_dist.data.workers import batches_of, leave_signals_to_the_rank
 from moco_dist.distributed.collectives import all_reduce_sum, gather_uneven
@@ -36,7 +35,9 @@ from moco_dist.evaluate.detection.voc import Annotated, Pictures, read_sets
 from moco_dist.evaluate.progress import Curve, load_progress, save_progress
 from moco_dist.evaluate.subject import digest
 from moco_dist.files import write_whole
+from moco_dist.provenance import hash_of_list, key_of
 from moco_dist.run.checkpoint import averaged
+from moco_dist.run.folder import RunFolder
 from moco_dist.run.weights import Backbone, backbone_of_run, read_backbone
 
 FLIP_PROBABILITY = 0.5
@@ -72,7 +73,7 @@ def run_detection(config: DetectConfig, world: World) -> dict[str, Any]:
         sets, batch = ", ".join(data.train_sets), config.global_batch_size
         raise UserError(f"{sets}: {len(train)} images, less than one batch (global_batch_size {batch})")
     detector = build_detector(backbone, config, pixels, world)
-    out = config.run_dir / "eval" / "detection.json" if config.run_dir else _beside(config.weights)
+    out = RunFolder(config.run_dir).detection if config.run_dir else _beside(config.weights)
     progress = out.with_name(f".{out.name}_{_key(config, detector, train, world)}.safetensors")
     curve = _train(detector, train, config, progress, world)
     accuracy, per_class = average_precision(test, _detections(detector, test, config, world), len(data.classes))
@@ -100,7 +101,7 @@ def _backbone(config: DetectConfig) -> tuple[Backbone, AugmentConfig]:
         assert config.weights is not None
         return read_backbone(config.weights, config.arch), AugmentConfig()
     backbone = backbone_of_run(config.run_dir)
-    return backbone, read_config(PretrainConfig, config.run_dir / "config.yaml", []).augment
+    return backbone, RunFolder(config.run_dir).settings().augment
 
 
 def _beside(weights: Path | None) -> Path:
@@ -110,10 +111,9 @@ def _beside(weights: Path | None) -> Path:
 
 def _key(config: DetectConfig, detector: nn.Module, train: Sequence[Annotated], world: World) -> str:
     """A hash of all that the training depends on."""
-    images = hashlib.sha256("\n".join(item.image.stem for item in train).encode()).hexdigest()
+    images = hash_of_list(item.image.stem for item in train)
     settings = what_is_computed(config, without=["data.test_sets"])  # they are read when the training has ended
-    facts = [digest(detector), images, world.world_size, settings]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+    return key_of([digest(detector), images, world.world_size, settings])
 
 
 def _train(

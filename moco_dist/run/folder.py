@@ -1,0 +1,115 @@
+"""RUN, the folder of a run: what lies in it, what each file means, and who writes it.
+
+Nobody else spells these names. Where a docstring names no writer, it is rank 0 of the pre-training, which holds the
+lock. MLflow's record, mlflow.json and mlflow/, is named in tracking/server.py: the tracker of each command writes it.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from moco_dist.config.pretrain import PretrainConfig
+from moco_dist.config.source import read_config
+from moco_dist.errors import UserError
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The paths in one run's folder; none has to be there."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved settings, written anew at every start. A folder that has this file is the folder of a run."""
+        return self.root / "config.yaml"
+
+    @property
+    def lock(self) -> Path:
+        """Locked by the one process that trains; says which one that is. It stays when the process ends."""
+        return self.root / ".lock"
+
+    @property
+    def log(self) -> Path:
+        """A line of JSON for each log interval and each accuracy during training."""
+        return self.root / "log.jsonl"
+
+    @property
+    def stopped(self) -> Path:
+        """There while a run has been stopped early and has not gone on. Launchers requeue by it."""
+        return self.root / "preempted.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folders of checkpoints; all ranks write into the newest, and rank 0 decides when it is complete."""
+        return self.root / "checkpoints"
+
+    def checkpoint(self, step: int) -> Path:
+        """The checkpoint of a step."""
+        return self.checkpoints / f"step_{step:08d}"
+
+    @property
+    def backbone(self) -> Path:
+        """The trained backbone, written at the end of a pre-training, or by `moco-dist import`."""
+        return self.root / "backbone.safetensors"
+
+    def result(self, kind: str, encoder: str, variant: str = "") -> Path:
+        """What an evaluation came to; its rank 0 writes it.
+
+        Args:
+            kind: knn, linear or finetune.
+            encoder: trained, untrained or pixels.
+            variant: says which part of the labels or of the head was used.
+        """
+        return self._evaluations / f"{kind}_{encoder}{variant}.json"
+
+    def results(self) -> list[Path]:
+        """Every JSON file of the evaluations that there are, sorted by name."""
+        return sorted(self._evaluations.glob("*.json"))
+
+    @property
+    def detection(self) -> Path:
+        """What `moco-dist detect` came to."""
+        return self._evaluations / "detection.json"
+
+    @property
+    def neighbours(self) -> Path:
+        """A few test images and their nearest training images, of `moco-dist knn`."""
+        return self._evaluations / "neighbours.json"
+
+    def features(self, key: str) -> Path:
+        """The folder of encoded features; `key` is a hash of all that they depend on. All ranks write into it."""
+        return self._evaluations / "features" / key
+
+    def progress(self, kind: str, encoder: str, key: str) -> Path:
+        """An evaluation's training that is under way; `key` is a hash of all that it depends on."""
+        return self._evaluations / f".{kind}_{encoder}_{key}.safetensors"
+
+    @property
+    def report(self) -> Path:
+        """The page that `moco-dist report` writes."""
+        return self.root / "report" / "index.html"
+
+    @property
+    def _evaluations(self) -> Path:
+        return self.root / "eval"
+
+    def require(self, called: str = "") -> None:
+        """Refuse what is not the folder of a run.
+
+        Args:
+            called: the setting that gave it, for the message.
+
+        Raises:
+            UserError: it has no config.yaml.
+        """
+        if not self.config.is_file():
+            raise UserError(f"{called} {self.root} is not the folder of a run: it has no {self.config.name}".lstrip())
+
+    def settings(self, called: str = "") -> PretrainConfig:
+        """The settings of the pre-training.
+
+        Raises:
+            UserError: it is not the folder of a run, or the settings do not fit this version.
+        """
+        self.require(called)
+        return read_config(PretrainConfig, self.config, [])

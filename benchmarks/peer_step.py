@@ -31,12 +31,13 @@ from benchmarks import results
 from benchmarks.hosts import hosts, why_not
 from benchmarks.ranks import run_ranks
 from benchmarks.timing import synchronise
+from moco_dist.config.architectures import ARCHITECTURES
 from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.data.plan import Plan
 from moco_dist.distributed.collectives import barrier
 from moco_dist.distributed.world import World
 from moco_dist.engine.precision import autocast, compute_dtype
-from moco_dist.method.encoder import BLOCKS
+from moco_dist.method.encoder import build_resnet
 from moco_dist.train import build, train_step
 
 RANKS = 2
@@ -78,10 +79,9 @@ class Lightly:
 
         from lightly.loss import NTXentLoss
         from lightly.models.modules import MoCoProjectionHead
-        from torchvision.models.resnet import ResNet
 
         self.world, self.dtype = world, compute_dtype("auto", world.device)
-        backbone = ResNet(*BLOCKS[arch])
+        backbone = build_resnet(arch)
         width = backbone.fc.in_features
         backbone.fc = nn.Identity()  # type: ignore[assignment]
         query = nn.Sequential(backbone, MoCoProjectionHead(width, 2048, DIM)).to(world.device)
@@ -162,7 +162,7 @@ def main() -> None:
     """Measure and write the results file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--arch", choices=list(BLOCKS), default="resnet50")
+    parser.add_argument("--arch", choices=ARCHITECTURES, default="resnet50")
     parser.add_argument("--local-batch", type=int, default=32)
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--queue-size", type=int, default=65536)

@@ -44,6 +44,7 @@ from benchmarks import results
 from benchmarks.loader import make_photos, photographs
 from benchmarks.timing import bytes_per_second, flops_per_second, in_turn, synchronise
 from moco_dist import train
+from moco_dist.config.architectures import ARCHITECTURES
 from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.data import counter_rng
 from moco_dist.data.batch import CropBatch
@@ -56,7 +57,7 @@ from moco_dist.engine.ddp import DDPEngine
 from moco_dist.engine.optimizer import build_optimizer
 from moco_dist.engine.precision import compute_dtype
 from moco_dist.engine.speed import compiled_on_gpu
-from moco_dist.method.encoder import BLOCKS, build_encoder
+from moco_dist.method.encoder import build_encoder
 from moco_dist.method.queue import Queue
 from moco_dist.planning.calibrate import Marks
 
@@ -219,7 +220,7 @@ def main() -> None:
     """Measure and write the results file."""
     on_gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", choices=list(BLOCKS), default="resnet50")
+    parser.add_argument("--arch", choices=ARCHITECTURES, default="resnet50")
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--batches", type=int, nargs="+", default=[32, 64, 128, 256] if on_gpu else [32])
     parser.add_argument("--ways", choices=list(WAYS), nargs="+", default=list(WAYS) if on_gpu else ["eager"])

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import results
+from moco_dist.config.architectures import ARCHITECTURES
 from moco_dist.engine.precision import compute_dtype
 from moco_dist.reproduce.table3 import LOCAL_BATCHES, ROUNDS, STEPS, as_markdown, configs_of, measure
 
@@ -24,7 +25,7 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     is_cpu = device == "cpu"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", default="resnet50")
+    parser.add_argument("--arch", choices=ARCHITECTURES, default="resnet50")
     parser.add_argument("--image-size", type=int, default=CPU_SIDE if is_cpu else 224)
     parser.add_argument("--batches", type=int, nargs="+", default=CPU_BATCHES if is_cpu else LOCAL_BATCHES)
     parser.add_argument("--quick", action="store_true")

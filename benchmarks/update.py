@@ -15,6 +15,7 @@ import torch
 
 from benchmarks import results
 from benchmarks.timing import bytes_per_second, in_turn
+from moco_dist.config.architectures import ARCHITECTURES
 from moco_dist.config.pretrain import ModelConfig, OptimConfig
 from moco_dist.engine.optimizer import LARS, build_optimizer
 from moco_dist.method.encoder import build_encoder
@@ -62,7 +63,7 @@ def main() -> None:
     """Measure and write the results file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--arch", default="resnet50")
+    parser.add_argument("--arch", choices=ARCHITECTURES, default="resnet50")
     parser.add_argument("--quick", action="store_true")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"

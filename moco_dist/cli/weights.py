@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from moco_dist.cli.arguments import Parser
+from moco_dist.config.architectures import ARCHITECTURES
 
 
 def export(words: list[str]) -> int:
@@ -27,7 +28,7 @@ def import_(words: list[str]) -> int:
         description="a backbone of MoCo's original release, lightly, mmselfsup, torchvision or timm, to evaluate here",
     )
     parser.add_argument("file", type=Path, help=".pth.tar, .pth, .ckpt or .safetensors; no code in it is run")
-    parser.add_argument("--arch", default="resnet50", help="resnet10, 18, 34 or 50 [default: resnet50]")
+    parser.add_argument("--arch", default="resnet50", help=f"{', '.join(ARCHITECTURES)} [default: %(default)s]")
     parser.add_argument("--data-root", type=Path, default=Path("data/imagenet"), help="images to evaluate on")
     parser.add_argument("--out", type=Path, required=True, help="folder of the run to make")
     args = parser.parse_args(words)

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from moco_dist.config.architectures import Architecture
 from moco_dist.config.loading import DEFAULT_WORKERS, Loader, LoadingConfig
 from moco_dist.config.section import PositiveInt, Probability, Section, setting
 
@@ -196,9 +197,7 @@ class DetectConfig(Section):
         None, "instead of a run: a file as `moco-dist import` takes it; the result is FILE.detection.json",
         changes="place",
     )
-    arch: Literal["resnet10", "resnet18", "resnet34", "resnet50"] = setting(
-        "resnet50", "of the network in `weights`", changes="result"
-    )
+    arch: Architecture = setting("resnet50", "of the network in `weights`", changes="result")
     data: DetectDataConfig
     steps: PositiveInt = setting(
         24_000, "length of the training", changes="result", unit="steps", source=DETECTION_SOURCE

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from pydantic import field_validator, model_validator
 
+from moco_dist.config.architectures import Architecture
 from moco_dist.config.augment import AugmentConfig
 from moco_dist.config.loading import Loader, LoadingConfig, OnError
 from moco_dist.config.section import PositiveInt, Section, setting
@@ -65,7 +66,7 @@ class DataConfig(LoadingConfig):
 class ModelConfig(Section):
     """The encoder f: backbone, projection head and its BN groups."""
 
-    arch: Literal["resnet10", "resnet18", "resnet34", "resnet50"] = setting(
+    arch: Architecture = setting(
         "resnet50", "torchvision's ResNet (resnet10: one basic block a stage)", changes="shapes", times=("step",),
         source="v1 sec. 3.3",
     )

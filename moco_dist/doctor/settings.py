@@ -1,5 +1,6 @@
 """Settings that are allowed, and are known not to work well: the questions that users of MoCo ask."""
 
+from moco_dist.config.architectures import blocks_in
 from moco_dist.config.evaluate import FinetuneConfig, LinearConfig
 from moco_dist.config.pretrain import PretrainConfig, size_problems
 from moco_dist.doctor.finding import Finding, fine, problem, warning
@@ -27,7 +28,7 @@ def pretraining(config: PretrainConfig, world_size: int, num_images: int | None)
     if config.method == "moco":
         found += _queue(config, num_images)
     model, data = config.model, config.data
-    if data.image_size <= SMALL_IMAGE_PIXELS and model.stem == "imagenet" and model.arch != "resnet10":
+    if data.image_size <= SMALL_IMAGE_PIXELS and model.stem == "imagenet" and blocks_in(model.arch) > 4:
         found.append(warning("stem", f"images of {data.image_size} px shrink to 1/4 before the first block; "
                              "--model.stem cifar keeps them"))  # fmt: skip
     return found or [fine("settings", f"sizes fit {world_size} rank(s), and nothing is unusual")]

@@ -2,21 +2,17 @@
 
 import functools
 import itertools
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+from torchvision.models import resnet
+from torchvision.models.resnet import ResNet
 
+from moco_dist.config.architectures import ARCHITECTURES
 from moco_dist.config.pretrain import ModelConfig
 from moco_dist.method.batch_norm import GroupedBatchNorm2d
-
-BLOCKS: dict[str, tuple[type[BasicBlock | Bottleneck], list[int]]] = {
-    "resnet10": (BasicBlock, [1, 1, 1, 1]),
-    "resnet18": (BasicBlock, [2, 2, 2, 2]),
-    "resnet34": (BasicBlock, [3, 4, 6, 3]),
-    "resnet50": (Bottleneck, [3, 4, 6, 3]),
-}
 
 
 class Encoder(nn.Module):
@@ -30,9 +26,8 @@ class Encoder(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        block, layers = BLOCKS[config.arch]
         norm = functools.partial(GroupedBatchNorm2d, group_size=config.bn_group_size)
-        self.backbone = ResNet(block, layers, norm_layer=norm)
+        self.backbone = build_resnet(config.arch, norm)
         self.feature_dim = self.backbone.fc.in_features
         self.backbone.fc = nn.Identity()  # type: ignore[assignment]
         if config.stem == "cifar":
@@ -49,6 +44,12 @@ class Encoder(nn.Module):
         """(N, 3, H, W) to (N, C), unit norm, never below float32 whatever the autocast."""
         z = self.head(self.backbone(images))
         return F.normalize(z if z.dtype == torch.float64 else z.float(), dim=1)
+
+
+def build_resnet(arch: str, norm_layer: Callable[..., nn.Module] = nn.BatchNorm2d) -> ResNet:
+    """Torchvision's ResNet of one of `ARCHITECTURES`, with its `fc`."""
+    arguments = {**ARCHITECTURES[arch]}
+    return ResNet(getattr(resnet, arguments.pop("block")), norm_layer=norm_layer, **arguments)
 
 
 def build_encoder(config: ModelConfig, seed: int) -> Encoder:

@@ -14,13 +14,15 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import torch
+import torchvision
 from torch import Tensor, nn
 
+from moco_dist.config.architectures import ARCHITECTURES
 from moco_dist.config.pretrain import ModelConfig, PretrainConfig
 from moco_dist.config.source import to_yaml
 from moco_dist.errors import UserError, nearest
 from moco_dist.files import write_whole
-from moco_dist.method.encoder import BLOCKS, build_encoder
+from moco_dist.method.encoder import build_encoder
 from moco_dist.run import checkpoint
 from moco_dist.run.folder import RunFolder
 
@@ -99,14 +101,16 @@ def export_run(run_dir: Path, format: str, out: Path) -> str:
         return f"safetensors.torch.load_file({str(out)!r})  # backbone.* with torchvision's names, head.*"
     backbone = backbone_of_run(run_dir)
     arch, step = backbone.model.arch, backbone.step
-    if backbone.model.stem != "imagenet" or (arch == "resnet10" and format != "torchvision"):
+    is_torchvisions = hasattr(torchvision.models, arch)
+    if backbone.model.stem != "imagenet" or (not is_torchvisions and format != "torchvision"):
         raise UserError(
             f"{format} has no {arch} with the {backbone.model.stem} stem; --format safetensors has no such limit"
         )
     if format == "torchvision":
         _save(backbone.tensors, out, {})
         how = f"model.load_state_dict(torch.load({str(out)!r}, weights_only=True), strict=True)"
-        network = f"{arch}()" if arch != "resnet10" else "ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1])"
+        own = "ResNet(torchvision.models.resnet.{block}, {layers})".format(**ARCHITECTURES[arch])
+        network = f"{arch}()" if is_torchvisions else own
         return f"model = torchvision.models.{network}; model.fc = torch.nn.Identity(); {how}"
     if format == "timm":
         _save(backbone.tensors, out, {"step": str(step), "arch": arch})
@@ -178,8 +182,8 @@ def read_backbone(path: Path, arch: str) -> Backbone:
     Raises:
         UserError: the file cannot be read safely, or holds no backbone of `arch`.
     """
-    if arch not in BLOCKS:
-        raise UserError(f"--arch {arch!r} is not one of {', '.join(BLOCKS)}{nearest(arch, BLOCKS)}")
+    if arch not in ARCHITECTURES:
+        raise UserError(f"--arch {arch!r} is not one of {', '.join(ARCHITECTURES)}{nearest(arch, ARCHITECTURES)}")
     found = _named_tensors(_read(path))
     model = ModelConfig.model_validate({"arch": arch})
     wanted = {
@@ -200,7 +204,7 @@ def read_backbone(path: Path, arch: str) -> Backbone:
             kept |= {f"{name[:-12]}num_batches_tracked": torch.tensor(0) for name in wanted if "running_mean" in name}
             return Backbone(kept, model, 0)
         best = min(best, missing, key=len)
-    raise UserError(f"{path} holds no {arch}: {best[0]} is missing; --arch is one of {', '.join(BLOCKS)}")
+    raise UserError(f"{path} holds no {arch}: {best[0]} is missing; --arch is one of {', '.join(ARCHITECTURES)}")
 
 
 def _torchvision_name(name: str) -> str:

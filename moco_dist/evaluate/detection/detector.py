@@ -22,7 +22,7 @@ from moco_dist.config.evaluate import DetectConfig
 from moco_dist.config.pretrain import AugmentConfig
 from moco_dist.distributed.world import World
 from moco_dist.errors import UserError
-from moco_dist.method.encoder import BLOCKS
+from moco_dist.method.encoder import build_resnet
 from moco_dist.run.weights import Backbone
 
 ANCHOR_SIDES = (32, 64, 128, 256, 512)  # pixels
@@ -72,8 +72,7 @@ def build_detector(
         raise UserError(f"model.stem {model.stem} is for images of about 32 pixels; detection needs the stem imagenet")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        block, layers = BLOCKS[model.arch]
-        resnet = ResNet(block, layers)
+        resnet = build_resnet(model.arch)
         missing = resnet.load_state_dict(backbone.tensors, strict=False)
         assert set(missing.missing_keys) == {"fc.weight", "fc.bias"} and not missing.unexpected_keys
         detector = FasterRCNN(

@@ -50,6 +50,11 @@ def crop_box(
     return left, top, left + w, top + h
 
 
+def smallest_side(width: int, height: int, scale: tuple[float, float]) -> float:
+    """No box of `crop_box` has a shorter side, in pixels, up to rounding to a whole one."""
+    return min(width, height, math.sqrt(RATIO[0] * scale[0] * width * height))
+
+
 def is_flipped(draws: NDArray[np.float64], probability: float) -> bool:
     """Whether the view of this row of `crop_draws` is mirrored."""
     return bool(draws[-1] < probability)

@@ -14,7 +14,7 @@ from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.data import counter_rng
 from moco_dist.data.batch import CropBatch
 from moco_dist.data.colours import draw_colours
-from moco_dist.data.crops import crop_box, crop_draws, is_flipped
+from moco_dist.data.crops import crop_box, crop_draws, is_flipped, smallest_side
 from moco_dist.data.images import ImageError
 from moco_dist.data.plan import Plan
 from moco_dist.distributed.world import World
@@ -32,11 +32,15 @@ class Crop(NamedTuple):
         flip: whether it is mirrored.
         resized: (height, width) that the box is resized to, bilinear with antialiasing, no pixel outside of it
             mattering; the view is the central S x S. None: S x S itself.
+        smallest: short side in pixels of the smallest crop that may be taken of an image of this size, by which a
+            JPEG's decoding scale is chosen; None: this crop's own. What else is cut out of the image, and by whom,
+            must not matter to a view.
     """
 
     box: tuple[int, int, int, int]
     flip: bool = False
     resized: tuple[int, int] | None = None
+    smallest: float | None = None
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,8 @@ def view_job(step: int, config: PretrainConfig, plan: Plan, world: World) -> Job
 
     def crop(row: int, width: int, height: int) -> Crop:
         box = crop_box(draws[row], width, height, augment.crop_scale)
-        return Crop(box, is_flipped(draws[row], augment.flip_probability))
+        smallest = smallest_side(width, height, augment.crop_scale)
+        return Crop(box, is_flipped(draws[row], augment.flip_probability), smallest=smallest)
 
     def finish(views: Tensor, replaced: tuple[str, ...]) -> CropBatch:
         return CropBatch(

@@ -18,20 +18,21 @@ from tests.world import run
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    """24 JPEGs of different sizes in class folders."""
+    """24 JPEGs in class folders, of sizes at which they are decoded whole and at 1/2, 1/4 and 1/8."""
     root = tmp_path_factory.mktemp("photos")
     rng = np.random.default_rng(0)
     for i in range(24):
         (root / f"class_{i % 3}").mkdir(exist_ok=True)
-        small = rng.integers(0, 256, (6, 5, 3), dtype=np.uint8)
-        Image.fromarray(small).resize((40 + i, 50 - i)).save(root / f"class_{i % 3}" / f"{i:02d}.jpg")
+        width, height = (40 + i) * 2 ** (i % 6), (60 - i) * 2 ** (i % 6)
+        rough = rng.integers(0, 256, (height // 4, width // 4, 3), dtype=np.uint8)
+        Image.fromarray(rough).resize((width, height)).save(root / f"class_{i % 3}" / f"{i:02d}.jpg")
     return root
 
 
 def config_of(root, exchange="loader", num_workers=0):
     return PretrainConfig.model_validate({
         "run": {"dir": "unused"},
-        "data": {"root": str(root), "image_size": 32, "num_workers": num_workers},
+        "data": {"root": str(root), "image_size": 24, "num_workers": num_workers},
         "model": {"bn_group_size": 2},
         "optim": {"global_batch_size": 8},
         "shuffle": {"exchange": exchange},

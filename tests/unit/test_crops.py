@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms import RandomResizedCrop, Resize
 
-from moco_dist.data.crops import centre_resize, crop_box, crop_draws, is_flipped
+from moco_dist.data.crops import centre_resize, crop_box, crop_draws, is_flipped, smallest_side
 
 
 @given(width=st.integers(1, 5000), height=st.integers(1, 5000), sample=st.integers(0, 2**31),
@@ -18,6 +18,7 @@ def test_boxes_are_inside(width, height, sample, low):
     left, top, right, bottom = crop_box(draws, width, height, (low, 1.0))
     assert 0 <= left < right <= width
     assert 0 <= top < bottom <= height
+    assert min(right - left, bottom - top) >= smallest_side(width, height, (low, 1.0)) - 0.5
 
 
 def test_distribution_is_torchvisions():

@@ -62,10 +62,14 @@ def test_views_are_pils_within_a_level(picture, mode, options, crop):
     assert difference.mean() < 0.05
 
 
-def test_both_views_of_one_decode_are_those_of_two(picture):
-    data, crops = encoded(picture), [Crop((0, 0, 90, 90)), Crop((40, 20, 150, 120), flip=True)]
-    both = cut(data, "x", SIZE, lambda width, height: crops)
-    for view, crop in zip(both, crops, strict=True):
+@pytest.mark.parametrize("smallest", [None, 60.0, 200.0, 300.0, 1000.0])
+@pytest.mark.parametrize("times", [1, 2, 5, 10])
+def test_both_views_of_one_decode_are_those_of_two(picture, times, smallest):
+    data = encoded(picture.resize((150 * times, 120 * times)))
+    boxes = [(0, 0, 90, 90), (40, 20, 150, 120), (70, 50, 100, 75)]
+    crops = [Crop(tuple(x * times for x in box), flip=i == 1, smallest=smallest) for i, box in enumerate(boxes)]
+    together = cut(data, "x", SIZE, lambda width, height: crops)
+    for view, crop in zip(together, crops, strict=True):
         assert (pixels_of(view) == pixels_of(cut(data, "x", SIZE, lambda w, h, crop=crop: [crop])[0])).all()
 
 

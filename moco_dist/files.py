@@ -2,9 +2,11 @@
 
 import errno
 import fcntl
+import json
 import os
 import secrets
 from pathlib import Path
+from typing import Any
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -20,6 +22,15 @@ def write_whole(path: Path, content: bytes) -> None:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def read_record(line: bytes) -> dict[str, Any] | None:
+    """A line of a file of JSON objects; None where it is damaged: no log and no journal is a condition of anything."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) else None
 
 
 def is_held(error: OSError) -> bool:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from moco_dist.distributed.collectives import all_reduce_sum
 from moco_dist.distributed.world import World
-from moco_dist.files import LineFile
+from moco_dist.files import LineFile, read_record
 from moco_dist.run.folder import RunFolder
 from moco_dist.tracking import Tracker
 
@@ -141,14 +141,22 @@ class Logbook:
 
 
 def _end_of_step(log: Path, step: int) -> int:
-    """Where in log.jsonl the rows up to `step` end: rows are in order."""
-    end = 0
+    """Where in log.jsonl the rows up to `step` end: rows are in order. Damaged lines between them stay."""
+    end = position = 0
     with log.open("rb") as file:
         for line in file:
-            if json.loads(line)["step"] > step:
+            position += len(line)
+            if (row := _row(line)) is None:
+                continue
+            if row["step"] > step:
                 break
-            end += len(line)
+            end = position
     return end
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    row = read_record(line)
+    return row if row is not None and type(row.get("step")) is int else None
 
 
 def _as_line(row: dict[str, Any], stop: int) -> str:
@@ -172,14 +180,10 @@ def _as_line(row: dict[str, Any], stop: int) -> str:
 def read_log(run_dir: Path) -> list[dict[str, Any]]:
     """log.jsonl as one row a step, in order; empty where there is none.
 
-    A resumed run logs some steps twice (the last counts); a line that was cut short when the run was stopped is left
-    out.
+    A resumed run logs some steps twice (the last counts); a line that was cut short or damaged is left out.
     """
     path, rows = RunFolder(run_dir).log, {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        rows.setdefault(row["step"], {}).update(row)
+    for line in path.read_bytes().splitlines() if path.is_file() else []:
+        if (row := _row(line)) is not None:
+            rows.setdefault(row["step"], {}).update(row)
     return [rows[step] for step in sorted(rows)]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from moco_dist.files import LineFile
+from moco_dist.files import LineFile, read_record
 from moco_dist.tracking.remote import Refused, RemoteRun, reason
 
 FINISH_SECONDS = 30  # the longest wait at the end for what is on its way
@@ -33,9 +33,10 @@ class Outbox:
         self._thread: threading.Thread | None = None
 
     def records(self) -> Iterator[Record]:
-        """All records, sent or not, in order."""
+        """All records, sent or not, in order; damaged lines are left out."""
         with self.path.open("rb") as file:
-            yield from (json.loads(line) for line in file if line.endswith(b"\n"))
+            found = (read_record(line) for line in file if line.endswith(b"\n"))
+            yield from (record for record in found if record is not None)
 
     def put(self, record: Record) -> None:
         """Add a record; returns at once."""
@@ -99,7 +100,7 @@ class Outbox:
             for line in file:
                 if not line.endswith(b"\n"):
                     return
-                record = json.loads(line)
+                record = read_record(line) or {}  # a damaged line: nothing to tell
                 num_metrics += len(record.get("metrics", ()))
                 start += len(line)
                 yield record, start

@@ -2,26 +2,16 @@
 
 import datetime
 import json
-import platform
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from moco_dist.provenance import package_versions
+from moco_dist.provenance import hardware, package_versions
 
 FOLDER = Path(__file__).parent / "results"
-
-
-def hardware(device: str) -> str:
-    """The processor or GPU that computed, in a few words."""
-    if device != "cpu":
-        return torch.cuda.get_device_name()
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return f"{len(_cpus())} cores of {line.split(':')[1].strip()}"
-    return platform.processor()
 
 
 def write(theme: str, rows: list[dict[str, Any]], device: str = "cpu", **facts: Any) -> Path:
@@ -44,15 +34,10 @@ def write(theme: str, rows: list[dict[str, Any]], device: str = "cpu", **facts: 
         **facts,
         "rows": rows,
     }
-    name = f"{len(_cpus())}cores" if device == "cpu" else torch.cuda.get_device_name().lower().replace(" ", "-")
+    cpu = f"{len(os.sched_getaffinity(0))}cores"
+    name = cpu if device == "cpu" else torch.cuda.get_device_name().lower().replace(" ", "-")
     FOLDER.mkdir(exist_ok=True)
     path = FOLDER / f"{theme}_{device}-{name}_{date}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(f"wrote {path}")
     return path
-
-
-def _cpus() -> set[int]:
-    import os
-
-    return os.sched_getaffinity(0)

@@ -40,3 +40,10 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """`; did you mean X?` for the known name closest to `name`, or nothing when none is close."""
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"; did you mean {matches[0]}?" if matches else ""
+
+
+def not_a_multiple(name: str, value: int, unit: int, what: str) -> str:
+    """That the setting `name` is no multiple of `unit`, which `what` is a description of; and the nearest that are."""
+    below, above = value // unit * unit, (value // unit + 1) * unit
+    allowed = f"{below} and {above} are" if below else f"{above} is the smallest that is"
+    return f"{name} {value} is not a multiple of {what}; {allowed}"

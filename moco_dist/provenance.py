@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+import platform
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -41,3 +43,16 @@ def package_versions() -> dict[str, str]:
     """Versions of Python and of the packages that a result depends on, as installed here."""
     packages = {name: metadata.version(name) for name in ("moco_dist", "torch", "torchvision", "numpy", "pillow")}
     return {"python": ".".join(map(str, sys.version_info[:3])), **packages}
+
+
+def hardware(device: str) -> str:
+    """The GPU that `device` is, or the processor and the number of its cores that this process may use."""
+    if device != "cpu":
+        import torch
+
+        return torch.cuda.get_device_name()
+    cores = len(os.sched_getaffinity(0))
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return f"{cores} CPU cores of {line.split(':')[1].strip()}"
+    return f"{cores} CPU cores of {platform.processor()}"

@@ -42,16 +42,17 @@ def _plan(config: PretrainConfig, world_size: int, args: argparse.Namespace) -> 
     from moco_dist.distributed.world import World, world_from_env
     from moco_dist.planning import measurements, table
     from moco_dist.planning.arithmetic import sizes
-    from moco_dist.provenance import package_versions
+    from moco_dist.provenance import hardware, package_versions
 
     world = world_from_env(config.run.device) if args.calibrate else World()
     where = [args.measurements] if args.measurements else measurements.folders()
     if args.calibrate:
-        from moco_dist.planning.calibrate import calibrate, hardware
+        from moco_dist.planning.calibrate import calibrate
 
-        gpu = args.gpu or hardware(world)
-        if gpu.lower() not in hardware(world).lower():
-            raise UserError(f"this machine has {hardware(world)}, not {gpu}; run --calibrate on one that has it")
+        here = hardware(world.device)
+        gpu = args.gpu or here
+        if gpu.lower() not in here.lower():
+            raise UserError(f"this machine has {here}, not {gpu}; run --calibrate on one that has it")
         with process_group(world):
             measured = calibrate(config, world_size, world)
         if not world.is_main:

@@ -80,7 +80,7 @@ def _table3(args: argparse.Namespace) -> str:
         UserError: `--ranks` or `--dry-run` was given.
     """
     from moco_dist.distributed.world import world_from_env
-    from moco_dist.planning.calibrate import hardware
+    from moco_dist.provenance import hardware
     from moco_dist.reproduce.table3 import LOCAL_BATCHES, RANKS, ROUNDS, STEPS, as_markdown, configs_of, measure
 
     if args.ranks > 1 or args.dry_run:
@@ -90,7 +90,7 @@ def _table3(args: argparse.Namespace) -> str:
     configs = configs_of(args.configs, overlays, ["--run.device", world.device.split(":")[0]])
     model, side = configs["MoCo"].model.arch, configs["MoCo"].data.image_size
     rows = measure(configs, LOCAL_BATCHES, world.device, STEPS, ROUNDS)
-    return f"{as_markdown(rows)}\nOurs: {model}, {side} px, on {hardware(world)}. Published: 8 V100, fp32.\n"
+    return f"{as_markdown(rows)}\nOurs: {model}, {side} px, on {hardware(world.device)}. Published: 8 V100, fp32.\n"
 
 
 def _write(table: str, path: Path) -> None:

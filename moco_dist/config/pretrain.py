@@ -13,6 +13,7 @@ from moco_dist.config.architectures import Architecture
 from moco_dist.config.augment import AugmentConfig
 from moco_dist.config.loading import Loader, LoadingConfig, OnError
 from moco_dist.config.section import PositiveInt, Section, setting
+from moco_dist.errors import not_a_multiple
 
 
 class RunConfig(Section):
@@ -276,12 +277,8 @@ def size_problems(config: PretrainConfig, world_size: int) -> list[str]:
     unit = world_size * accum * group
     problems = []
     if batch % unit:
-        below, above = batch // unit * unit, (batch // unit + 1) * unit
-        allowed = f"{below} and {above} are" if below else f"{above} is the smallest that is"
-        problems.append(
-            f"optim.global_batch_size {batch} is not a multiple of {unit} "
-            f"= {world_size} rank(s) x optim.grad_accum_steps {accum} x model.bn_group_size {group}; {allowed}"
-        )
+        what = f"{unit} = {world_size} rank(s) x optim.grad_accum_steps {accum} x model.bn_group_size {group}"
+        problems.append(not_a_multiple("optim.global_batch_size", batch, unit, what))
     if config.method == "simclr":
         if accum > 1:
             problems.append(

@@ -8,6 +8,7 @@ import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 
+from launchers.torchrun import INTERFACE_VARIABLES, interface_problem
 from moco_dist.config.pretrain import TrackingConfig
 from moco_dist.doctor.finding import Finding, fine, problem, warning
 from moco_dist.tracking.server import without_credentials
@@ -45,10 +46,9 @@ def interfaces(env: Mapping[str, str] = os.environ, folder: Path = INTERFACES) -
     up = [name for name in present if name != "lo" and _is_up(folder / name)]
     real = [name for name in up if not name.startswith(VIRTUAL)]
     found = []
-    for variable in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"):
-        chosen = env.get(variable)
-        if chosen and not _matches(chosen, present, exact=variable.startswith("GLOO")):
-            found.append(problem("interface", f"{variable} is {chosen}; this host has {', '.join(present)}"))
+    for variable in INTERFACE_VARIABLES:
+        if wrong := interface_problem(variable, env.get(variable, ""), present):
+            found.append(problem("interface", wrong))
     if len(real) != len(up) and not env.get("NCCL_SOCKET_IFNAME"):
         virtual = ", ".join(name for name in up if name not in real)
         found.append(warning("interface", f"NCCL may take {virtual}, which leads to no other host: export "
@@ -87,12 +87,3 @@ def _is_up(interface: Path) -> bool:
         return (interface / "operstate").read_text().strip() in ("up", "unknown")
     except OSError:
         return False
-
-
-def _matches(chosen: str, present: list[str], exact: bool) -> bool:
-    """NCCL takes prefixes, `=name` and `^prefix`; gloo takes names."""
-    if chosen.startswith("^"):
-        return True
-    wanted = [name.removeprefix("=") for name in chosen.split(",")]
-    exact = exact or chosen.startswith("=")
-    return any(name == one if exact else name.startswith(one) for one in wanted for name in present)

@@ -1,6 +1,7 @@
 """The learning rate as a pure function of the step."""
 
 import math
+from collections.abc import Sequence
 
 from moco_dist.config.pretrain import OptimConfig
 
@@ -32,4 +33,9 @@ def learning_rate(config: OptimConfig, step: int, steps_per_epoch: int) -> float
     epoch = step / steps_per_epoch if config.schedule_unit == "step" else step // steps_per_epoch
     if config.schedule == "cosine":
         return peak * (1 + math.cos(math.pi * epoch / config.epochs)) / 2
-    return peak * 0.1 ** sum(epoch >= milestone for milestone in config.milestones)
+    return peak * decay(config.milestones, epoch)
+
+
+def decay(milestones: Sequence[int], now: float, factor: float = 0.1) -> float:
+    """What is left of a learning rate at `now`, in the milestones' unit: `factor` for each that has been reached."""
+    return factor ** sum(now >= milestone for milestone in milestones)

@@ -23,6 +23,7 @@ from moco_dist.data.batch import to_device
 from moco_dist.data.images import share_of_classes
 from moco_dist.distributed.collectives import all_gather, all_reduce_sum
 from moco_dist.distributed.world import World
+from moco_dist.engine.schedule import decay
 from moco_dist.errors import UserError
 from moco_dist.evaluate.features import Features
 from moco_dist.evaluate.progress import load_progress, save_progress
@@ -122,9 +123,8 @@ def train_classifiers(
     curve = load_progress(progress, classifiers, sgd) if progress else []
     accuracy = top_accuracies(classifiers.heads[0], val, world)
     for epoch in range(len(curve), config.epochs):
-        decay = 0.1 ** sum(epoch >= milestone for milestone in config.milestones)
         for group, recipe in zip(sgd.param_groups, recipes, strict=True):
-            group["lr"] = recipe.lr * decay
+            group["lr"] = recipe.lr * decay(config.milestones, epoch)
         loss_sum, seen = torch.zeros(len(recipes), device=device), 0
         for features, rows in feed(epoch):
             losses = _losses(classifiers(features), labels[to_device(rows, device)], is_left_out[rows])

@@ -25,8 +25,9 @@ from moco_dist.distributed.collectives import all_reduce_sum
 from moco_dist.distributed.world import World
 from moco_dist.engine.ddp import DDPEngine
 from moco_dist.engine.optimizer import make_momentum_buffers
+from moco_dist.engine.schedule import decay
 from moco_dist.engine.speed import set_backends
-from moco_dist.errors import UserError
+from moco_dist.errors import UserError, not_a_multiple
 from moco_dist.evaluate.batches import crop_batches, global_batches
 from moco_dist.evaluate.classifiers import CURVE_POINTS, initial_classifier, per_class_accuracy, top_accuracies
 from moco_dist.evaluate.features import Features, extract
@@ -81,11 +82,8 @@ def batch_of_groups(evaluation: Evaluation, config: FinetuneConfig) -> int:
     group, ranks = evaluation.pretrain.model.bn_group_size, evaluation.world.world_size
     unit, batch, images = group * ranks, config.global_batch_size, len(evaluation.train.paths)
     if batch % unit:
-        below, above = batch // unit * unit, (batch // unit + 1) * unit
-        allowed = f"{below} and {above} are" if below else f"{above} is the smallest that is"
-        raise UserError(
-            f"global_batch_size {batch} is not a multiple of {unit} = {ranks} rank(s) x BN groups of {group}; {allowed}"
-        )
+        what = f"{unit} = {ranks} rank(s) x BN groups of {group}"
+        raise UserError(not_a_multiple("global_batch_size", batch, unit, what))
     if images < unit:
         raise UserError(f"{images} training images are less than a BN group of {group} on each of {ranks} rank(s)")
     return min(batch, images // unit * unit)
@@ -164,7 +162,7 @@ def _epoch(
     batches = global_batches(len(labels), batch_size, config.seed, epoch)
     # Neighbours in a batch share a BN group, on whichever rank.
     own = [batch.reshape(world.world_size, -1)[world.rank] for batch in batches]
-    lr = config.backbone_lr * config.lr_decay ** sum(epoch >= milestone for milestone in config.milestones)
+    lr = config.backbone_lr * decay(config.milestones, epoch, config.lr_decay)
     losses = []
     engine.module.train()
     with contextlib.closing(crop_batches(evaluation, own, config.crop_scale, config.seed, epoch)) as views_of_batches:

@@ -1,13 +1,10 @@
 """A minute on this machine: the real step on random crops, the real loader, the real all-reduce, each timed."""
 
 import datetime
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -26,22 +23,12 @@ from moco_dist.engine import Engine
 from moco_dist.engine.precision import compute_dtype
 from moco_dist.errors import UserError
 from moco_dist.planning.measurements import Measurement, settings_of
+from moco_dist.provenance import hardware
 from moco_dist.train import build, train_step
 
 WARM_UP_STEPS, MAX_STEPS, LOADER_STEPS = 2, 50, 8
 STEP_SECONDS, LOADER_SECONDS = 30.0, 15.0
 REDUCE_CALLS, LATENCY_CALLS = 5, 20
-
-
-def hardware(world: World) -> str:
-    """The GPU, or the processor and the number of cores this process may use."""
-    if world.device != "cpu":
-        return torch.cuda.get_device_name()
-    cores = len(os.sched_getaffinity(0))
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return f"{cores} CPU cores of {line.split(':')[1].strip()}"
-    return f"{cores} CPU cores of {platform.processor()}"
 
 
 def calibrate(config: PretrainConfig, planned_world_size: int, world: World) -> Measurement:
@@ -65,7 +52,7 @@ def calibrate(config: PretrainConfig, planned_world_size: int, world: World) -> 
         reduce_seconds = timed(lambda: all_reduce_sum(gradients, world), REDUCE_CALLS, world)
         latency = timed(lambda: all_reduce_sum(gradients[:1], world), LATENCY_CALLS, world)
     return Measurement(
-        hardware=hardware(world), date=datetime.datetime.now(datetime.UTC).date().isoformat(),
+        hardware=hardware(world.device), date=datetime.datetime.now(datetime.UTC).date().isoformat(),
         settings=settings_of(config), local_batch=local_batch, world_size=world.world_size, num_nodes=world.num_nodes,
         parts=parts, peak_bytes=peak, loader_core_seconds=loader_core_seconds(config, planned_world_size),
         loader_world_size=planned_world_size, all_reduce_bytes=gradients.nbytes, all_reduce_seconds=reduce_seconds,

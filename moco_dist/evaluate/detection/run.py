@@ -28,7 +28,8 @@ from moco_dist.data.plan import Plan
 from moco_dist.data.workers import batches_of, leave_signals_to_the_rank
 from moco_dist.distributed.collectives import all_reduce_sum, gather_uneven
 from moco_dist.distributed.world import World
-from moco_dist.errors import UserError
+from moco_dist.engine.schedule import decay
+from moco_dist.errors import UserError, not_a_multiple
 from moco_dist.evaluate.detection.average_precision import average_precision, require_pycocotools
 from moco_dist.evaluate.detection.detector import build_detector, weight_groups
 from moco_dist.evaluate.detection.voc import Annotated, Pictures, read_sets
@@ -61,11 +62,8 @@ def run_detection(config: DetectConfig, world: World) -> dict[str, Any]:
     require_pycocotools()
     started = time.perf_counter()
     if config.global_batch_size % world.world_size:
-        below = config.global_batch_size // world.world_size * world.world_size
-        allowed = f"{below} and {below + world.world_size} are" if below else f"{world.world_size} is"
-        raise UserError(
-            f"global_batch_size {config.global_batch_size} is not a multiple of {world.world_size} ranks; {allowed}"
-        )
+        ranks = world.world_size
+        raise UserError(not_a_multiple("global_batch_size", config.global_batch_size, ranks, f"{ranks} ranks"))
     backbone, pixels = _backbone(config)
     data = config.data
     train, test = (read_sets(data.root, sets, data.classes) for sets in (data.train_sets, data.test_sets))
@@ -92,7 +90,7 @@ def run_detection(config: DetectConfig, world: World) -> dict[str, Any]:
 def learning_rate(config: DetectConfig, step: int) -> float:
     """Of a step, from 0: a linear warm-up, then a tenth at each milestone."""
     warmup = min(1.0, WARMUP_START + (1 - WARMUP_START) * step / config.warmup_steps) if config.warmup_steps else 1.0
-    return config.lr * warmup * 0.1 ** sum(step >= milestone for milestone in config.milestones)
+    return config.lr * warmup * decay(config.milestones, step)
 
 
 def _backbone(config: DetectConfig) -> tuple[Backbone, AugmentConfig]:

@@ -38,6 +38,7 @@ from moco_dist.errors import UserError
 T = TypeVar("T")
 
 HEADER_BYTES = 2**16  # where a JPEG says its size, unless large metadata comes first
+MARGIN = 16  # pixels around what is decoded: chroma at its edge differs, and must not be in a view
 MAX_FAILURES = 3  # batches in a row that DALI may fail at although the host can decode them
 END_OF_IMAGE = b"\xff\xd9"
 _UNKNOWN, _ODD = 0, -1
@@ -45,9 +46,10 @@ _NOTHING = Crop((0, 0, 1, 1))  # fills the second place of an image that gives o
 
 
 class Entry(NamedTuple):
-    """An image for the pipeline, the crops of it, and the rows of the batch that they are."""
+    """An image of (width, height) for the pipeline, the crops of it, and the rows of the batch that they are."""
 
     path: str
+    size: tuple[int, int]
     crops: list[Crop]
     rows: tuple[int, ...]
 
@@ -163,8 +165,8 @@ class _Batches(Generic[T]):
                     return [], list(zip(job.rows[i], views, strict=True))
                 crops = job.crops(i, width, height)
                 if self.views_per_image == 2:
-                    return [Entry(str(path), crops, job.rows[i])], []
-                return [Entry(str(path), [crop], (row,)) for crop, row in zip(crops, job.rows[i], strict=True)], []
+                    return [Entry(str(path), (width, height), crops, job.rows[i])], []
+                return [Entry(str(path), (width, height), [crop], (row,)) for crop, row in zip(crops, job.rows[i], strict=True)], []
 
             return with_successors(int(job.samples[i]), len(self.files), self.data.on_error, attempt, notes[i])
 
@@ -246,6 +248,8 @@ def _arguments(entries: list[Entry], size: int, views: int) -> list[Any]:
     used = np.array([[crop is not _NOTHING for crop in image] for image in crops])
     start = np.where(used[..., None], boxes[..., :2], np.iinfo(np.int32).max).min(axis=1)
     end = np.where(used[..., None], boxes[..., 2:], 0).max(axis=1)
+    start = np.maximum(start - MARGIN, 0)
+    end = np.minimum(end + MARGIN, [entry.size for entry in entries])
     values: list[NDArray[Any]] = [start, end]
     for place in range(views):
         offset = np.where(used[:, place, None], start, 0)  # a view that is not used is the region's first pixel

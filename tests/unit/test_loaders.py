@@ -121,9 +121,7 @@ def test_world_size_changes_no_view(photos, loader, root_for, exchange):
     for step in range(2):
         assert torch.equal(torch.cat([share[step].view_q for share in shares]), alone[step].view_q)
         if exchange == "loader":
-            decoded_whole = (torch.cat([share[step].view_k for share in shares]).int() - alone[step].view_k.int()).abs()
-            # DALI alone decodes the region around both views at once, whose chroma differs at other edges.
-            assert decoded_whole.max() <= (16 if loader == "dali" else 0)
+            assert torch.equal(torch.cat([share[step].view_k for share in shares]), alone[step].view_k)
 
 
 def test_a_step_needs_none_before_it(photos, loader, root_for):

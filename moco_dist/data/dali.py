@@ -29,6 +29,7 @@ from moco_dist.config.evaluate import EvalDataConfig
 from moco_dist.config.loading import worker_count
 from moco_dist.config.pretrain import DataConfig
 from moco_dist.data.ahead import ahead
+from moco_dist.data.decode import is_oblong
 from moco_dist.data.images import ImageFolder
 from moco_dist.data.jobs import Crop, Job, JobOf, with_successors
 from moco_dist.data.workers import Files
@@ -160,13 +161,14 @@ class _Batches(Generic[T]):
             def attempt(sample: int) -> tuple[list[Entry], list[tuple[int, Tensor]]]:
                 path = self.files.folder.root / self.files.folder.paths[sample]
                 width, height = (_ODD, _ODD) if on_host else self._size_of(sample)
-                if width == _ODD:
+                crops = [] if width == _ODD else job.crops(i, width, height)
+                if not crops or any(map(is_oblong, crops)):
                     views = self.files.cut(sample, self.size, lambda w, h: job.crops(i, w, h))
                     return [], list(zip(job.rows[i], views, strict=True))
-                crops = job.crops(i, width, height)
+                size, rows = (width, height), job.rows[i]
                 if self.views_per_image == 2:
-                    return [Entry(str(path), (width, height), crops, job.rows[i])], []
-                return [Entry(str(path), (width, height), [crop], (row,)) for crop, row in zip(crops, job.rows[i], strict=True)], []
+                    return [Entry(str(path), size, crops, rows)], []
+                return [Entry(str(path), size, [crop], (row,)) for crop, row in zip(crops, rows, strict=True)], []
 
             return with_successors(int(job.samples[i]), len(self.files), self.data.on_error, attempt, notes[i])
 

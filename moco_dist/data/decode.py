@@ -32,6 +32,8 @@ CropsFor = Callable[[int, int], list[Crop]]  # of (width, height)
 
 warnings.filterwarnings("ignore", module="PIL")  # what PIL finds odd and reads all the same: no matter for a user
 
+MOST_OBLONG = 32  # times as long as wide: beyond it, only the part of a resized image that a view needs is made
+
 _scratch = threading.local()
 
 
@@ -66,20 +68,30 @@ def cut_pixels(pixels: NDArray[np.uint8], size: int, crops: list[Crop], factor: 
     views = []
     for crop in crops:
         target = crop.resized or (size, size)
-        if factor == 1:
-            left, top, right, bottom = crop.box
-            box = torch.from_numpy(pixels[top:bottom, left:right]).permute(2, 0, 1)
+        top, left = round((target[0] - size) / 2), round((target[1] - size) / 2)
+        if factor == 1 and not is_oblong(crop):
+            x0, y0, x1, y1 = crop.box
+            box = torch.from_numpy(pixels[y0:y1, x0:x1]).permute(2, 0, 1)
             view = F.interpolate(box[None], target, mode="bilinear", antialias=True)[0]
         else:  # boxes between pixels are PIL's
-            left, top, right, bottom = (edge / factor for edge in crop.box)
+            x0, y0, x1, y1 = (edge / factor for edge in crop.box)
+            if is_oblong(crop):  # only what the view needs
+                x, y = (x1 - x0) / target[1], (y1 - y0) / target[0]
+                x0, x1 = x0 + left * x, min(x1, x0 + (left + size) * x)
+                y0, y1 = y0 + top * y, min(y1, y0 + (top + size) * y)
+                target, top, left = (size, size), 0, 0
             resized = Image.fromarray(pixels).resize(
-                (target[1], target[0]), Image.Resampling.BILINEAR, box=(left, top, right, bottom)
+                (target[1], target[0]), Image.Resampling.BILINEAR, box=(x0, y0, x1, y1)
             )
             view = torch.from_numpy(np.array(resized)).permute(2, 0, 1)
-        top, left = round((target[0] - size) / 2), round((target[1] - size) / 2)
         view = view[:, top : top + size, left : left + size]
         views.append(view.flip(-1) if crop.flip else view)
     return views
+
+
+def is_oblong(crop: Crop) -> bool:
+    """Whether the image would be resized to so long a stripe that its memory is a matter: 20,000 x 1 to 4 GB."""
+    return crop.resized is not None and max(crop.resized) > MOST_OBLONG * min(crop.resized)
 
 
 def decode_image(data: bytes | memoryview, name: str) -> Image.Image:

@@ -4,6 +4,7 @@ import gc
 import multiprocessing
 import os
 import pickle
+import resource
 
 import numpy as np
 import psutil
@@ -147,6 +148,21 @@ def test_evaluation_s_centre_crops_agree(photos, loader, root_for):
     assert (ours.int() - reference.int()).abs().float().mean() <= (0.3 if loader == "dali" else 0)
     assert ours_of.paths == reference_of.paths and ours_of.classes == reference_of.classes
     assert (ours_of.labels == reference_of.labels).all()
+
+
+def test_an_evaluation_resizes_no_more_of_a_stripe_than_its_view(tmp_path, loader, root_for):
+    """A stripe's short side becomes 256, and all of it would be 4 GB."""
+    for i, size in enumerate([(20_000, 1), (1, 20_000), (90, 80), (9, 9)]):
+        path = tmp_path / "stripes" / ("val" if i < 3 else "train") / "x" / f"{i}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture(i, *size).save(path)
+    folder = find_images(root_for(loader, tmp_path / "stripes"), "val")
+    data = EvalDataConfig.model_validate({"loader": loader, "num_workers": 0, "batch_size": 4})
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    ((views, _),) = eval_batches(folder, np.arange(3), data, 256, 224, World())
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20  # kilobytes
+    assert views.shape == (3, 3, 224, 224)
+    assert views.float().std((1, 2, 3)).min() > 1
 
 
 @pytest.fixture(scope="module")

@@ -29,13 +29,14 @@ def import_(words: list[str]) -> int:
     )
     parser.add_argument("file", type=Path, help=".pth.tar, .pth, .ckpt or .safetensors; no code in it is run")
     parser.add_argument("--arch", default="resnet50", help=f"{', '.join(ARCHITECTURES)} [default: %(default)s]")
+    parser.add_argument("--stem", default="imagenet", help="imagenet, or cifar (3 x 3, no pooling) [default: imagenet]")
     parser.add_argument("--data-root", type=Path, default=Path("data/imagenet"), help="images to evaluate on")
     parser.add_argument("--out", type=Path, required=True, help="folder of the run to make")
     args = parser.parse_args(words)
 
     from moco_dist.run.weights import import_backbone
 
-    import_backbone(args.file, args.arch, args.data_root, args.out)
+    import_backbone(args.file, args.arch, args.data_root, args.out, args.stem)
     print(f"{args.out} is ready; evaluate it by\n  moco-dist knn --run-dir {args.out}")
     return 0
 

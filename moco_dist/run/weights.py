@@ -5,11 +5,12 @@ for it; what comes in is read with `weights_only=True`, which runs no code of th
 """
 
 import io
+import itertools
 import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import safetensors
 import safetensors.torch
@@ -22,7 +23,7 @@ from moco_dist.config.pretrain import ModelConfig, PretrainConfig
 from moco_dist.config.source import to_yaml
 from moco_dist.errors import UserError, nearest
 from moco_dist.files import write_whole
-from moco_dist.method.encoder import build_encoder
+from moco_dist.method.encoder import Encoder, build_encoder
 from moco_dist.run import checkpoint
 from moco_dist.run.folder import RunFolder
 
@@ -43,6 +44,12 @@ PREFIXES = (
     "module.",
     "",
 )
+# What stands beside a backbone under the same prefix: classifiers and projection heads by their usual names.
+HEADS = (
+    "fc", "classifier", "head", "heads", "neck", "projector", "projection_head", "prediction_head", "predictor",
+    "prototypes",
+)  # fmt: skip
+COUNTER = "num_batches_tracked"
 # lightly builds its backbone as Sequential(conv1, bn1, relu, maxpool, layer1, ..., layer4, avgpool).
 LIGHTLY = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
 
@@ -130,7 +137,7 @@ def to_detectron2(name: str) -> str:
     return name.replace("downsample.0", "shortcut").replace("downsample.1", "shortcut.norm")
 
 
-def import_backbone(path: Path, arch: str, data_root: Path, run_dir: Path) -> Backbone:
+def import_backbone(path: Path, arch: str, data_root: Path, run_dir: Path, stem: str = "imagenet") -> Backbone:
     """Make RUN of the backbone in `path`, so that every evaluation and export takes it as a run of ours.
 
     Args:
@@ -138,13 +145,14 @@ def import_backbone(path: Path, arch: str, data_root: Path, run_dir: Path) -> Ba
         arch: see `read_backbone`.
         data_root: what the evaluations read by default.
         run_dir: folder to make; RUN/config.yaml has MoCo v2's settings beside the model and the data.
+        stem: see `read_backbone`.
 
     Raises:
         UserError: `run_dir` is not empty, or the file does not fit.
     """
     if run_dir.exists() and any(run_dir.iterdir()):
         raise UserError(f"{run_dir} is not empty; give another --out")
-    backbone = read_backbone(path, arch)
+    backbone = read_backbone(path, arch, stem)
     config = PretrainConfig.model_validate(
         {"run": {"dir": run_dir}, "data": {"root": data_root}, "model": backbone.model.model_dump()}
     )
@@ -166,45 +174,82 @@ def load_trained(encoder: nn.Module, run_dir: Path) -> int:
     if checkpoint.complete_checkpoints(run_dir) or not imported.is_file():
         return checkpoint.load_query_encoder(encoder, checkpoint.latest(run_dir))
     tensors = {f"backbone.{name}": value for name, value in _read(imported).items()}
-    problems = encoder.load_state_dict(tensors, strict=False)
-    if problems.unexpected_keys or any(name.startswith("backbone.") for name in problems.missing_keys):
-        raise UserError(f"{imported} does not fit the model of {RunFolder(run_dir).config}")
+    wanted = {name: value.shape for name, value in encoder.state_dict().items() if name.startswith("backbone.")}
+    if problem := _problem(tensors, wanted):
+        raise UserError(f"{imported} does not fit the model of {RunFolder(run_dir).config}: {problem}")
+    encoder.load_state_dict(tensors, strict=False)
     return 0
 
 
-def read_backbone(path: Path, arch: str) -> Backbone:
+def read_backbone(path: Path, arch: str, stem: str = "imagenet") -> Backbone:
     """The backbone in a file of another program: MoCo's original release, lightly, mmselfsup, torchvision or ours.
+
+    Every tensor of the network has to be in the file, and the file has to have no other one beside those of a head.
 
     Args:
         path: `.pth`, `.pth.tar`, `.ckpt` or `.safetensors`.
         arch: torchvision's name of the network that it should be.
+        stem: as in `model.stem`.
 
     Raises:
-        UserError: the file cannot be read safely, or holds no backbone of `arch`.
+        UserError: the file cannot be read safely, is not exactly such a backbone, or a weight is no number.
     """
     if arch not in ARCHITECTURES:
         raise UserError(f"--arch {arch!r} is not one of {', '.join(ARCHITECTURES)}{nearest(arch, ARCHITECTURES)}")
+    stems = get_args(ModelConfig.model_fields["stem"].annotation)
+    if stem not in stems:
+        raise UserError(f"--stem {stem!r} is not one of {', '.join(stems)}{nearest(stem, stems)}")
     found = _named_tensors(_read(path))
-    model = ModelConfig.model_validate({"arch": arch})
-    wanted = {
-        name.removeprefix("backbone."): value.shape
-        for name, value in build_encoder(model, 0).state_dict().items()
-        if name.startswith("backbone.") and "num_batches" not in name
-    }
-    best: list[str] = list(wanted)
-    for prefix in PREFIXES:
-        tensors = {_torchvision_name(k.removeprefix(prefix)): v for k, v in found.items() if k.startswith(prefix)}
-        missing = [name for name in wanted if name not in tensors]
-        if not missing:
-            for name, shape in wanted.items():
-                if tensors[name].shape != shape:
-                    sizes = f"{tuple(tensors[name].shape)} instead of {tuple(shape)}"
-                    raise UserError(f"{path} is not a {arch}: {name} has the shape {sizes}; give another --arch")
-            kept = {name: tensors[name].float().contiguous() for name in wanted}  # they may be channels-last
-            kept |= {f"{name[:-12]}num_batches_tracked": torch.tensor(0) for name in wanted if "running_mean" in name}
-            return Backbone(kept, model, 0)
-        best = min(best, missing, key=len)
-    raise UserError(f"{path} holds no {arch}: {best[0]} is missing; --arch is one of {', '.join(ARCHITECTURES)}")
+    wanted = _shapes(arch, stem)
+    # A prefix that no name has would leave nothing to speak of; where none fits, the one under which most fits is it.
+    tensors = min((_under(prefix, found) for prefix in PREFIXES), key=lambda named: len(wanted.keys() - named))
+    if problem := _problem(tensors, wanted):
+        raise UserError(f"{path} holds no {arch}: {problem}; {_advice(tensors, arch, stem)}")
+    kept = {name: tensors[name].float().contiguous() for name in wanted}  # they may be channels-last
+    for name, value in kept.items():
+        if not (tensors[name].is_floating_point() and value.isfinite().all()):
+            raise UserError(f"{path} cannot be used: {name} has values that are not finite numbers of floating point")
+    kept |= {f"{name[:-12]}num_batches_tracked": torch.tensor(0) for name in wanted if "running_mean" in name}
+    return Backbone(kept, ModelConfig.model_validate({"arch": arch, "stem": stem}), 0)
+
+
+def _shapes(arch: str, stem: str) -> dict[str, torch.Size]:
+    """What a backbone consists of, without BatchNorm's counters."""
+    with torch.device("meta"):
+        backbone = Encoder(ModelConfig.model_validate({"arch": arch, "stem": stem})).backbone
+    return {name: value.shape for name, value in backbone.state_dict().items() if not name.endswith(COUNTER)}
+
+
+def _under(prefix: str, found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors below a prefix by torchvision's names, without those of a head and BatchNorm's counters."""
+    named = {_torchvision_name(k.removeprefix(prefix)): v for k, v in found.items() if k.startswith(prefix)}
+    return {k: v for k, v in named.items() if k.partition(".")[0] not in HEADS and not k.endswith(COUNTER)}
+
+
+def _problem(tensors: dict[str, Tensor], wanted: dict[str, torch.Size]) -> str:
+    """The first difference between the tensors and those that are wanted, or ""."""
+    for name, shape in wanted.items():
+        if name not in tensors:
+            return f"{name} is missing"
+        if tensors[name].shape != shape:
+            return f"{name} has the shape {tuple(tensors[name].shape)} instead of {tuple(shape)}"
+    return next((f"{name} has no place in it" for name in tensors if name not in wanted), "")
+
+
+def _advice(tensors: dict[str, Tensor], arch: str, stem: str) -> str:
+    """What to do with a file that does not fit."""
+    first = tensors.get("conv1.weight")
+    if first is not None and first.ndim == 4 and first.shape[1] != 3:
+        if first.shape[1] != 1:
+            return f"images here have 3 channels, and it takes {first.shape[1]}"
+        how = 'state["conv1.weight"].repeat(1, 3, 1, 1) / 3'
+        return f"images here have 3 channels; {how} in its place computes the same on gray ones"
+    stems = get_args(ModelConfig.model_fields["stem"].annotation)
+    for other_arch, other_stem in itertools.product(ARCHITECTURES, stems):
+        if not _problem(tensors, _shapes(other_arch, other_stem)):
+            flags = [f"--arch {other_arch}"] * (other_arch != arch) + [f"--stem {other_stem}"] * (other_stem != stem)
+            return f"with {' '.join(flags)} it fits"
+    return f"no other --arch ({', '.join(ARCHITECTURES)}) or --stem ({', '.join(stems)}) fits either"
 
 
 def _torchvision_name(name: str) -> str:
@@ -241,11 +286,22 @@ def _read(path: Path) -> dict[str, Any]:
             warnings.simplefilter("ignore")  # of the age of a file's format
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # on a damaged or hostile file torch raises anything
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{path} cannot be read as weights alone, without running code of it: {reason}") from error
+        raise UserError(f"{path} cannot be read as weights alone, without running code of it: {_why(error)}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}; a dict of tensors is expected")
     return content
+
+
+def _why(error: Exception) -> str:
+    """The reason in torch's words, which come with ways around it, terminal codes and links."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)) or type(error).__name__
+    if named := re.search(r"Unsupported global: GLOBAL (\S+)", text):
+        return (
+            f"it holds {named[1]}, which is no tensor; if you trust the file, save its state dict alone: "
+            "torch.save(torch.load(FILE, weights_only=False)['state_dict'], NEW)"
+        )
+    text = text.partition("WeightsUnpickler error:")[2] or text
+    return text.strip().splitlines()[0]
 
 
 def _named_tensors(content: dict[str, Any]) -> dict[str, Tensor]:
@@ -253,4 +309,5 @@ def _named_tensors(content: dict[str, Any]) -> dict[str, Tensor]:
         if isinstance(content.get(key), dict):
             content = content[key]
             break
-    return {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+    # torch.compile puts its prefix wherever a compiled module begins.
+    return {str(k).replace("_orig_mod.", ""): value for k, value in content.items() if isinstance(value, Tensor)}

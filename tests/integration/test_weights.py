@@ -1,6 +1,8 @@
 """Exported weights load in the real torchvision and timm and give the same features; others' files come in."""
 
+import argparse
 import copy
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -13,9 +15,10 @@ from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.config.source import to_yaml
 from moco_dist.datasets.prepare import prepare_shapes
 from moco_dist.distributed.world import World
+from moco_dist.errors import UserError
 from moco_dist.method.encoder import build_encoder
 from moco_dist.run.saver import Saver
-from moco_dist.run.weights import load_trained, read_backbone, to_detectron2
+from moco_dist.run.weights import import_backbone, load_trained, read_backbone, to_detectron2
 from moco_dist.train import build
 
 
@@ -121,6 +124,8 @@ NAMINGS = {
     "mmselfsup": lambda b: {f"backbone.{k}": v for k, v in b.state_dict().items()} | {"neck.fc.weight": torch.ones(2)},
     "OpenSelfSup": lambda b: {f"encoder_q.0.{k}": v for k, v in b.state_dict().items()},
     "torchvision": lambda b: b.state_dict(),
+    "a compiled module under DDP": lambda b: {f"module._orig_mod.{k}": v for k, v in b.state_dict().items()},
+    "a compiled backbone": lambda b: {f"backbone._orig_mod.{k}": v for k, v in b.state_dict().items()},
 }
 
 
@@ -158,6 +163,93 @@ def test_what_was_exported_comes_in_again(run, tmp_path):
                    if "num_batches" not in name), format  # fmt: skip
 
 
+def squeeze_and_excite(net):
+    net.layer2[0].se = nn.Sequential(nn.Linear(128, 8), nn.Linear(8, 128))
+
+
+def not_a_number(net):
+    net.layer2[0].conv2.weight.data[3, 2, 1, 0] = float("nan")
+
+
+def one_channel(net):
+    net.conv1 = nn.Conv2d(1, 64, 7, bias=False)
+
+
+def small_stem(net):
+    net.conv1 = nn.Conv2d(3, 64, 3, bias=False)
+
+
+NOT_WHAT_WAS_ASKED_FOR = [
+    # what the file has, what is done to it, --arch, what is said
+    ("resnet34", None, "resnet18", "layer1.2.conv1.weight has no place in it; with --arch resnet34 it fits"),
+    ("resnet101", None, "resnet50", "layer3.6.conv1.weight has no place in it; no other --arch (resnet10, resnet18"),
+    ("resnet18", None, "resnet34", "layer1.2.conv1.weight is missing; with --arch resnet18 it fits"),
+    ("resnext50_32x4d", None, "resnet50", "has the shape (128, 64, 1, 1) instead of (64, 64, 1, 1); no other --arch"),
+    ("resnet18", squeeze_and_excite, "resnet18", "layer2.0.se.0.weight has no place in it; no other --arch"),
+    ("resnet18", not_a_number, "resnet18", "layer2.0.conv2.weight has values that are not finite numbers"),
+    ("resnet18", one_channel, "resnet18", '(64, 1, 7, 7) instead of (64, 3, 7, 7); images here have 3 channels; state["'
+                                          'conv1.weight"].repeat(1, 3, 1, 1) / 3 in its place computes the same'),
+    ("resnet18", small_stem, "resnet18", "(64, 3, 3, 3) instead of (64, 3, 7, 7); with --stem cifar it fits"),
+    ("resnet34", small_stem, "resnet18", "with --arch resnet34 --stem cifar it fits"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("theirs", "change", "arch", "says"), NOT_WHAT_WAS_ASKED_FOR)
+def test_another_network_is_not_taken_for_the_one_asked_for(theirs, change, arch, says, tmp_path):
+    with torch.device("meta"):  # a random start of a large network takes seconds
+        net = getattr(torchvision.models, theirs)()
+    net.to_empty(device="cpu").load_state_dict({k: torch.zeros_like(v) for k, v in net.state_dict().items()})
+    if change is not None:
+        change(net)
+    torch.save(net.state_dict(), tmp_path / "theirs.pth")
+    with pytest.raises(UserError) as error:
+        read_backbone(tmp_path / "theirs.pth", arch)
+    assert says in str(error.value)
+
+
+@torch.no_grad()
+def test_the_advice_can_be_followed(tmp_path):
+    """A network for gray images comes in with the three channels that are advised, one for small images by its flag."""
+    torch.manual_seed(2)
+    net = torchvision.models.resnet18()
+    net.fc = nn.Identity()
+    one_channel(net)
+    state = net.state_dict()
+    torch.save({**state, "conv1.weight": state["conv1.weight"].repeat(1, 3, 1, 1) / 3}, tmp_path / "gray.pth")
+    ours = torchvision.models.resnet18()
+    ours.fc = nn.Identity()
+    ours.conv1 = nn.Conv2d(3, 64, 7, bias=False)
+    ours.load_state_dict(read_backbone(tmp_path / "gray.pth", "resnet18").tensors)
+    gray = IMAGES[:, :1]
+    torch.testing.assert_close(ours.double().eval()(gray.expand(-1, 3, -1, -1)), net.double().eval()(gray))
+
+    small = build_encoder(config_of(tmp_path, stem="cifar").model, 0)
+    torch.save(small.backbone.state_dict(), tmp_path / "small.pth")
+    words = [str(tmp_path / "small.pth"), "--arch", "resnet18", "--stem", "cifar", "--out", str(tmp_path / "run")]
+    assert main(["import", *words]) == 0
+    again = build_encoder(config_of(tmp_path, stem="cifar").model, 1)
+    load_trained(again, tmp_path / "run")
+    same_features(again.backbone, small.backbone)
+
+
+def test_settings_that_were_changed_after_an_import_are_noticed(tmp_path):
+    torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "theirs.pth")
+    import_backbone(tmp_path / "theirs.pth", "resnet18", tmp_path, tmp_path / "run")
+    with pytest.raises(UserError, match="does not fit the model of .*config.yaml: layer|backbone.layer"):
+        load_trained(build_encoder(config_of(tmp_path, "resnet50").model, 0), tmp_path / "run")
+
+
+@pytest.mark.parametrize(("value", "named"), [
+    (argparse.Namespace(lr=1), "argparse.Namespace"), (Path("data"), "pathlib"), (nn.Linear(1, 1), "Linear"),
+])  # fmt: skip
+def test_the_object_in_the_way_is_named(value, named, tmp_path):
+    """Hyperparameters beside the weights, or the module itself, as programs leave them in their checkpoints."""
+    torch.save({"hyper_parameters": value, "state_dict": {}}, tmp_path / "theirs.ckpt")
+    with pytest.raises(UserError, match=f"it holds .*{named}.*, which is no tensor; .*save its state dict") as error:
+        read_backbone(tmp_path / "theirs.ckpt", "resnet18")
+    assert str(error.value).isprintable()
+
+
 class Hostile:
     """Runs code when a careless program loads it."""
 
@@ -181,9 +273,10 @@ def test_mistakes_are_one_line(run, tmp_path, capsys):
         (["export", str(tmp_path), "--format", "torchvision", "--out", out], "is not the folder of a run"),
         (["export", str(tmp_path / "small"), "--format", "torchvision", "--out", out], "no resnet10 with the cifar"),
         (["import", str(tmp_path / "none.pth"), "--out", new], "is not a file"),
-        (["import", str(tmp_path / "hostile.pth"), "--out", new], "without running code of it"),
+        (["import", str(tmp_path / "hostile.pth"), "--out", new], "without running code of it: it holds print, which"),
         (["import", str(tmp_path / "text.pth"), "--out", new], "cannot be read as weights"),
         (["import", str(tmp_path / "r18.pth"), "--arch", "resnet34", "--out", new], "holds no resnet34: layer1.2"),
+        (["import", str(tmp_path / "r18.pth"), "--stem", "cifa", "--out", new], "did you mean cifar?"),
         (["import", str(tmp_path / "r18.pth"), "--arch", "resnet19", "--out", new], "did you mean resnet18?"),
         (["import", str(tmp_path / "r18.pth"), "--arch", "resnet18", "--out", str(full)], "is not empty"),
     ]
@@ -194,5 +287,6 @@ def test_mistakes_are_one_line(run, tmp_path, capsys):
         assert expected in output.err, (words, output.err)
         assert "code of the file was run" not in output.out
         assert output.err.count("\n") == 1, output.err
+        assert output.err.strip().isprintable(), output.err
     assert not (tmp_path / "out.pth").exists()
     assert not (tmp_path / "new").exists()

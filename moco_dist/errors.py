@@ -27,6 +27,15 @@ class UnreachableError(UserError):
     exit_status = EXIT_UNREACHABLE
 
 
+class LoadingError(UserError):
+    """No batch comes: loader processes are killed, have no memory or no file left, or a request to stop came first.
+
+    What was computed up to the last step is whole.
+    """
+
+    exit_status = EXIT_UNREACHABLE
+
+
 class Preempted(Exception):
     """A scheduler asked, all ranks have agreed, and the run is saved: run the same command to go on."""
 

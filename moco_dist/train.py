@@ -3,7 +3,7 @@
 import contextlib
 import json
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,7 +28,7 @@ from moco_dist.engine.optimizer import build_optimizer
 from moco_dist.engine.precision import autocast, compute_dtype
 from moco_dist.engine.schedule import learning_rate, learning_rate_formula
 from moco_dist.engine.speed import compile_options, compiled_on_gpu, keep_freed_memory, set_backends
-from moco_dist.errors import Preempted, UserError
+from moco_dist.errors import LoadingError, Preempted, UserError
 from moco_dist.evaluate.during_training import accuracies_during_training, training_evaluation
 from moco_dist.method.batch_norm import set_micro_batch
 from moco_dist.method.encoder import build_encoder
@@ -81,7 +81,7 @@ def pretrain(config: PretrainConfig, world: World, tracker: Tracker) -> Path:
     facts = {"config": kept, "versions": package_versions(), "git": git_state()}
     dtype = compute_dtype(config.optim.precision, world.device)
     colour = compiled_on_gpu(apply_colours, config.engine, world.device)
-    feed = batches(config, folder, plan, world, state.step, stop)
+    feed = batches(config, folder, plan, world, state.step, stop, stop_request.ends_waiting)
 
     try:
         for step, batch, wait_seconds in feed:
@@ -121,6 +121,15 @@ def pretrain(config: PretrainConfig, world: World, tracker: Tracker) -> Path:
         saver.finish()
         checkpoint.export_backbone(state, RunFolder(run_dir).backbone, world)
         return checkpoint.latest(run_dir)
+    except LoadingError:
+        if world.world_size > 1:
+            raise  # the others are in the midst of a step, which needs this rank's batch
+        saver.save(state, {**facts, "pending_losses": logbook.pending_losses()})
+        saver.finish()
+        if stop_request.ends_waiting():
+            RunFolder(run_dir).stopped.write_text(json.dumps({"step": state.step}))
+            raise Preempted(state.step) from None
+        raise
     finally:
         feed.close()
         logbook.close()
@@ -279,10 +288,11 @@ def build(config: PretrainConfig, world: World) -> tuple[TrainState, Engine]:
 
 
 def batches(
-    config: PretrainConfig, folder: ImageFolder, plan: Plan, world: World, start: int, stop: int
+    config: PretrainConfig, folder: ImageFolder, plan: Plan, world: World, start: int, stop: int,
+    ends_waiting: Callable[[], bool],
 ) -> Generator[tuple[int, CropBatch, float], None, None]:
     """(step, this rank's batch on the device, seconds waited for it) of steps start .. stop-1."""
-    with contextlib.closing(pretrain_batches(folder, config, plan, world, start, stop)) as loader:
+    with contextlib.closing(pretrain_batches(folder, config, plan, world, start, stop, ends_waiting)) as loader:
         for step in range(start, stop):
             waiting_since = time.perf_counter()
             batch = next(loader).to(torch.device(world.device))

@@ -65,7 +65,8 @@ class Prepared(NamedTuple, Generic[T]):
 
 
 def batches_from_dali(
-    folder: ImageFolder, job_of: JobOf[T], numbers: range, size: int, data: DataConfig | EvalDataConfig, world: World
+    folder: ImageFolder, job_of: JobOf[T], numbers: range, size: int, data: DataConfig | EvalDataConfig, world: World,
+    must_end: Callable[[], bool],
 ) -> Generator[T, None, None]:
     """The batches of `numbers`; views are on the GPU where it decodes, else in pinned memory where there is one.
 
@@ -84,7 +85,7 @@ def batches_from_dali(
     if not numbers:
         return
     batches = _Batches(folder, job_of, numbers[0], size, data, world)
-    with contextlib.closing(ahead(batches.run(numbers), 1)) as made:
+    with contextlib.closing(ahead(batches.run(numbers), 1, must_end)) as made:
         for finish, views, replaced in made:
             if views.is_cuda:
                 views.record_stream(torch.cuda.current_stream())  # it was made on the thread's stream

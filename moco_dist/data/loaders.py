@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import TypeVar
 
 import numpy as np
@@ -24,12 +24,21 @@ from moco_dist.errors import UserError
 T = TypeVar("T")
 
 
+def never() -> bool:
+    """No wait has to end."""
+    return False
+
+
 def pretrain_batches(
-    folder: ImageFolder, config: PretrainConfig, plan: Plan, world: World, start: int, stop: int
+    folder: ImageFolder, config: PretrainConfig, plan: Plan, world: World, start: int, stop: int,
+    must_end: Callable[[], bool] = never,
 ) -> Generator[CropBatch, None, None]:
-    """This rank's CropBatch of steps start .. stop-1, in pinned memory or on the GPU where there is one."""
+    """This rank's CropBatch of steps start .. stop-1, in pinned memory or on the GPU where there is one.
+
+    `must_end`: looked at while a batch is waited for; true ends the wait by a LoadingError.
+    """
     job_of = functools.partial(view_job, config=config, plan=plan, world=world)
-    return load(folder, job_of, range(start, stop), config.data.image_size, config.data, world)
+    return load(folder, job_of, range(start, stop), config.data.image_size, config.data, world, must_end)
 
 
 def eval_batches(
@@ -55,7 +64,8 @@ def eval_batches(
 
 
 def load(
-    folder: ImageFolder, job_of: JobOf[T], numbers: range, size: int, data: DataConfig | EvalDataConfig, world: World
+    folder: ImageFolder, job_of: JobOf[T], numbers: range, size: int, data: DataConfig | EvalDataConfig, world: World,
+    must_end: Callable[[], bool] = never,
 ) -> Generator[T, None, None]:
     """The batches of `numbers`, one after the other, some of them ahead of time.
 
@@ -68,6 +78,7 @@ def load(
         size: S, side of a view in pixels.
         data: the loader, its workers, what to do about files that cannot be read.
         world: this process.
+        must_end: looked at while a batch is waited for; true ends the wait by a LoadingError.
 
     Raises:
         UserError: the loader is not installed, or does not read this kind of data; while batches are taken, an
@@ -82,12 +93,12 @@ def load(
                 f"data.loader ffcv reads a packed file, and {folder.root} is a folder; "
                 "moco-dist data pack FOLDER FILE.beton makes one"
             )
-        return batches_from_workers(PackedFile(folder), job_of, numbers, size, data, world)
+        return batches_from_workers(PackedFile(folder), job_of, numbers, size, data, world, must_end)
     if data.loader == "dali":
         from moco_dist.data.dali import batches_from_dali
 
-        return batches_from_dali(folder, job_of, numbers, size, data, world)
-    return batches_from_workers(Files(folder), job_of, numbers, size, data, world)
+        return batches_from_dali(folder, job_of, numbers, size, data, world, must_end)
+    return batches_from_workers(Files(folder), job_of, numbers, size, data, world, must_end)
 
 
 def _centre_job(number: int, batches: list[NDArray[np.int64]], resize: int, size: int) -> Job[Tensor]:

@@ -1,32 +1,27 @@
 """The reference loader: worker processes decode and crop; uint8 comes out.
 
-A loader is a map from a number to a batch: an item of the torch data set below is this rank's whole share of a step, a
-function of (seed, step) alone. So any number of workers gives the same pixels, and resuming is starting at `step`.
+A loader is a map from a number to a batch, this rank's whole share of a step: a function of (seed, step) alone. So any
+number of workers gives the same pixels, and resuming is starting at `step`.
 """
 
-import signal
-import warnings
-from collections.abc import Generator
+import contextlib
+from collections.abc import Callable, Generator
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from moco_dist.config.evaluate import EvalDataConfig
 from moco_dist.config.loading import OnError, worker_count
 from moco_dist.config.pretrain import DataConfig
+from moco_dist.data.ahead import ahead
 from moco_dist.data.decode import CropsFor, cut
 from moco_dist.data.folder import read_bytes
 from moco_dist.data.images import ImageFolder
 from moco_dist.data.jobs import JobOf, with_successors
+from moco_dist.data.processes import empty, made_by_processes
 from moco_dist.distributed.world import World
-from moco_dist.errors import UserError
-
-# More workers than cores is the user's choice; `moco-dist doctor` speaks of it.
-warnings.filterwarnings("ignore", "This DataLoader will create", module="torch")
 
 T = TypeVar("T")
 
@@ -64,7 +59,7 @@ class Files:
         return cut(read_bytes(path), str(path), size, crops_for)
 
 
-class Batches(Dataset[T], Generic[T]):
+class Batches(Generic[T]):
     """Number to batch, for one rank."""
 
     def __init__(self, source: Source, job_of: JobOf[T], size: int, on_error: OnError) -> None:
@@ -73,7 +68,7 @@ class Batches(Dataset[T], Generic[T]):
 
     def __getitem__(self, number: int) -> T:
         job = self.job_of(number)
-        views = torch.empty(job.num_rows, 3, self.size, self.size, dtype=torch.uint8)
+        views = empty(job.num_rows, 3, self.size, self.size)
         replaced: list[str] = []
         self.source.announce(job.samples)
         for i, sample in enumerate(job.samples):
@@ -88,46 +83,19 @@ class Batches(Dataset[T], Generic[T]):
 
 
 def batches_from_workers(
-    source: Source, job_of: JobOf[T], numbers: range, size: int, data: DataConfig | EvalDataConfig, world: World
+    source: Source, job_of: JobOf[T], numbers: range, size: int, data: DataConfig | EvalDataConfig, world: World,
+    must_end: Callable[[], bool],
 ) -> Generator[T, None, None]:
     """The batches of `numbers`, in pinned memory where there is a GPU, from `data.num_workers` processes."""
-    num_workers = worker_count(data.num_workers, world.local_world_size)
-    return batches_of(
-        DataLoader(
-            Batches(source, job_of, size, data.on_error),
-            batch_size=None,
-            sampler=numbers,
-            num_workers=num_workers,
-            pin_memory=world.device != "cpu",
-            prefetch_factor=data.prefetch_batches if num_workers else None,
-            worker_init_fn=leave_signals_to_the_rank,
-        )
-    )
+    made = made_by_processes(
+        Batches(source, job_of, size, data.on_error).__getitem__, numbers,
+        worker_count(data.num_workers, world.local_world_size), data.prefetch_batches, must_end,
+    )  # fmt: skip
+    return made if world.device == "cpu" else ahead(_pinned(made), 1)
 
 
-def batches_of(loader: DataLoader) -> Generator[Any, None, None]:
-    """A loader's batches; its workers end with them, or when the generator is closed.
-
-    Raises:
-        UserError: a worker's, as it was: torch puts the worker's traceback before its text.
-    """
-    batches = iter(loader)
-    try:
-        yield from batches
-    except UserError as error:
-        text = str(error).rstrip().rpartition(f".{type(error).__name__}: ")[2]
-        raise type(error)(text) from error
-    finally:
-        # After an error the traceback holds the iterator, and when both are collected together its queues go first:
-        # workers never hear that they may end, and torch waits many seconds for each of them.
-        getattr(batches, "_shutdown_workers", lambda: None)()
-
-
-def leave_signals_to_the_rank(worker: int) -> None:
-    """Slurm and torchrun signal a rank's whole process group; its last steps still need their batches.
-
-    A worker ends when its rank closes the loader, or is gone.
-    """
-    signal.set_wakeup_fd(-1)  # the rank's, through which it hears of its own
-    for signum in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(signum, signal.SIG_IGN)
+def _pinned(batches: Generator[Any, None, None]) -> Generator[Any, None, None]:
+    """Each batch in page-locked memory, from which a copy to the GPU waits for nothing."""
+    with contextlib.closing(batches):
+        for batch in batches:
+            yield batch.pin_memory()

@@ -14,16 +14,17 @@ from moco_dist.distributed.world import World
 EXIT_AT_ONCE = 143  # as SIGTERM without a handler
 CHECK_EVERY_STEPS = 4
 SAVE, STOP = 1, 2
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)  # the last: its terminal was closed
 SAME_SIGNAL_SECONDS = 5  # schedulers and torchrun may both forward one signal
+PATIENCE_SECONDS = 20  # that a rank among others goes on waiting for its batch when it was asked to stop
 
 
 class StopRequest:
     """What ranks have to agree on between steps: whether to save now, or to save and stop.
 
-    SIGTERM, SIGUSR1 or Ctrl-C at any rank asks for STOP; a second one, seconds later, ends that process at once.
-    Rank 0's clock asks for SAVE. Ranks tell each other every CHECK_EVERY_STEPS steps by an all-reduce of one byte on
-    the CPU, which nobody waits for: its result is read at the next check, when it has long arrived.
+    SIGTERM, SIGUSR1, SIGHUP or Ctrl-C at any rank asks for STOP; a second one, seconds later, ends that process
+    at once. Rank 0's clock asks for SAVE. Ranks tell each other every CHECK_EVERY_STEPS steps by an all-reduce of one
+    byte on the CPU, which nobody waits for: its result is read at the next check, when it has long arrived.
     """
 
     def __init__(self, save_every_seconds: float, world: World) -> None:
@@ -36,7 +37,8 @@ class StopRequest:
         os.set_blocking(writer, False)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         for signum in SIGNALS:
-            signal.signal(signum, lambda *_: None)
+            if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:  # nohup has it ignored
+                signal.signal(signum, lambda *_: None)
         threading.Thread(target=self._listen, args=(reader,), daemon=True).start()
 
     def _listen(self, reader: int) -> None:
@@ -62,6 +64,15 @@ class StopRequest:
             self._pending = start_all_reduce_max(self._word)
             word = previous
         return word or None
+
+    def ends_waiting(self) -> bool:
+        """Whether this rank may wait no longer for a batch: it was asked to stop.
+
+        Alone it stops between two steps, at once. Among others, which are in the midst of the next step by then,
+        nothing can be saved without its batch: it has some seconds to come.
+        """
+        patience = PATIENCE_SECONDS if self._world.world_size > 1 else 0
+        return self._asked_at > 0 and time.monotonic() - self._asked_at >= patience
 
     def _own_word(self) -> int:
         if self._asked_at:

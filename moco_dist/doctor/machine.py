@@ -1,5 +1,6 @@
-"""What a run needs of a machine: shared memory, file limits, disk, cores, packages, GPUs."""
+"""What a run needs of a machine: memory, file limits, disk, cores, packages, GPUs."""
 
+import contextlib
 import importlib.util
 import os
 import resource
@@ -11,8 +12,9 @@ from moco_dist.config.loading import worker_count
 from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.doctor.finding import Finding, fine, problem, warning
 
-SHARED_MEMORY = Path("/dev/shm")
-FILES_A_BATCH = 6  # tensors that a worker hands over, each by a file descriptor
+MEMORY = Path("/proc/meminfo")
+MEMORY_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+FILES_A_WORKER = 4  # its socket, its end, and the batch that it hands over
 FILES_BESIDE = 256  # libraries, sockets to other ranks, the log
 INSTALL = {  # package: modules, how to get it
     "dali": ("nvidia.dali", "pip install 'moco_dist[dali]' (CUDA 13 or no GPU), nvidia-dali-cuda120 for CUDA 12"),
@@ -25,7 +27,7 @@ INSTALL = {  # package: modules, how to get it
 def check(config: PretrainConfig, ranks_per_host: int, world_size: int) -> list[Finding]:
     """All checks of this host, for so many ranks on it, and in all."""
     return [
-        shared_memory(config, ranks_per_host, config.optim.global_batch_size // world_size),
+        memory(config, ranks_per_host, config.optim.global_batch_size // world_size),
         open_files(config, ranks_per_host),
         cores(config, ranks_per_host),
         *packages(config),
@@ -34,26 +36,36 @@ def check(config: PretrainConfig, ranks_per_host: int, world_size: int) -> list[
     ]
 
 
-def shared_memory(config: PretrainConfig, ranks: int, local_batch: int) -> Finding:
-    """Loader processes hand over batches in shared memory; containers often have 64 MiB of it."""
+def memory(config: PretrainConfig, ranks: int, local_batch: int) -> Finding:
+    """Loader processes hold batches ahead of the step, in memory of their own that no /dev/shm limits."""
+    free = _free_memory()
     workers = worker_count(config.data.num_workers, ranks)
-    if not SHARED_MEMORY.is_dir() or workers == 0 or config.data.loader == "dali":
-        return fine("shared memory", "not needed by this loader")
+    if free is None or config.data.loader == "dali":
+        return fine("memory", "not known here")
     views = 2 * local_batch * 3 * config.data.image_size**2
-    needed = ranks * (workers * config.data.prefetch_batches + 1) * views
-    status = os.statvfs(SHARED_MEMORY)
-    free = status.f_bavail * status.f_frsize
+    needed = ranks * (max(1, workers) * config.data.prefetch_batches + 1) * views
+    text = f"{free / 2**20:,.0f} MiB free, loaders may fill {needed / 2**20:,.0f} MiB"
     if free < needed:
-        return problem("shared memory", f"{SHARED_MEMORY} has {free / 2**20:,.0f} MiB free, loaders may fill "
-                       f"{needed / 2**20:,.0f} MiB: docker run --shm-size or --ipc=host, in Kubernetes an emptyDir "
-                       "of medium Memory; or fewer data.num_workers")  # fmt: skip
-    return fine("shared memory", f"{free / 2**20:,.0f} MiB free, loaders may fill {needed / 2**20:,.0f} MiB")
+        return problem("memory", f"{text}: fewer data.num_workers or data.prefetch_batches")
+    return fine("memory", text)
+
+
+def _free_memory() -> int | None:
+    """Bytes that may still be used, of the host or by its container's limit; None: not known."""
+    try:
+        rows = dict(line.split(":", 1) for line in MEMORY.read_text().splitlines())
+        found = [int(rows["MemAvailable"].split()[0]) * 1024]
+    except (OSError, KeyError, ValueError):
+        return None
+    for path in MEMORY_LIMITS:
+        with contextlib.suppress(OSError, ValueError):  # "max" where there is none
+            found.append(int(path.read_text()))
+    return min(found)
 
 
 def open_files(config: PretrainConfig, ranks: int) -> Finding:
-    """Tensors of worker processes come by file descriptors."""
-    data = config.data
-    needed = FILES_BESIDE + worker_count(data.num_workers, ranks) * data.prefetch_batches * FILES_A_BATCH
+    """Each worker's socket; batches come by file descriptors, which are closed at once."""
+    needed = FILES_BESIDE + worker_count(config.data.num_workers, ranks) * FILES_A_WORKER
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < needed:
         most = "unlimited" if hard == resource.RLIM_INFINITY else hard

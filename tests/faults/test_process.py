@@ -36,7 +36,7 @@ def test_one_rank_is_told_to_stop_and_all_save_and_go_on_later(start, tmp_path, 
     assert losses(run_dir) == losses(whole_dir)
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_one_process_alone_saves_too(start, tmp_path, signum):
     process = start(tmp_path / "run", ranks=1)
     wait_for_step(process, tmp_path / "run", 2)

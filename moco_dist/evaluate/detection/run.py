@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from torchvision.models.detection import FasterRCNN
 from tqdm import tqdm
 
@@ -25,7 +24,7 @@ from moco_dist.config.loading import worker_count
 from moco_dist.config.pretrain import AugmentConfig
 from moco_dist.config.source import what_is_computed
 from moco_dist.data.plan import Plan
-from moco_dist.data.workers import batches_of, leave_signals_to_the_rank
+from moco_dist.data.processes import made_by_processes
 from moco_dist.distributed.collectives import all_reduce_sum, gather_uneven
 from moco_dist.distributed.world import World
 from moco_dist.engine.schedule import decay
@@ -153,13 +152,10 @@ def _train(
 def _batches(
     annotated: Sequence[Annotated], numbers: list[NDArray[np.int64]], config: DetectConfig, world: World
 ) -> Iterator[Batch]:
-    return batches_of(
-        DataLoader(
-            Pictures(annotated), batch_sampler=[part.tolist() for part in numbers], collate_fn=list,
-            num_workers=worker_count(config.data.num_workers, world.local_world_size),
-            worker_init_fn=leave_signals_to_the_rank,
-        )
-    )  # fmt: skip
+    pictures, num_workers = Pictures(annotated), worker_count(config.data.num_workers, world.local_world_size)
+    return made_by_processes(
+        lambda i: [pictures[number] for number in numbers[i].tolist()], range(len(numbers)), num_workers, 2
+    )
 
 
 def _flipped(batch: Batch, annotated: Sequence[Annotated], device: str) -> tuple[list[Tensor], list[dict[str, Tensor]]]:

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from moco_dist.data.decode import decode_image
 from moco_dist.data.folder import read_bytes
@@ -120,7 +119,7 @@ def _text(element: ElementTree.Element, path: str) -> str:
     return text
 
 
-class Pictures(Dataset[tuple[int, Tensor]]):
+class Pictures:
     """(number, uint8 (3, H, W)) of annotated images."""
 
     def __init__(self, annotated: Sequence[Annotated]) -> None:

@@ -1,0 +1,311 @@
+"""Items made by worker processes, in order. Whoever waits for one of them learns why none comes.
+
+A worker hands an item over by a socket to its rank alone. Large tensors in it lie in anonymous memory (memfd) whose
+file descriptor goes along: nothing of it is in /dev/shm or in TMPDIR, whose size and length do not matter. A worker
+makes, pickles and sends in one thread, so whatever goes wrong there is an exception that the rank raises. A worker that
+is killed is started again: an item is a function of its number.
+"""
+
+import contextlib
+import errno
+import io
+import itertools
+import mmap
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import traceback
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from multiprocessing import connection, reduction
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from moco_dist.errors import LoadingError, UserError
+
+T = TypeVar("T")
+
+LARGE_BYTES = 2**15  # tensors from this size on are not copied through the socket
+POLL_SECONDS = 1.0
+TELL_EVERY_SECONDS, GIVE_UP_SECONDS = 60, 1800  # of waiting for one item
+MOST_DEATHS = 3  # of workers at one item
+CLOSE_SECONDS = 10
+STATES = {"D": "it waits for storage", "T": "it is stopped", "R": "it computes", "Z": "it has ended"}
+
+
+def made_by_processes(
+    make: Callable[[int], T], numbers: Sequence[int], num_workers: int, depth: int,
+    must_end: Callable[[], bool] = lambda: False,
+) -> Generator[T, None, None]:
+    """`make(number)` of each number, in their order, made ahead of time; the workers end with the generator.
+
+    Args:
+        make: called in a worker; in this process where there are no workers.
+        numbers: of the items. Worker w makes every `num_workers`-th, from the w-th on.
+        num_workers: processes; 0: none.
+        depth: items that each of them may be ahead.
+        must_end: looked at while an item is waited for; true: nobody may wait any longer.
+
+    Raises:
+        LoadingError: workers are killed again and again, an item cannot be handed over, none has come for half an hour,
+            or `must_end` said so.
+        Exception: of `make`, as it was.
+    """
+    if not num_workers:
+        for number in numbers:
+            yield make(number)
+        return
+    workers = [_Worker(make, numbers[w::num_workers], depth) for w in range(min(num_workers, len(numbers)))]
+    try:
+        for worker in workers:
+            worker.start()
+        for i in range(len(numbers)):
+            yield workers[i % len(workers)].take(must_end)
+    finally:
+        for worker in workers:
+            worker.end()
+
+
+def empty(*shape: int) -> Tensor:
+    """uint8 of `shape`, with any content; in a worker, memory that is handed over without a copy."""
+    return _Blocks.current.empty(*shape) if _Blocks.current else torch.empty(shape, dtype=torch.uint8)
+
+
+class _Worker:
+    """A process, as its rank sees it."""
+
+    def __init__(self, make: Callable[[int], Any], numbers: Sequence[int], depth: int) -> None:
+        self._make, self._depth = make, depth
+        self._left, self._promised = iter(numbers), deque[int]()  # not yet asked for; asked for, not yet here
+        self._deaths = 0  # since the last item
+
+    def start(self) -> None:
+        """Start a process, and ask for what was promised and for more."""
+        context = multiprocessing.get_context("fork")
+        self._here, there = context.Pipe()
+        self._process = context.Process(target=_work, args=(self._make, there, os.getpid()), daemon=True, name="loader")
+        self._process.start()
+        there.close()
+        for number in self._promised:
+            self._send(number)
+        while len(self._promised) < self._depth and self._ask():
+            pass
+
+    def take(self, must_end: Callable[[], bool]) -> Any:
+        """The next item."""
+        while True:
+            self._wait(must_end)
+            try:
+                error, text, sizes = self._here.recv()
+                blocks = [_mapped(reduction.recv_handle(self._here), size) for size in sizes]
+                break
+            except (EOFError, ConnectionError):
+                self._start_again()
+            except (OSError, RuntimeError) as problem:  # recv_handle's own for a descriptor that had no room
+                number = getattr(problem, "errno", None) or errno.EMFILE
+                raise _cannot_hand_over(OSError(number, os.strerror(number))) from problem
+        if error:
+            raise pickle.loads(text)
+        self._deaths = 0
+        self._promised.popleft()
+        self._ask()
+        return _Unpickler(io.BytesIO(text), blocks).load()
+
+    def end(self) -> None:
+        """At once, whatever it does: it holds nothing but memory."""
+        if hasattr(self, "_process"):
+            self._process.kill()
+            self._process.join(CLOSE_SECONDS)  # one that waits for a dead file server ends when that comes back
+            self._here.close()
+
+    def _ask(self) -> bool:
+        """For one more item; false: there is none."""
+        for number in self._left:
+            self._promised.append(number)
+            self._send(number)
+            return True
+        return False
+
+    def _send(self, number: int) -> None:
+        with contextlib.suppress(ConnectionError):  # a dead one is started again when it is waited for
+            self._here.send(number)
+
+    def _wait(self, must_end: Callable[[], bool]) -> None:
+        """Until there is something to read, or the process is gone.
+
+        Seconds are counted, not taken from a clock: those in which this process itself was stopped are nobody's fault.
+        """
+        for seconds in itertools.count():
+            if connection.wait([self._here, self._process.sentinel], POLL_SECONDS):
+                return
+            waited = f"no batch has come for {seconds + 1} s from loader worker {self._process.pid} ({self._state()})"
+            if must_end():
+                raise LoadingError(f"asked to stop while {waited}")
+            if seconds + 1 >= GIVE_UP_SECONDS:
+                raise LoadingError(waited)
+            if (seconds + 1) % TELL_EVERY_SECONDS == 0:
+                _tell(waited)
+
+    def _state(self) -> str:
+        try:
+            state = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except (OSError, IndexError):
+            state = ""
+        return STATES.get(state, "it waits")
+
+    def _start_again(self) -> None:
+        self._process.join(CLOSE_SECONDS)
+        code = self._process.exitcode
+        how = f"exit status {code}" if code is None or code >= 0 else signal.Signals(-code).name
+        if code == -signal.SIGKILL:
+            how += ", as when memory is used up: fewer data.num_workers or data.prefetch_batches need less"
+        text = f"loader worker {self._process.pid} was killed ({how})"
+        self._deaths += 1
+        self.end()
+        if self._deaths == MOST_DEATHS:
+            raise LoadingError(f"{text}, the {MOST_DEATHS}rd at this batch")
+        _tell(f"{text}; another one makes its batches")
+        self.start()
+
+
+def _work(make: Callable[[int], Any], rank: connection.Connection, parent: int) -> None:
+    """The process of a worker: it makes the items whose numbers it is sent.
+
+    Slurm, torchrun and terminals signal a rank's whole process group, and the rank's last steps still need their items:
+    a worker ends when its rank kills it, or is gone.
+    """
+    signal.set_wakeup_fd(-1)  # the rank's, through which it hears of its own
+    for signum in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
+        signal.signal(signum, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    while os.getppid() == parent:
+        if not rank.poll(POLL_SECONDS):
+            continue
+        try:
+            number = rank.recv()
+            with _Blocks() as blocks:
+                try:
+                    text = blocks.pickled(make(number))
+                except OSError as error:
+                    _send_error(rank, _cannot_hand_over(error))
+                except BaseException as error:
+                    _send_error(rank, error)
+                else:
+                    rank.send((False, text, blocks.sizes))
+                    for descriptor in blocks.descriptors:
+                        reduction.send_handle(rank, descriptor, parent)
+        except (EOFError, ConnectionError):
+            return  # the rank is gone
+
+
+def _send_error(rank: connection.Connection, error: BaseException) -> None:
+    if not isinstance(error, UserError):
+        error.add_note("in a loader's worker:\n" + traceback.format_exc())
+    try:
+        text = pickle.dumps(error)
+        pickle.loads(text)
+    except Exception:
+        text = pickle.dumps(RuntimeError(f"in a loader's worker:\n{traceback.format_exc()}"))
+    rank.send((True, text, []))
+
+
+class _Blocks:
+    """Within it, a worker's shared memory of one item.
+
+    Attributes:
+        current: the one that is in use in this process.
+        descriptors: of the blocks.
+        sizes: their bytes.
+    """
+
+    current: "_Blocks | None" = None
+
+    def __enter__(self) -> "_Blocks":
+        self.descriptors: list[int] = []
+        self.sizes: list[int] = []
+        self._number_of: dict[int, int] = {}  # by the address where a block begins
+        _Blocks.current = self
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _Blocks.current = None
+        for descriptor in self.descriptors:
+            os.close(descriptor)
+
+    def empty(self, *shape: int) -> Tensor:
+        """uint8 of `shape` in a block of its own."""
+        count = torch.Size(shape).numel()
+        if not count:
+            return torch.empty(shape, dtype=torch.uint8)
+        descriptor = os.memfd_create("batch")
+        self.descriptors.append(descriptor)
+        self.sizes.append(count)
+        os.ftruncate(descriptor, count)
+        memory = _map(descriptor, count)
+        self._number_of[memory.data_ptr()] = len(self._number_of)
+        return memory.view(shape)
+
+    def pickled(self, item: Any) -> bytes:
+        """`item`, its large tensors left in blocks."""
+        buffer = io.BytesIO()
+        pickler = pickle.Pickler(buffer, pickle.HIGHEST_PROTOCOL)
+        pickler.persistent_id = self._place  # type: ignore[method-assign]
+        pickler.dump(item)
+        return buffer.getvalue()
+
+    def _place(self, part: Any) -> Any:
+        """What stands for a tensor: where it lies in which block, or its values."""
+        if not isinstance(part, Tensor):
+            return None
+        address = part.untyped_storage().data_ptr()
+        if part.nbytes >= LARGE_BYTES and address not in self._number_of:
+            copy = self.empty(part.nbytes).view(part.dtype).view(part.shape)
+            return self._place(copy.copy_(part))
+        if address not in self._number_of:
+            return part.numpy()
+        return self._number_of[address], part.dtype, part.shape, part.stride(), part.storage_offset()
+
+
+class _Unpickler(pickle.Unpickler):
+    """Of what `_Blocks.pickled` made, by the rank."""
+
+    def __init__(self, file: io.BytesIO, blocks: list[Tensor]) -> None:
+        super().__init__(file)
+        self._blocks = blocks
+
+    def persistent_load(self, pid: Any) -> Tensor:
+        if not isinstance(pid, tuple):
+            return torch.from_numpy(pid)
+        number, dtype, *place = pid
+        return self._blocks[number].view(dtype).as_strided(*place)
+
+
+def _map(descriptor: int, size: int) -> Tensor:
+    memory = mmap.mmap(descriptor, size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
+    return torch.frombuffer(memory, dtype=torch.uint8)
+
+
+def _mapped(descriptor: int, size: int) -> Tensor:
+    try:
+        return _map(descriptor, size)
+    finally:
+        os.close(descriptor)
+
+
+def _cannot_hand_over(error: OSError) -> LoadingError:
+    reason = (error.strerror or str(error)).lower()
+    hint = {
+        errno.EMFILE: "; ulimit -n 4096 allows more", errno.ENFILE: "; the host's limit is fs.file-max",
+        errno.ENOMEM: "; fewer data.num_workers or data.prefetch_batches need less",
+    }.get(error.errno or 0, "")  # fmt: skip
+    where = f" ({error.filename})" if error.filename else ""
+    return LoadingError(f"a loader's worker cannot make or hand over a batch: {reason}{where}{hint}")
+
+
+def _tell(text: str) -> None:
+    print(f"[rank {os.environ.get('RANK', '0')}] warning: {text}", file=sys.stderr, flush=True)

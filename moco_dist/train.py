@@ -40,6 +40,7 @@ from moco_dist.provenance import git_state, package_versions
 from moco_dist.run import checkpoint
 from moco_dist.run.checkpoint import TrainState
 from moco_dist.run.folder import RunFolder
+from moco_dist.run.image_list import listed
 from moco_dist.run.logbook import Logbook
 from moco_dist.run.resume import facts_to_agree_on, resume, without_secrets
 from moco_dist.run.saver import Saver
@@ -70,7 +71,7 @@ def pretrain(config: PretrainConfig, world: World, tracker: Tracker) -> Path:
         training_evaluation(config, world)  # a validation set that is missing is told now, not after an epoch
     state, engine = build(config, world)
     run_dir = config.run.dir
-    notes, pending_losses = resume(state, config, world)
+    notes, pending_losses = resume(state, config, folder, world)
     total_steps = config.optim.epochs * plan.steps_per_epoch
     stop = min(total_steps, config.run.stop_at_step or total_steps)
     logbook = Logbook(run_dir, tracker, world, state.step, stop, pending_losses)
@@ -78,7 +79,7 @@ def pretrain(config: PretrainConfig, world: World, tracker: Tracker) -> Path:
     keep_every_steps = config.checkpoint.keep_every_epochs * plan.steps_per_epoch
     saver = Saver(run_dir, config.checkpoint.keep_last, keep_every_steps, world, logbook.say)
     kept = without_secrets(config).model_dump(mode="json")
-    facts = {"config": kept, "versions": package_versions(), "git": git_state()}
+    facts = {"config": kept, "versions": package_versions(), "git": git_state(), "images": listed(folder)}
     dtype = compute_dtype(config.optim.precision, world.device)
     colour = compiled_on_gpu(apply_colours, config.engine, world.device)
     feed = batches(config, folder, plan, world, state.step, stop, stop_request.ends_waiting)

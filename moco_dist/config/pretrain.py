@@ -33,7 +33,7 @@ class RunConfig(Section):
     )
     resume: Literal["auto", "changed"] = setting(
         "auto", "where the folder has a checkpoint, go on from it; auto refuses settings that change what is computed, "
-        "changed takes those that fit the checkpoint's weights", changes="record", per_host=True
+        "and other images; changed takes what fits the checkpoint's weights", changes="record", per_host=True
     )
     peer_timeout_seconds: float = setting(
         60.0, "how long a rank may be silent until the others end and name it", changes="place", unit="seconds", ge=1

@@ -63,7 +63,7 @@ def read_config(
     except ValidationError as error:
         # What is missing may be what a misspelt flag, told already, was to give.
         meant = {line.rpartition("did you mean --")[2].rstrip("?").replace("-", "_") for line in problems}
-        told = [line for line in _messages(error, schema) if line.removesuffix(" is required") not in meant]
+        told = [line for line in mistakes(error, schema) if line.removesuffix(" is required") not in meant]
         raise UserError("\n".join(problems + told)) from error
     if problems:
         raise UserError("\n".join(problems))
@@ -220,7 +220,7 @@ def _as_flag(hint: str) -> str:
     return hint.replace("did you mean ", "did you mean --").replace("_", "-")
 
 
-def _messages(error: ValidationError, schema: type[BaseModel]) -> list[str]:
+def mistakes(error: ValidationError, schema: type[BaseModel]) -> list[str]:
     """One line per pydantic error, in the user's words."""
     known = leaf_fields(schema)
     messages = []

@@ -17,6 +17,7 @@ from moco_dist.report.page import EVALUATIONS, MISSING, evaluations, shown
 from moco_dist.run import checkpoint
 from moco_dist.run.folder import RunFolder
 from moco_dist.run.logbook import read_log
+from moco_dist.run.manifest import read_manifest
 from moco_dist.tracking import client_of, page_of, without_credentials
 from moco_dist.tracking.remote import reason
 from moco_dist.tracking.server import require_known_scheme
@@ -103,7 +104,7 @@ def run_of_folder(run_dir: Path) -> RunRecord:
     for kind in EVALUATIONS:
         accuracy |= found.get((kind, "trained"), {}).get("accuracy", {})
     saved = checkpoint.complete_checkpoints(run_dir)
-    world_size = checkpoint.read_manifest(saved[-1])["world_size"] if saved else 0
+    world_size = read_manifest(saved[-1])["world_size"] if saved else 0
     settings = {name: without_credentials(shown(value)) for name, value in flatten(config).items()}
     return RunRecord(
         run_dir.resolve().name, settings, read_log(run_dir), accuracy, world_size, page_of(run_dir)

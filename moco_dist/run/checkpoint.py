@@ -32,8 +32,8 @@ from moco_dist.files import write_whole
 from moco_dist.method.batch_norm import running_statistics
 from moco_dist.method.queue import Queue
 from moco_dist.run.folder import RunFolder
+from moco_dist.run.manifest import MANIFEST, read_manifest
 
-MANIFEST = "checkpoint.json"
 ENCODERS = ("query_encoder", "key_encoder")
 CANNOT_WRITE = (Exception, CheckpointException)  # the latter is none of the former
 OPTIMIZER = "optimizer."
@@ -244,20 +244,6 @@ def latest(run_dir: Path) -> Path:
         first = f"pre-train first: moco-dist pretrain CONFIG --run.dir {run_dir}"
         raise UserError(f"run folder {run_dir} {reason}; {first}")
     return found[-1]
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """checkpoint.json of a complete checkpoint.
-
-    Raises:
-        UserError: it is missing or damaged.
-    """
-    try:
-        return json.loads((folder / MANIFEST).read_text())
-    except FileNotFoundError as error:
-        raise UserError(f"{folder} is not a complete checkpoint: it has no {MANIFEST}") from error
-    except ValueError as error:
-        raise UserError(f"{folder / MANIFEST} is damaged: {error}") from error
 
 
 def averaged(encoder: nn.Module, world: World) -> dict[str, Tensor]:

@@ -33,6 +33,10 @@ class RunFolder:
         """A line of JSON for each log interval and each accuracy during training."""
         return self.root / "log.jsonl"
 
+    def images(self, hash_of_list: str) -> Path:
+        """The paths of the images that a run goes over, one a line, compressed; the name has their hash."""
+        return self.root / f"images_{hash_of_list[:16]}.txt.gz"
+
     @property
     def stopped(self) -> Path:
         """There while a run has been stopped early and has not gone on. Launchers requeue by it."""

@@ -9,27 +9,41 @@ from moco_dist.config.source import declarations, flatten, to_yaml
 from moco_dist.data.images import ImageFolder
 from moco_dist.distributed.collectives import barrier, gather_texts
 from moco_dist.distributed.world import World
+from moco_dist.engine.schedule import learning_rate
 from moco_dist.errors import UserError
 from moco_dist.files import write_whole
 from moco_dist.provenance import hash_of_list, package_versions, source_hash
 from moco_dist.run import checkpoint
 from moco_dist.run.checkpoint import TrainState
 from moco_dist.run.folder import RunFolder
+from moco_dist.run.image_list import difference, keep_list
+from moco_dist.run.manifest import read_manifest, saved_config
 from moco_dist.tracking import without_credentials
 
 
-def resume(state: TrainState, config: PretrainConfig, world: World) -> tuple[list[str], list[float]]:
+def resume(
+    state: TrainState, config: PretrainConfig, images: ImageFolder, world: World
+) -> tuple[list[str], list[float]]:
     """Load the newest intact checkpoint of the run's folder, if there is one; write the resolved config.
 
+    Args:
+        state: what to fill.
+        config: settings of this start.
+        images: what is trained on.
+        world: this process.
+
     Returns:
-        lines about checkpoints that were passed over, and the losses of the log interval that was under way.
+        lines about checkpoints that were passed over and images that changed, and the losses of the log interval that
+        was under way.
 
     Raises:
-        UserError: the checkpoint was made with settings that compute something else (each is named), or none is intact.
+        UserError: the checkpoint was made with settings that compute something else (each is named), by another
+            version, or over other images; or none is intact.
     """
     run = RunFolder(config.run.dir)
     damaged: dict[Path, str] = {}
     pending_losses: list[float] = []
+    other_images = ""
     # As rank 0 sees it: a shared file system may show a new folder to some hosts a little later.
     seen = " ".join(folder.name for folder in checkpoint.complete_checkpoints(config.run.dir))
     for name in reversed(gather_texts(seen, world)[0].split()):
@@ -38,8 +52,9 @@ def resume(state: TrainState, config: PretrainConfig, world: World) -> tuple[lis
             damaged[folder] = problem
             continue
         refuse_changes(config, folder)
+        other_images = refuse_other_images(config, images, folder)
         checkpoint.load(state, folder, world)
-        pending_losses = checkpoint.read_manifest(folder).get("pending_losses", [])
+        pending_losses = read_manifest(folder)["pending_losses"]
         break
     else:
         if damaged:
@@ -49,10 +64,13 @@ def resume(state: TrainState, config: PretrainConfig, world: World) -> tuple[lis
         f"warning: {folder.name} is damaged and set aside as {checkpoint.aside(folder).name}: {problem}"
         for folder, problem in damaged.items()
     ]
+    if other_images:
+        notes.append(f"warning: goes on over other images than before: {other_images}")
     if world.is_main:
         for folder in damaged:
             checkpoint.set_aside(folder)
         run.stopped.unlink(missing_ok=True)
+        keep_list(images, run)
         write_whole(run.config, to_yaml(without_secrets(config)).encode())
     barrier(world)
     return notes, pending_losses
@@ -71,7 +89,7 @@ def refuse_changes(config: PretrainConfig, folder: Path) -> None:
     Raises:
         UserError: some that change what is computed differ; each is named.
     """
-    saved: dict[str, Any] = flatten(PretrainConfig.model_validate(checkpoint.read_manifest(folder)["config"]))
+    saved = flatten(saved_config(folder))
     settings = declarations(PretrainConfig)
     changed = [
         f"{name}: {saved[name]} in {folder.name}, now {value}"
@@ -83,6 +101,34 @@ def refuse_changes(config: PretrainConfig, folder: Path) -> None:
         how = "give another --run.dir or these settings again" if has_other_shapes else (
             "give another --run.dir, these settings again, or --run.resume changed to go on all the same")  # fmt: skip
         raise UserError("\n".join([f"{config.run.dir} holds a run with other settings; {how}:", *changed]))
+
+
+def refuse_other_images(config: PretrainConfig, images: ImageFolder, folder: Path) -> str:
+    """Compare with the list of images that a checkpoint was made over; one without a list goes on over any.
+
+    Returns:
+        with run.resume `changed`, what became of the list and of the schedule; "" where the list is the same.
+
+    Raises:
+        UserError: the list is another one, and run.resume is `auto`.
+    """
+    manifest = read_manifest(folder)
+    before = manifest["images"]
+    changed = before and difference(images, before, RunFolder(config.run.dir))
+    if not before or not changed:
+        return ""
+    step, was = manifest["step"], saved_config(folder).optim
+    epoch_was, epoch_now = before["count"] // was.global_batch_size, len(images.paths) // config.optim.global_batch_size
+    schedule = (
+        f"an epoch is {epoch_now:,} steps instead of {epoch_was:,}, the run ends at step "
+        f"{config.optim.epochs * epoch_now:,} instead of {was.epochs * epoch_was:,}, and the learning rate at step "
+        f"{step:,} is {learning_rate(config.optim, step, epoch_now):.4g} instead of "
+        f"{learning_rate(was, step, epoch_was):.4g}"
+    )
+    if config.run.resume == "changed":
+        return f"{changed}; {schedule}"
+    raise UserError(f"{config.run.dir} holds a run over other images ({folder.name}): {changed}; give the same images, "
+                    f"another --run.dir, or --run.resume changed to go on over these: {schedule}")  # fmt: skip
 
 
 def facts_to_agree_on(config: PretrainConfig, folder: ImageFolder) -> dict[str, Any]:

@@ -3,14 +3,17 @@
 import json
 import resource
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
 
+from moco_dist.data.images import ImageFolder
 from moco_dist.data.plan import Plan
 from moco_dist.distributed.collectives import barrier, gather_uneven
 from moco_dist.errors import UserError
 from moco_dist.run import checkpoint
+from moco_dist.run.manifest import MANIFEST, read_manifest
 from moco_dist.run.resume import resume
 from moco_dist.run.saver import Saver
 from moco_dist.train import build, train_step
@@ -169,10 +172,10 @@ def test_a_folder_that_cannot_be_made_is_a_failure_of_all_ranks(tmp_path, world_
 
 def test_a_checkpoint_without_its_manifest_is_not_one(tmp_path):
     run(save_steps, 1, tmp_path, (1, 2))
-    (checkpoint.latest(tmp_path) / checkpoint.MANIFEST).unlink()
+    (checkpoint.latest(tmp_path) / MANIFEST).unlink()
     assert checkpoint.latest(tmp_path).name == "step_00000001"
     with pytest.raises(UserError, match="not a complete checkpoint"):
-        checkpoint.read_manifest(tmp_path / "checkpoints" / "step_00000002")
+        read_manifest(tmp_path / "checkpoints" / "step_00000002")
 
 
 def load_into(world, run_dir, **overrides):
@@ -244,7 +247,8 @@ def resume_and_save(world, run_dir, steps, keep_last):
     """As a training that goes on from the newest intact checkpoint."""
     config = small_config(run={"dir": run_dir})
     state, _ = build(config, world)
-    notes, _ = resume(state, config, world)
+    images = ImageFolder(run_dir, ["a/1.jpg"], np.zeros(1, np.int64), ("a",))
+    notes, _ = resume(state, config, images, world)
     start = state.step
     saver = Saver(run_dir, keep_last, 0, world, print)
     for state.step in steps:
@@ -255,7 +259,7 @@ def resume_and_save(world, run_dir, steps, keep_last):
 
 def no_json(folder):
     """What a host that lost its power may leave of a file that was not yet on its disk."""
-    (folder / checkpoint.MANIFEST).write_bytes(b"")
+    (folder / MANIFEST).write_bytes(b"")
 
 
 def cut_off(folder):

@@ -1,0 +1,78 @@
+"""checkpoint.json: what a checkpoint says of itself, read as any version of this program may have written it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
+
+from moco_dist.config.pretrain import PretrainConfig
+from moco_dist.config.source import mistakes
+from moco_dist.errors import UserError
+from moco_dist.provenance import package_versions
+from moco_dist.run.image_list import ImageList
+
+MANIFEST = "checkpoint.json"
+
+
+class FileFacts(TypedDict):
+    """Of one file of a checkpoint."""
+
+    bytes: int
+    sha256: str
+
+
+class Manifest(TypedDict):
+    """checkpoint.json: plain facts. `config` is checked by `saved_config` alone: it may be of another version."""
+
+    step: int
+    world_size: int
+    queue_size: int
+    loss_scale: dict[str, Any]
+    config: dict[str, Any]
+    versions: dict[str, str]
+    images: ImageList | None
+    pending_losses: list[float]
+    files: dict[str, FileFacts]
+
+
+_MANIFEST = TypeAdapter(Manifest)
+NOT_WRITTEN_BEFORE: dict[str, Any] = {
+    "queue_size": 0, "loss_scale": {}, "config": {}, "versions": {}, "images": None, "pending_losses": [], "files": {},
+}  # fmt: skip
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """checkpoint.json of a complete checkpoint; what an older version did not write is filled in.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    try:
+        content = json.loads((folder / MANIFEST).read_bytes())
+        return _MANIFEST.validate_python({**NOT_WRITTEN_BEFORE, **content})
+    except FileNotFoundError as error:
+        raise UserError(f"{folder} is not a complete checkpoint: it has no {MANIFEST}") from error
+    except ValidationError as error:
+        problem = error.errors()[0]
+        name = ".".join(map(str, problem["loc"]))
+        raise UserError(f"{folder / MANIFEST} is damaged: {name}: {problem['msg'].lower()}") from error
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{folder / MANIFEST} is damaged: {error}") from error
+
+
+def saved_config(folder: Path) -> PretrainConfig:
+    """The settings that a checkpoint was made with; a setting that its version did not have has its default.
+
+    Raises:
+        UserError: they are those of another version, which has other settings; the version and the settings are named.
+    """
+    manifest = read_manifest(folder)
+    try:
+        return PretrainConfig.model_validate(manifest["config"])
+    except ValidationError as error:
+        its, ours = manifest["versions"].get("moco_dist", "unknown"), package_versions()["moco_dist"]
+        found = "; ".join(mistakes(error, PretrainConfig))
+        raise UserError(f"{folder} was written by moco_dist {its} with settings that moco_dist {ours} does not take "
+                        f"({found}); go on with that version, or give another --run.dir") from error  # fmt: skip

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.storage import WriteResult
 
 from moco_dist.distributed.collectives import all_gather, as_sharded, barrier, gather_texts
 from moco_dist.distributed.world import World
@@ -122,11 +124,12 @@ def write(taken: Snapshot, run_dir: Path, world: World, group: dist.ProcessGroup
     try:
         barrier(world, group)
         # It makes the folder too, and where one rank cannot, all raise.
-        writer = dcp.HuggingFaceStorageWriter(str(partial), save_distributed=True)
+        writer = _Writer(str(partial), save_distributed=True)
         with _alone_on_purpose():
             dcp.save(taken.tensors, storage_writer=writer, no_dist=world.world_size == 1, process_group=group)
         if world.is_main:
-            files = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in partial.iterdir()}
+            paths = [partial / name for name in writer.written]
+            files = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in paths}
             with (partial / MANIFEST).open("w") as file:
                 file.write(json.dumps({**taken.manifest, "files": files}, indent=1))
                 file.flush()
@@ -134,10 +137,28 @@ def write(taken: Snapshot, run_dir: Path, world: World, group: dist.ProcessGroup
             shutil.rmtree(folder, ignore_errors=True)  # the same step again, after a rewind
             partial.rename(folder)
     except CANNOT_WRITE:
-        if world.is_main:  # a disk that is full of it has no room for anything else
+        if world.local_rank == 0:  # a disk that is full of it has no room for anything else
             shutil.rmtree(partial, ignore_errors=True)
         raise
     return folder
+
+
+class _Writer(dcp.HuggingFaceStorageWriter):
+    """Knows on rank 0, where alone `finish` is called, what all ranks have written.
+
+    Attributes:
+        written: names of the files.
+    """
+
+    written: Sequence[str] = ()
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Refuse a checkpoint of which rank 0 does not see every file: RUN may be another folder on another host."""
+        super().finish(metadata, results)
+        self.written = sorted({result.storage_data.relative_path for part in results for result in part})
+        missing = [name for name in self.written if not Path(self.path, name).is_file()]
+        if missing:
+            raise OSError(f"{missing[0]} of another rank is not here; RUN has to lie on a disk that all hosts share")
 
 
 def prune(run_dir: Path, keep_last: int, keep_every_steps: int) -> None:

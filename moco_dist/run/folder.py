@@ -28,6 +28,10 @@ class RunFolder:
         """Locked by the one process that trains; says which one that is. It stays when the process ends."""
         return self.root / ".lock"
 
+    def token(self, name: str) -> Path:
+        """There for a moment at the start: rank 0 writes it, and every rank looks whether it sees the same folder."""
+        return self.root / f".start_{name}"
+
     @property
     def log(self) -> Path:
         """A line of JSON for each log interval and each accuracy during training."""

@@ -143,3 +143,22 @@ def test_without_the_host_of_the_rendezvous_the_rest_ends_and_can_be_started_aga
                      cluster.output(1))  # fmt: skip
     assert again.returncode == 0, again.stderr
     assert re.search(r"goes on at step \d+", again.stdout)
+
+
+def test_a_run_folder_on_each_hosts_own_disk_is_refused(tiny_data, tmp_path):
+    """Or every checkpoint would have one of two parts, and look complete."""
+    (run_dir := tmp_path / "run").mkdir()
+    own_disk = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs tmpfs "$0" && exec "$@"', str(run_dir)]
+    with hosts(2) as network:
+        ranks = []
+        for host in range(2):
+            where = ["env", f"RANK={host}", "WORLD_SIZE=2", "LOCAL_RANK=0", "LOCAL_WORLD_SIZE=1", "OMP_NUM_THREADS=1",
+                     f"MASTER_ADDR={network.address(0)}", "MASTER_PORT=29518", "GLOO_SOCKET_IFNAME=eth0"]  # fmt: skip
+            words = [*(own_disk if host else []), *where, *command(tiny_data, run_dir, ranks=1)]
+            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+            ranks.append(subprocess.Popen(network.command(host, words), **pipes))
+        outputs = [rank.communicate()[0] for rank in ranks]
+    for rank, output in zip(ranks, outputs, strict=True):
+        assert rank.returncode == 2, output
+        assert f"run.dir {run_dir} is not one folder for all ranks: rank 1 on host" in output
+    assert not list(run_dir.glob("checkpoints/*"))

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 
 import psutil
@@ -107,3 +108,16 @@ def test_a_living_run_is_not_disturbed(start, tmp_path):
     first.communicate()
     assert second.returncode == 2
     assert f"run.dir {run_dir} is in use by process {first.pid} on host" in output
+
+
+def test_a_run_folder_that_is_removed_is_made_again_with_what_was_learned(start, tmp_path):
+    process = start(tmp_path / "run", "--log.every-steps", "1", ranks=1)
+    wait_for_step(process, tmp_path / "run", 2)
+    shutil.rmtree(tmp_path / "run")
+    output = process.communicate()[0]
+    assert process.returncode == 75, output
+    assert f"run.dir {tmp_path / 'run'} was removed; it is made again, and the run saves there and stops" in output
+    step = int(re.search(r"stopped: saved at step (\d+)", output)[1])
+    again = start(tmp_path / "run", "--run.stop-at-step", str(step + 2), ranks=1)
+    assert f"goes on at step {step}" in again.communicate()[0]
+    assert again.returncode == 0

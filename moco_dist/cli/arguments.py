@@ -2,9 +2,11 @@
 
 import argparse
 import re
-from typing import NoReturn
+from pathlib import Path
+from typing import Any, NoReturn
 
 from moco_dist.errors import UserError, nearest
+from moco_dist.files import path_of
 
 
 class Parser(argparse.ArgumentParser):
@@ -12,6 +14,10 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, *args, **more) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **more})
+
+    def add_argument(self, *names: str, **how: Any) -> argparse.Action:
+        """An argument; of one that is a path, `~` at its start is the home folder."""
+        return super().add_argument(*names, **{**how, "type": _path} if how.get("type") is Path else how)
 
     def parse_own(self, words: list[str]) -> tuple[argparse.Namespace, list[str]]:
         """The arguments, and the words that are a config's; those are `section.key`, but for `--method`.
@@ -38,6 +44,13 @@ class Parser(argparse.ArgumentParser):
         elif invalid := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message):
             hint = nearest(invalid[1], [word.strip("' ") for word in invalid[2].split(",")])
         raise UserError(f"{self.prog}: {message}{hint}; {self.prog} --help shows what it takes")
+
+
+def _path(word: str) -> Path:
+    try:
+        return path_of(word)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def require_positive(args: argparse.Namespace, *names: str) -> None:

@@ -10,6 +10,7 @@ from moco_dist.config.evaluate import DetectConfig, FinetuneConfig, KnnConfig, L
 from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.config.source import help_text, leaf_fields, read_config, read_yaml
 from moco_dist.errors import UserError
+from moco_dist.files import path_of
 
 Config = TypeVar("Config", bound=BaseModel)
 # In this order a file that several would take is the first one's.
@@ -40,7 +41,7 @@ def config_or_help(command: str, schema: type[Config], words: list[str]) -> Conf
 
 def files_and_flags(words: list[str]) -> tuple[list[Path], list[str]]:
     """The config files, which come first, and the rest."""
-    files = [Path(word) for word in itertools.takewhile(lambda word: not word.startswith("-"), words)]
+    files = [path_of(word) for word in itertools.takewhile(lambda word: not word.startswith("-"), words)]
     return files, words[len(files) :]
 
 

@@ -3,10 +3,13 @@
 No torch here, so that `--help` and a wrong flag answer at once.
 """
 
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypedDict, cast, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
+
+from moco_dist.files import path_of
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -76,3 +79,9 @@ class Section(BaseModel):
         if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
             raise ValueError(f"{str(value).lower()} is not a value for it")
         return value
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _paths_are_those_of_this_user(cls, value: Any) -> Any:
+        """`~` at the start of a path is the home folder, whether or not a shell has seen it."""
+        return path_of(value) if isinstance(value, Path) else value

@@ -6,11 +6,12 @@ the defaults.
 
 import argparse
 import json
+import reprlib
 import shutil
 import textwrap
 from collections.abc import Container, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -20,6 +21,10 @@ from moco_dist.config.section import COMPUTED, Declaration, declared
 from moco_dist.errors import UserError, nearest
 
 Config = TypeVar("Config", bound=BaseModel)
+# What PyYAML raises; the others for a value that is not of its tag (!!int one), or has too many digits.
+NOT_YAML = (yaml.YAMLError, ValueError, KeyError, AttributeError)
+MOST_NESTED = 20  # a config has sections, settings, lists
+MOST_MISTAKES, MOST_CHARACTERS = 50, 500  # that a message has, so that a person sees its end
 
 
 def read_config(
@@ -55,18 +60,16 @@ def read_config(
             "settings are given as --section.key VALUE, lists as '[1, 2]'")  # fmt: skip
         problems.append(f"unexpected argument {' '.join(map(repr, stray))}; {how}")
     for name, text in vars(given).items():
-        value = _value_of(text)
-        is_list = get_origin(fields[name].annotation) is tuple
-        _set(values, name, [value] if is_list and not isinstance(value, list | dict) else value)
+        _set(values, name, _value_of(text, fields[name].annotation))
     try:
         config = schema.model_validate(values)
     except ValidationError as error:
         # What is missing may be what a misspelt flag, told already, was to give.
         meant = {line.rpartition("did you mean --")[2].rstrip("?").replace("-", "_") for line in problems}
         told = [line for line in mistakes(error, schema) if line.removesuffix(" is required") not in meant]
-        raise UserError("\n".join(problems + told)) from error
+        raise UserError(_shortened(problems + told)) from error
     if problems:
-        raise UserError("\n".join(problems))
+        raise UserError(_shortened(problems))
     return config
 
 
@@ -87,8 +90,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is a folder where a config file is expected; a run's is given by a flag") from error
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"config file {path} cannot be read: {error}") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"config file {path} is not YAML: {' '.join(str(error).split())}") from error
+    except NOT_YAML as error:
+        raise UserError(_shortened([f"config file {path} is not YAML: {' '.join(str(error).split())}"])) from error
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -97,7 +100,33 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """A SafeLoader to which a key that is there twice is a mistake: YAML says so, and PyYAML takes the last."""
+    """A SafeLoader for settings.
+
+    A key that is there twice is a mistake: YAML says so, and PyYAML takes the last. Dates and base 60 are not known, so
+    2024-11-25 and 12:30 are text. What is nested deeply, or in itself, is a mistake.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        super().__init__(stream)
+        self._open: list[str | None] = []  # the anchors of the nodes that are being read
+
+    def resolve(self, kind: type[yaml.Node], value: Any, implicit: Any) -> str:
+        tag = super().resolve(kind, value, implicit)
+        is_base_60 = kind is yaml.ScalarNode and tag.endswith((":int", ":float")) and ":" in value
+        return "tag:yaml.org,2002:str" if is_base_60 or tag.endswith(":timestamp") else tag
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event = self.peek_event()
+        anchor = getattr(event, "anchor", None)
+        if isinstance(event, yaml.AliasEvent) and anchor in self._open:
+            raise yaml.MarkedYAMLError(problem=f"*{anchor} is inside of &{anchor}", problem_mark=event.start_mark)
+        if len(self._open) > MOST_NESTED:
+            raise yaml.MarkedYAMLError(problem=f"it is nested more than {MOST_NESTED} deep",
+                                       problem_mark=event.start_mark)  # fmt: skip
+        self._open.append(None if isinstance(event, yaml.AliasEvent) else anchor)
+        node = super().compose_node(parent, index)
+        self._open.pop()
+        return node
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -198,12 +227,34 @@ def _normalise(flag: str) -> str:
     return name.replace("_", "-") + equals + value if name.startswith("--") else flag
 
 
-def _value_of(text: str) -> Any:
-    """A flag's text as YAML reads it: numbers, true, null, [1, 2]; anything else stays text."""
+def _value_of(word: str, annotation: Any) -> Any:
+    """A flag's word for a setting of this type: text and paths as they are; the rest as YAML reads it.
+
+    A list may be given as `[a, b]`, or as its only item.
+    """
+    if get_origin(annotation) is tuple:
+        item = get_args(annotation)[0]
+        is_list = word.startswith("[")
+        value = _yaml_of(word, yaml.BaseLoader if _is_text(item) else _Loader) if is_list else _value_of(word, item)
+        return value if isinstance(value, list | dict) else [value]
+    if _is_text(annotation):
+        return None if word == "null" and type(None) in get_args(annotation) else word
+    return _yaml_of(word, _Loader)
+
+
+def _yaml_of(word: str, loader: type[yaml.BaseLoader] | type[yaml.SafeLoader]) -> Any:
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text
+        return loader(word).get_single_data()
+    except NOT_YAML:
+        return word
+
+
+def _is_text(annotation: Any) -> bool:
+    """Whether a setting of this type is text, a path, or one of several words; it may be null too."""
+    if get_origin(annotation) is Literal:
+        return all(isinstance(word, str) for word in get_args(annotation))
+    kinds = [kind for kind in get_args(annotation) if kind is not type(None)]
+    return annotation in (str, Path) or (len(kinds) == 1 and get_origin(annotation) is not tuple and _is_text(kinds[0]))
 
 
 def _set(values: dict[str, Any], dotted: str, value: Any) -> None:
@@ -214,6 +265,11 @@ def _set(values: dict[str, Any], dotted: str, value: Any) -> None:
         if not isinstance(values, dict):
             return  # the file gave a plain value where a section is expected: pydantic says so
     values[key] = value
+
+
+_SHORT = reprlib.Repr()  # without walking through what a few lines of aliases stand for
+_SHORT.maxlist = _SHORT.maxdict = _SHORT.maxtuple = 20
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 3, MOST_CHARACTERS, MOST_CHARACTERS
 
 
 def _as_flag(hint: str) -> str:
@@ -230,7 +286,7 @@ def mistakes(error: ValidationError, schema: type[BaseModel]) -> list[str]:
         if item["type"] == "too_short" and any(o["loc"][: len(loc)] == loc for o in everything if o is not item):
             continue  # pydantic counts only the values that are right; the wrong ones are told
         name = ".".join(str(part) for part in item["loc"])
-        kind, given = item["type"], "null" if item["input"] is None else repr(item["input"])
+        kind, given = item["type"], "null" if item["input"] is None else _SHORT.repr(item["input"])
         if kind == "extra_forbidden" and name in known:
             section, _, key = name.rpartition(".")
             messages.append(f"{name}: a file has it in its section: {section}: {{{key}: {given}}}")
@@ -251,9 +307,17 @@ def mistakes(error: ValidationError, schema: type[BaseModel]) -> list[str]:
             expected = item.get("ctx", {})["expected"]
             hint = nearest(str(item["input"]), expected.split("'"))
             messages.append(f"{name}: {given} is not one of {expected}{hint}")
+        elif kind in ("path_type", "string_type") and isinstance(item["input"], int | float):
+            messages.append(f"{name}: {given} is a number where text is expected; in quotes it is text")
         else:
             messages.append(f"{name}: {given} {item['msg'].replace('Input should be', 'is not')}")
     return list(dict.fromkeys(messages))
+
+
+def _shortened(lines: list[str]) -> str:
+    """At most so many lines of at most so many characters each."""
+    cut = [line if len(line) <= MOST_CHARACTERS else f"{line[:MOST_CHARACTERS]} ..." for line in lines[:MOST_MISTAKES]]
+    return "\n".join([*cut, f"and {len(lines) - MOST_MISTAKES} more"] if len(lines) > MOST_MISTAKES else cut)
 
 
 def _required_below(name: str, known: dict[str, FieldInfo]) -> list[str]:

@@ -5,11 +5,12 @@ from pathlib import Path
 import pytest
 
 from moco_dist.cli.configured import config_or_help
+from moco_dist.cli.main import main
 from moco_dist.config.evaluate import DetectConfig, FinetuneConfig, KnnConfig, LinearConfig
 from moco_dist.config.loading import worker_count
 from moco_dist.config.pretrain import AugmentConfig, PretrainConfig, size_problems
 from moco_dist.config.source import flatten, help_text, leaf_fields, read_config, to_yaml
-from moco_dist.errors import UserError
+from moco_dist.errors import EXIT_MISTAKE, UserError
 
 SMALL = Path("configs/reproduce_small.yaml")  # over every row of the paper's tables
 OVERLAYS = sorted([*Path("configs").glob("*_dali.yaml"), *Path("configs").glob("*_ffcv.yaml")])
@@ -42,6 +43,84 @@ def test_lists_and_null_are_written_as_yaml():
     assert read("--model.head-hidden-dims", "[]").model.head_hidden_dims == ()
     assert read("--model.head-hidden-dims", "512").model.head_hidden_dims == (512,)
     assert config.data.max_samples is None
+
+
+WORDS = ["2024-11-25", "12:30", "x #y", "20241125", "007", "yes", "null", "[a", "1e3", "{a: b}"]
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_text_and_paths_are_taken_as_they_are(word, tmp_path):
+    config = read("--run.dir", word, "--tracking.experiment", word, "--tracking.uri", f"sqlite:///{word}")
+    assert (config.run.dir, config.tracking.experiment) == (Path(word), word)
+    file = tmp_path / "config.yaml"
+    file.write_text(to_yaml(config))
+    assert read_config(PretrainConfig, file, []) == config
+    sets = read_config(DetectConfig, None, ["--run-dir", "r", "--data.root", "d", "--data.train-sets", "[2007, 'a b']",
+                                            "--data.test-sets", word]).data  # fmt: skip
+    assert (sets.train_sets, sets.test_sets) == (("2007", "a b"), (word,))
+    assert read("--tracking.uri", "null").tracking.uri is None
+
+
+def test_text_in_files(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("run: {dir: 2024-11-25}\ntracking: {experiment: 12:30}\ndata: {root: 20241125}\n")
+    (line,) = problems(file=file, needed=[])
+    assert line == "data.root: 20241125 is a number where text is expected; in quotes it is text"
+    config = read(file=file)
+    assert (config.tracking.experiment, config.run.dir) == ("12:30", Path("r"))
+    assert read_config(PretrainConfig, file, ["--data.root", "d"]).run.dir == Path("2024-11-25")
+
+
+def test_the_home_folder_and_variables(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    file = tmp_path / "c.yaml"
+    file.write_text("run: {dir: ~/runs/a}\ndata: {root: $HOME/images}\n")
+    assert problems(file=file, needed=[]) == [
+        "data.root: $HOME/images has $HOME, which only a shell replaces; write the path, or ~ for the home folder"
+    ]
+    config = read_config(PretrainConfig, file, ["--data.root=~"])
+    assert (config.run.dir, config.data.root) == (tmp_path / "runs" / "a", tmp_path)
+    assert config_or_help("pretrain", PretrainConfig, ["~/c.yaml", "--data.root", "a$b/$/c$HOME"]) is not None
+    for text in ("~nobody-of-this-name/a", "a/${USER}/b"):
+        assert text in problems("--data.root", text)[0]
+    assert main(["report", "~/nothing"]) == main(["report", "$HOME/nothing"]) == EXIT_MISTAKE
+    first, second = capsys.readouterr().err.splitlines()
+    assert f"{tmp_path}/nothing" in first
+    assert "only a shell replaces" in second
+
+
+LAUGHS = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 9)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a: " + "[" * 100_000, "nested more than 20 deep"),
+        ("{a: " * 5_000, "nested more than 20 deep"),
+        ("optim: &a {epochs: *a}", "*a is inside of &a"),
+        (LAUGHS + "optim: {epochs: *a8}", "optim.epochs: [[["),
+        ("optim: {epochs: " + "1" * 5_000 + "}", "is not YAML"),
+        ("optim: {epochs: !!int one}", "is not YAML"),
+        (f"? {'x' * 10_000}\n: 1", "xxx ..."),
+        ("".join(f"name{i}: 1\n" for i in range(1_000)), "and 950 more"),
+        (f"model: {{head_hidden_dims: {'x' * 10_000}}}", "head_hidden_dims: 'xxx"),
+    ],
+    ids=["lists", "mappings", "itself", "aliases", "digits", "tag", "long key", "many keys", "long value"],
+)  # fmt: skip
+def test_messages_about_crafted_files_have_a_length(tmp_path, text, expected):
+    file = tmp_path / "c.yaml"
+    file.write_text(text)
+    lines = problems(file=file)
+    assert any(expected in line for line in lines)
+    assert len(lines) <= 51 and max(map(len, lines)) < 600
+
+
+def test_flags_that_are_nested_deeply_or_have_many_digits():
+    for word in ("[" * 100_000, "1" * 5_000):
+        (line,) = problems("--optim.epochs", word)
+        assert line.startswith("optim.epochs: ") and len(line) < 600
 
 
 def test_recipes_fill_what_is_not_given():

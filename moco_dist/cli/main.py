@@ -7,6 +7,7 @@ import sys
 import traceback
 
 from moco_dist import __version__
+from moco_dist.credentials import redacted_output
 from moco_dist.errors import EXIT_INTERRUPTED, EXIT_IO, EXIT_MISTAKE, EXIT_PIPE, Preempted, UserError, nearest
 
 COMMANDS = {  # name: what it does, the function in moco_dist.cli; in the order of use
@@ -34,7 +35,15 @@ On several GPUs: torchrun --nproc-per-node N -m moco_dist COMMAND ...
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns the exit status. A user's mistake is one line each, without a traceback."""
+    """Run one command; returns the exit status. A user's mistake is one line each, without a traceback.
+
+    Whatever is printed meanwhile, by a library too, goes without passwords and tokens.
+    """
+    with redacted_output():
+        return _run(argv)
+
+
+def _run(argv: list[str] | None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     debug = "--debug" in argv
     who = "" if os.environ.get("WORLD_SIZE", "1") == "1" else f"[rank {os.environ.get('RANK', '0')}] "

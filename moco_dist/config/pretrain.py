@@ -239,7 +239,10 @@ class TrackingConfig(Section):
         None, "of the tracking server; default: MLFLOW_TRACKING_URI, else sqlite in the folder above the run's",
         changes="record",
     )
-    experiment: str = setting("moco_dist", "name of the MLflow experiment", changes="record", min_length=1)
+    experiment: str = setting(
+        "moco_dist", "name of the MLflow experiment; where it is not given, MLFLOW_EXPERIMENT_NAME goes first",
+        changes="record", min_length=1,
+    )
 
 
 class PretrainConfig(Section):

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from launchers.torchrun import INTERFACE_VARIABLES, interface_problem
 from moco_dist.config.pretrain import TrackingConfig
+from moco_dist.credentials import without_credentials
 from moco_dist.doctor.finding import Finding, fine, problem, warning
-from moco_dist.tracking.server import without_credentials
 
 INTERFACES = Path("/sys/class/net")
 VIRTUAL = ("docker", "veth", "virbr", "br-", "cni", "flannel", "cali", "tun", "tap")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.config.source import declarations, flatten
+from moco_dist.credentials import without_credentials
 from moco_dist.errors import UnreachableError, UserError, nearest
 from moco_dist.report.charts import COLOURS, Picture, chart
 from moco_dist.report.page import EVALUATIONS, MISSING, evaluations, shown
@@ -18,9 +19,9 @@ from moco_dist.run import checkpoint
 from moco_dist.run.folder import RunFolder
 from moco_dist.run.logbook import read_log
 from moco_dist.run.manifest import read_manifest
-from moco_dist.tracking import client_of, page_of, without_credentials
-from moco_dist.tracking.remote import reason
-from moco_dist.tracking.server import require_known_scheme
+from moco_dist.tracking import client_of, page_of
+from moco_dist.tracking.failure import reason
+from moco_dist.tracking.server import require_usable
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -118,14 +119,14 @@ def runs_of_experiment(name: str, uri: str) -> list[RunRecord]:
         UserError: `uri` is not one of MLflow's, there is no such experiment, or no run in it.
         UnreachableError: the server does not answer, or refuses.
     """
-    require_known_scheme(uri)
+    require_usable(uri)
     client = client_of(uri)
     from mlflow.exceptions import MlflowException
 
     try:
         return _runs_of_experiment(client, name, uri)
     except MlflowException as error:
-        raise UnreachableError(f"MLflow at {without_credentials(uri)}: {reason(error)}") from error
+        raise UnreachableError(f"MLflow at {without_credentials(uri)}: {reason(error, uri)}") from error
 
 
 def _runs_of_experiment(client: "MlflowClient", name: str, uri: str) -> list[RunRecord]:

@@ -17,13 +17,13 @@ from torch import Tensor
 
 from moco_dist.config.pretrain import DataConfig, PretrainConfig, RunConfig
 from moco_dist.config.source import flatten, leaf_fields
+from moco_dist.credentials import without_credentials
 from moco_dist.evaluate.knn import NeighbourRow
 from moco_dist.files import write_whole
 from moco_dist.provenance import package_versions
 from moco_dist.report.charts import Picture, chart, png_uri
 from moco_dist.run.folder import RunFolder
 from moco_dist.run.logbook import read_log
-from moco_dist.tracking import without_credentials
 
 ROWS = {"pixels": "raw pixels", "untrained": "untrained", "trained": "pre-trained"}
 EVALUATIONS = {"knn": "kNN", "linear": "linear", "finetune": "fine-tuning"}

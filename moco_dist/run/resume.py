@@ -6,6 +6,7 @@ from typing import Any
 from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.config.section import COMPUTED
 from moco_dist.config.source import declarations, flatten, to_yaml
+from moco_dist.credentials import without_credentials
 from moco_dist.data.images import ImageFolder
 from moco_dist.distributed.collectives import barrier, gather_texts
 from moco_dist.distributed.world import World
@@ -18,7 +19,6 @@ from moco_dist.run.checkpoint import TrainState
 from moco_dist.run.folder import RunFolder
 from moco_dist.run.image_list import difference, keep_list
 from moco_dist.run.manifest import read_manifest, saved_config
-from moco_dist.tracking import without_credentials
 
 
 def resume(

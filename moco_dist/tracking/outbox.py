@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from moco_dist.files import LineFile, read_record
-from moco_dist.tracking.remote import Refused, RemoteRun, reason
+from moco_dist.tracking.failure import reason
+from moco_dist.tracking.remote import Refused, RemoteRun
 
 FINISH_SECONDS = 30  # the longest wait at the end for what is on its way
 BATCH_METRICS = 900  # MLflow takes 1,000 at once
@@ -124,7 +125,7 @@ class Outbox:
                 self._wait_for_news()
             except Exception as error:  # mlflow, SQLAlchemy and requests each have their own
                 if not self._is_failing:
-                    self._say(f"{reason(error)}; going on, and keeping what it misses in {self.path}")
+                    self._say(f"{reason(error, self.remote.uri)}; going on, and keeping what it misses in {self.path}")
                 self._is_failing = True
                 if closing:
                     return

@@ -3,12 +3,13 @@
 import contextlib
 import json
 import os
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moco_dist.credentials import without_credentials
 from moco_dist.files import write_whole
-from moco_dist.tracking.server import client_of, read_saved, without_credentials
+from moco_dist.tracking.failure import reason
+from moco_dist.tracking.server import client_of, read_saved
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -25,11 +26,12 @@ class RemoteRun:
     """The MLflow run of one journal; `file` (RUN/mlflow.json for the pre-training's) says which it is.
 
     Attributes:
+        uri: of the server; it may have a password.
         sent_bytes: how much of the journal it has.
     """
 
     def __init__(self, file: Path, uri: str, parent_file: Path | None = None, watches_system: bool = False) -> None:
-        self._file, self._uri, self._parent_file = file, uri, parent_file
+        self._file, self.uri, self._parent_file = file, uri, parent_file
         self._watches_system = watches_system
         saved = read_saved(file)
         self._run_id = saved["run_id"] if saved else ""
@@ -41,9 +43,10 @@ class RemoteRun:
     def save(self) -> None:
         """Write `file`."""
         saved = {
-            "tracking_uri": without_credentials(self._uri),
+            "tracking_uri": without_credentials(self.uri),
             "experiment_id": self._experiment_id,
             "run_id": self._run_id,
+            "folder": str(self._file.parent.resolve()),  # a copy of the run can tell that it is one
             "sent_bytes": self.sent_bytes,
         }
         write_whole(self._file, f"{json.dumps(saved, indent=2)}\n".encode())
@@ -64,7 +67,7 @@ class RemoteRun:
         """
         if self._client is not None:
             return
-        client = client_of(self._uri)
+        client = client_of(self.uri)
         if self._run_id and not begin.get("in_parent") and _find(client, self._run_id) is None:
             self._run_id, self.sent_bytes = "", 0
         if not self._run_id:
@@ -147,7 +150,7 @@ class RemoteRun:
 
             self._monitor = SystemMetricsMonitor(
                 self._run_id, sampling_interval=10, samples_before_logging=3, resume_logging=True,
-                tracking_uri=self._uri,
+                tracking_uri=self.uri,
             )
             self._monitor.start()
 
@@ -156,14 +159,6 @@ class RemoteRun:
         self._watches_system = False
         if self._monitor is not None:
             self._monitor.finish()
-
-
-def reason(error: Exception) -> str:
-    """What went wrong, in a few words and without credentials."""
-    text = without_credentials(str(error))
-    if any(sign in text for sign in ("Max retries exceeded", "timeout exception", "Connection refused")):
-        return "it does not answer"
-    return re.split(r"\.\s|\n", text, maxsplit=1)[0][:200] or type(error).__name__
 
 
 def _find(client: "MlflowClient", run_id: str) -> "Run | None":

@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import re
 import shlex
 import shutil
 import sys
@@ -12,19 +11,23 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
+from moco_dist.config.pretrain import TrackingConfig
+from moco_dist.credentials import without_credentials
 from moco_dist.errors import UserError, nearest
+from moco_dist.tracking.database import SQLITE, file_of, has_run, open_alone
+from moco_dist.tracking.failure import reason
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
-SQLITE = "sqlite:///"
 SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks")
 # Set where the user has not, before mlflow is imported: no telemetry, no log lines (failures are exceptions, told
 # here without credentials), and a dead server is noticed within half a minute instead of several.
 MLFLOW_ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_LOGGING_LEVEL": "CRITICAL",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
@@ -54,13 +57,6 @@ def page_of(run_dir: Path) -> str:
     return f"{saved['tracking_uri'].rstrip('/')}/#/experiments/{saved['experiment_id']}/runs/{saved['run_id']}"
 
 
-def without_credentials(text: str) -> str:
-    """`text`, a URI or a message with URIs in it, without `user:password@` and `password=...`."""
-    # A password may have a slash in it (SQLAlchemy takes it); what follows a port is a path.
-    text = re.sub(r"(?<=://)(?:[^/\s]*@|[^/\s:]*:(?!\d+/)[^\s@]*@)", "", text)
-    return re.sub(r"(?<=[?&]password=)[^&\s]*", "", text)
-
-
 def default_uri(run_dir: Path) -> str:
     """MLFLOW_TRACKING_URI, else sqlite in the folder above the run's."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"{SQLITE}{run_dir.resolve().parent / 'mlflow.db'}"
@@ -71,19 +67,48 @@ def absolute(uri: str) -> str:
     return f"{SQLITE}{Path(uri.removeprefix(SQLITE)).resolve()}" if uri.startswith(SQLITE) else uri
 
 
-def require_known_scheme(uri: str) -> None:
-    """Whether there is a server at an address, time tells; but a misspelt scheme never works.
+def require_usable(uri: str, given_by: str = "tracking.uri") -> None:
+    """Whether there is a server at an address, time tells; but a misspelt scheme never works, nor a cut token.
+
+    Args:
+        uri: of a server or a database.
+        given_by: the setting or variable that it comes from.
 
     Raises:
-        UserError: it is none of SCHEMES.
+        UserError: its scheme is none of SCHEMES, or what MLflow sends to say who is asking has a line break.
     """
     scheme = uri.partition(":")[0].partition("+")[0] if ":" in uri else uri
     if scheme not in SCHEMES or ("://" not in uri and scheme != "databricks"):
+        what = "is neither a server nor a database"
+        if scheme == "file" or (":" not in uri and Path(uri).is_dir()):
+            folder = Path(uri.removeprefix("file:").removeprefix("//"))
+            database = f"{SQLITE}{folder.absolute()}/mlflow.db"
+            what = f"is a folder of files, which MLflow no longer writes; {database} is a database there"
         raise UserError(
-            f"tracking.uri {without_credentials(uri)} is not one that MLflow knows: it begins with "
+            f"{given_by} {without_credentials(uri)} {what}; what a run can be told to begins with "
             f"{', '.join(f'{name}://' for name in SCHEMES)}{nearest(scheme, SCHEMES)}; or go on without it: "
             "--tracking.backend none"
         )
+    for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN"):
+        if uri.startswith("http") and any(ord(letter) < 32 for letter in os.environ.get(name, "")):
+            raise UserError(f"{name} has a line break or another control character, which no server takes; was it read "
+                            "from a file with its last line break?")  # fmt: skip
+
+
+def experiment_of(config: TrackingConfig) -> str:
+    """The experiment's name: the setting, else MLFLOW_EXPERIMENT_NAME, else the setting's default."""
+    given = "experiment" in config.model_fields_set
+    return config.experiment if given else os.environ.get("MLFLOW_EXPERIMENT_NAME") or config.experiment
+
+
+def ignored_variables() -> list[str]:
+    """What the environment tells MLflow and this program does otherwise: a line each."""
+    said = {
+        "MLFLOW_EXPERIMENT_ID": "name the experiment by --tracking.experiment or MLFLOW_EXPERIMENT_NAME",
+        "MLFLOW_RUN_ID": "a run's folder says which MLflow run it is",
+        "MLFLOW_RUN_NAME": "a run is called as its folder, the last part of --run.dir",
+    }
+    return [f"{name} is not used: {why}" for name, why in said.items() if os.environ.get(name)]
 
 
 def client_of(uri: str) -> "MlflowClient":
@@ -101,7 +126,11 @@ def client_of(uri: str) -> "MlflowClient":
             "mlflow is not installed; pip install mlflow, or go on without it: --tracking.backend none"
         ) from error
     logging.getLogger("mlflow").setLevel(os.environ["MLFLOW_LOGGING_LEVEL"].upper())  # if it was imported before
-    return MlflowClient(uri)
+    path = file_of(uri)
+    if path is None:
+        return MlflowClient(uri)
+    os.environ.setdefault("MLFLOW_SQLALCHEMYSTORE_POOLCLASS", "NullPool")  # no connection to a file that was set aside
+    return open_alone(path, lambda: MlflowClient(uri))
 
 
 def saved_run(run_dir: Path) -> "tuple[MlflowClient, str, Run] | None":
@@ -116,8 +145,8 @@ def saved_run(run_dir: Path) -> "tuple[MlflowClient, str, Run] | None":
         client = client_of(uri)
         return client, uri, client.get_run(saved["run_id"])
     except Exception as error:  # mlflow, SQLAlchemy and requests each have their own
-        text = f"warning: MLflow at {uri}: {str(error).splitlines()[0]}; going on without it"
-        tqdm.write(without_credentials(text), file=sys.stderr)
+        text = f"warning: MLflow at {without_credentials(uri)}: {reason(error, uri)}; going on without it"
+        tqdm.write(text, file=sys.stderr)
         return None
 
 
@@ -142,17 +171,38 @@ def read_saved(path: Path) -> dict[str, str] | None:
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
         known = {name: str(saved[name]) for name in ("tracking_uri", "experiment_id", "run_id")}
-        return {**known, "sent_bytes": str(int(saved.get("sent_bytes", 0)))}
+        return {**known, "folder": saved.get("folder", ""), "sent_bytes": str(int(saved.get("sent_bytes", 0)))}
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged; remove it, and the run is tracked as a new one") from error
 
 
 def uri_of(run_dir: Path, saved: dict[str, str]) -> str:
-    """The saved URI: with the environment's credentials if it is the same one, or where its database moved to."""
+    """The saved URI: with the environment's credentials if it is the same one, or where its database is now.
+
+    A database that was moved or copied together with its runs lies above them.
+    """
     uri, given = saved["tracking_uri"], os.environ.get("MLFLOW_TRACKING_URI", "")
     if given and without_credentials(absolute(given)) == uri:
         return given
-    beside = run_dir.resolve().parent / "mlflow.db"
-    if uri.startswith(SQLITE) and not Path(uri.removeprefix(SQLITE)).is_file() and beside.is_file():
+    beside, own = run_dir.resolve().parent / "mlflow.db", file_of(uri)
+    if own is not None and beside.is_file() and (not own.is_file() or has_run(beside, saved["run_id"])):
         return f"{SQLITE}{beside}"
     return uri
+
+
+def original_of(run_dir: Path, saved: dict[str, str], uri: str) -> Path | None:
+    """The folder of the run that `run_dir` was copied from, where it still is and the copy has no database of its own.
+
+    Args:
+        run_dir: folder of a run.
+        saved: its `read_saved`.
+        uri: where the run of `run_dir` is to be told.
+    """
+    original, here = Path(saved["folder"]), run_dir.resolve()
+    if not saved["folder"] or not saved["run_id"] or original == here:
+        return None
+    other, database = read_saved(record_path(original)), file_of(uri)
+    if other is None or other["run_id"] != saved["run_id"] or original.samefile(here):  # the latter: mounted twice
+        return None
+    is_own = database is not None and database.parent == here.parent and has_run(database, saved["run_id"])
+    return None if is_own else original

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import secrets
 import sys
 import time
@@ -15,21 +16,26 @@ from tqdm import tqdm
 from moco_dist.config.evaluate import DetectConfig, EvalConfig
 from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.config.source import flatten
+from moco_dist.credentials import without_credentials
 from moco_dist.distributed.world import World
 from moco_dist.errors import Preempted, UserError
+from moco_dist.files import read_record, write_whole
 from moco_dist.provenance import package_versions
+from moco_dist.tracking.failure import reason
 from moco_dist.tracking.outbox import Outbox
-from moco_dist.tracking.remote import RemoteRun, reason
+from moco_dist.tracking.remote import RemoteRun
 from moco_dist.tracking.server import (
     absolute,
     default_uri,
+    experiment_of,
+    ignored_variables,
     journal_path,
+    original_of,
     read_saved,
     record_path,
-    require_known_scheme,
+    require_usable,
     uri_of,
-    without_credentials,
-)  # fmt: skip
+)
 
 PRETRAIN = "pretrain.jsonl"
 
@@ -66,11 +72,15 @@ class Tracker:
             return cls()
         run_dir = config.run.dir
         uri = absolute(config.tracking.uri or default_uri(run_dir))
-        require_known_scheme(uri)
+        require_usable(uri, "tracking.uri" if config.tracking.uri else "MLFLOW_TRACKING_URI")
         _require_mlflow()
-        remote = RemoteRun(record_path(run_dir), uri, watches_system=True)
+        _part_from_original(run_dir, uri)
+        watches = os.environ.get("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "true").lower() not in ("false", "0")
+        remote = RemoteRun(record_path(run_dir), uri, watches_system=watches)
         outbox = Outbox(journal_path(run_dir, PRETRAIN), remote, _say_of(uri))
         remote.save()
+        for line in ignored_variables():
+            tqdm.write(f"warning: {line}", file=sys.stderr)
         tags = {f"version.{name}": version for name, version in package_versions().items()}
         tags |= {"world_size": str(world.world_size), "num_nodes": str(world.num_nodes), "device": world.device}
         if next(outbox.records(), None) is None:
@@ -78,7 +88,10 @@ class Tracker:
             is_server = uri.startswith(("http", "databricks"))
             artifacts = None if is_server else (run_dir.resolve().parent / "mlflow-artifacts").as_uri()
             name = run_dir.resolve().name
-            outbox.put(_begin(name, {}, config) | {"experiment": config.tracking.experiment, "artifacts": artifacts})
+            experiment = experiment_of(config.tracking)
+            begin = _begin(name, {}, config) | {"experiment": experiment, "artifacts": artifacts}
+            begin["params"]["tracking.experiment"] = experiment
+            outbox.put(begin)
         outbox.put({"set_tags": {**tags, "preempted": "false"}, "status": "RUNNING"})
         return cls(outbox, run_dir)
 
@@ -108,7 +121,11 @@ class Tracker:
         if saved is None:
             return cls()
         _require_mlflow()
-        outbox = _outbox(run_dir, f"{begin['key']}.jsonl", uri_of(run_dir, saved))
+        uri = uri_of(run_dir, saved)
+        if original := original_of(run_dir, saved, uri):
+            tqdm.write(f"note: {run_dir} is a copy of {original}, and adds to its MLflow run, at "
+                       f"{without_credentials(uri)}", file=sys.stderr)  # fmt: skip
+        outbox = _outbox(run_dir, f"{begin['key']}.jsonl", uri)
         outbox.put(begin)
         return cls(outbox, run_dir, ends_run)
 
@@ -190,7 +207,7 @@ def sync(run_dir: Path) -> tuple[list[str], list[str]]:
                 pass
             done.append(f"{name}: {count} bytes delivered" if count else f"{name}: all was delivered before")
         except Exception as error:
-            undone.append(f"MLflow at {without_credentials(uri)}: {reason(error)}; {name} waits")
+            undone.append(f"MLflow at {without_credentials(uri)}: {reason(error, uri)}; {name} waits")
         if outbox.finish() and path.name != PRETRAIN:
             _remove(path)
     return done, undone
@@ -200,6 +217,23 @@ def _outbox(run_dir: Path, name: str, uri: str) -> Outbox:
     path, record = journal_path(run_dir, name), record_path(run_dir)
     remote = RemoteRun(record, uri) if name == PRETRAIN else RemoteRun(path.with_suffix(".json"), uri, record)
     return Outbox(path, remote, _say_of(uri))
+
+
+def _part_from_original(run_dir: Path, uri: str) -> None:
+    """A copy of a run that is trained further is a run of its own, told all that the copied journal has.
+
+    Else two trainings would be one line of points.
+    """
+    record, journal = record_path(run_dir), journal_path(run_dir, PRETRAIN)
+    saved = read_saved(record)
+    original = original_of(run_dir, saved, uri) if saved and journal.is_file() else None
+    if original is None:
+        return
+    begin, _, rest = journal.read_bytes().partition(b"\n")
+    own = {**(read_record(begin) or {}), "key": secrets.token_hex(8), "name": run_dir.resolve().name}
+    write_whole(journal, json.dumps(own).encode() + b"\n" + rest)
+    record.unlink()
+    tqdm.write(f"note: {run_dir} is a copy of {original}; it goes on as an MLflow run of its own", file=sys.stderr)
 
 
 def _begin(name: str, tags: dict[str, str], config: BaseModel) -> dict[str, Any]:

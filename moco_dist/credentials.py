@@ -1,0 +1,86 @@
+"""Passwords and tokens, kept out of everything that the program says or writes."""
+
+import contextlib
+import os
+import re
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+# What MLflow and the stores behind it take from the environment; a value is left out wherever it stands.
+SECRET_VARIABLES = (
+    "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "DATABRICKS_TOKEN", "DATABRICKS_PASSWORD",
+    "DATABRICKS_CLIENT_SECRET", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AZURE_STORAGE_ACCESS_KEY",
+    "AZURE_STORAGE_CONNECTION_STRING", "PGPASSWORD", "MYSQL_PWD",
+)  # fmt: skip
+SHORTEST_SECRET = 6  # letters; what is shorter may be any word or number
+_NAMES = (r"[\w.-]*(?:passw(?:or)?d|passphrase|pwd|token|secret|signature|credentials?|"
+          r"(?:api|access|account|private)[_-]?key)")  # fmt: skip
+_FORMS = (
+    # user:password@ of a database. SQLAlchemy takes a password that has a slash in it, even after digits.
+    (re.compile(r"(?<=://)(?<!http://)(?<!https://)(?:[^/\s]*@|[^/\s:]*:[^\s@]*@)(?:[^/\s@]*@)*"), ""),
+    # The same of a server: what follows a port is a path.
+    (re.compile(r"(?<=://)(?:[^/\s]*@|[^/\s:]*:(?!\d+/)[^\s@]*@)(?:[^/\s@]*@)*"), ""),
+    # ?password=..., #access_token=..., and what ODBC is told, which is a text of its own.
+    (re.compile(rf"(?i)(?<=[?&#;])((?:{_NAMES}|sig|pass|auth|code|odbc_connect)=)[^&#;\s'\"]*"), r"\1"),
+    # PWD=...; of ODBC, password=... of libpq, "password": "..." of JSON, in any text.
+    (re.compile(r"(?i)((?:passw(?:or)?d|pwd)(?:['\"]\s?:\s?|=))(?:'[^']*'|\"[^\"]*\"|[^\s;&,'\".$][^\s;&,'\"]*)"),
+     r"\1***"),
+    # Authorization: Basic ..., and the same without its header's name.
+    (re.compile(r"(?i)(authorization['\"]?\s?[=:]\s?['\"]?(?:(?:basic|bearer|token)\s+)?)[^\s'\",]+"), r"\1***"),
+    (re.compile(r"\b((?i:bearer|basic)\s+)(?=[^\s'\"]*[\d=_])[\w+/=.~-]{8,}"), r"\1***"),
+)
+
+
+def without_credentials(text: str) -> str:
+    """`text`, a URI or a message with URIs in it, without users, passwords, tokens and what the environment keeps.
+
+    A URI loses its `user:password@` whole, so that it can be compared with the same URI from elsewhere.
+    """
+    for form, instead in _FORMS:
+        text = form.sub(instead, text)
+    for name in SECRET_VARIABLES:
+        # A line break in it may have become \\n, and what follows may be cut off: each of its words is a secret.
+        for word in re.split(r"\s+", os.environ.get(name, "")):
+            if len(word) >= SHORTEST_SECRET and word in text:
+                text = text.replace(word, "***")
+    return text
+
+
+def has_credentials(text: str) -> bool:
+    """Whether something would be left out of `text`."""
+    return without_credentials(text) != text
+
+
+class Redacted:
+    """A text stream that passes on what it is given, but for credentials; everything else is the stream's own."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write a text; whole URIs come in one, from `print`, `logging` and tracebacks alike."""
+        self._stream.write(without_credentials(text))
+        return len(text)
+
+    def writelines(self, lines: Any) -> None:
+        """Write several."""
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def redacted_output() -> Iterator[None]:
+    """Keep credentials out of stdout and stderr, whoever writes there: a library's words are not ours to choose.
+
+    After an exception it stays so: the interpreter may print it yet.
+    """
+    before = sys.stdout, sys.stderr
+    for name, stream in zip(("stdout", "stderr"), before, strict=True):
+        if stream is not None and not isinstance(stream, Redacted):
+            setattr(sys, name, Redacted(stream))
+    yield
+    sys.stdout, sys.stderr = before

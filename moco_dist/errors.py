@@ -1,6 +1,7 @@
 """The exceptions that are messages to a person, and the hint that goes with a wrong name."""
 
 import difflib
+import unicodedata
 from collections.abc import Iterable
 
 # Exit statuses of every command.
@@ -46,8 +47,14 @@ class Preempted(Exception):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """`; did you mean X?` for the known name closest to `name`, or nothing when none is close."""
-    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    """`; did you mean X?` for the known name closest to `name`, or nothing when none is close.
+
+    Two names may look the same and be other characters (é, or e and an accent): those are shown by their codes.
+    """
+    known, seen = list(known), unicodedata.normalize("NFC", name)
+    if twins := [other for other in known if other != name and unicodedata.normalize("NFC", other) == seen]:
+        return f"; {twins[0]!a}, which is there, looks the same as {name!a} and is another Unicode form of it"
+    matches = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"; did you mean {matches[0]}?" if matches else ""
 
 

@@ -1,6 +1,5 @@
 """Images in folders: which there are, their classes, and how a file is read."""
 
-import os
 from pathlib import Path
 from typing import Literal
 
@@ -9,6 +8,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from moco_dist.data.images import NO_CLASS, ImageError, ImageFolder
 from moco_dist.data.index import image_paths
+from moco_dist.data.layout import folder_names, no_train, require_distinct, require_layout
 from moco_dist.data.storage import read_patiently
 from moco_dist.errors import UserError, nearest
 
@@ -16,7 +16,7 @@ from moco_dist.errors import UserError, nearest
 def folder_images(root: Path, split: Literal["train", "val"], remember: bool = True) -> ImageFolder:
     """The images of one split: of ROOT/train or ROOT/val, or of ROOT itself for training where it has neither.
 
-    An image's class is the first folder on its way, at any depth below; hidden files and folders are left out.
+    An image's class is the first folder on its way, at any depth below; what `is_left_out` names is left out.
     Labels of `val` are those of `train`, even where `val` lacks some of the classes.
 
     Args:
@@ -25,23 +25,27 @@ def folder_images(root: Path, split: Literal["train", "val"], remember: bool = T
         remember: whether an index may be written into a large folder.
 
     Raises:
-        UserError: there is no such folder, no image in it, or `val` has a class that `train` lacks.
+        UserError: there is no such folder, no image in it, a layout that leaves images out, or `val` has a class that
+            `train` lacks.
     """
     if not root.is_dir():
-        raise UserError(f"data root {root} is not a folder{nearest(root.name, _folder_names(root.parent))}")
+        raise UserError(f"data root {root} is not a folder{nearest(root.name, folder_names(root.parent))}")
+    names = folder_names(root)
+    require_layout(root, names)
     train, val = root / "train", root / "val"
-    if split == "val" and not val.is_dir():
+    if split == "val" and "val" not in names:
         raise UserError(
             f"{root} has no validation set; one is laid out as {val}/CLASS/IMAGE beside {train}/CLASS/IMAGE"
         )
-    if split == "train" and not train.is_dir():
-        if val.is_dir():
-            raise UserError(f"{root} has a folder val but none called train{nearest('train', _folder_names(root))}")
+    if split == "train" and "train" not in names:
+        if "val" in names:
+            raise no_train(root, names)
         train = root
     folder = train if split == "train" else val
-    classes = _folder_names(train if train.is_dir() else val)
+    classes = folder_names(train if train.is_dir() else val)
+    require_distinct(folder, classes)
     if split == "val":
-        for name in _folder_names(val):
+        for name in folder_names(val):
             if name not in classes:
                 raise UserError(f"{val} has a class {name} that {train} lacks{nearest(name, classes)}")
     paths = image_paths(folder, remember)
@@ -63,11 +67,3 @@ def read_bytes(path: Path) -> bytes:
         return read_patiently(path)
     except OSError as error:
         raise ImageError(f"cannot read image {path}: {(error.strerror or str(error)).lower()}") from error
-
-
-def _folder_names(folder: Path) -> list[str]:
-    """Sorted names of the visible folders in `folder`; none where it does not exist."""
-    if not folder.is_dir():
-        return []
-    with os.scandir(folder) as entries:
-        return sorted(entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir())

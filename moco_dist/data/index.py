@@ -14,6 +14,7 @@ from typing import Any
 
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from moco_dist.data.layout import is_left_out
 from moco_dist.errors import UserError
 from moco_dist.files import write_whole
 
@@ -28,7 +29,7 @@ def image_paths(folder: Path, remember: bool = True) -> list[str]:
     `remember`: whether to write one.
     """
     started_ns = time.time_ns()
-    top = sorted(entry.name for entry in os.scandir(folder) if not entry.name.startswith("."))
+    top = sorted(entry.name for entry in os.scandir(folder) if not is_left_out(entry.name))
     index = folder / NAME
     known = _read(index)
     if known is not None and known["top"] == top and all(
@@ -56,7 +57,7 @@ def _scan(folder: Path, prefix: str, folders: dict[str, int]) -> list[str]:
         folders[prefix] = _mtime_ns(folder / prefix)
     with os.scandir(folder / prefix) as entries:
         for entry in entries:
-            if entry.name.startswith("."):
+            if is_left_out(entry.name):
                 continue
             if entry.name.lower().endswith(IMG_EXTENSIONS):
                 found.append(prefix + entry.name)
@@ -78,7 +79,9 @@ def _mtime_ns(path: Path) -> int:
 def _read(index: Path) -> dict[str, Any] | None:
     try:
         known = json.loads(index.read_bytes())
-        return known if {"top", "folders", "paths"} <= known.keys() else None
+        is_ours = {"top", "folders", "paths"} <= known.keys()
+        # One of an earlier version may list folders that are left out now.
+        return known if is_ours and not any(is_left_out(Path(name).name) for name in known["folders"]) else None
     except (OSError, ValueError, AttributeError):
         return None
 

@@ -36,8 +36,9 @@ def test_a_root_without_train_and_val_is_the_training_set(tmp_path):
     assert (folder.root, folder.paths, folder.labels.tolist()) == (tmp_path, ["a.jpg", "dog/b.jpg"], [NO_CLASS, 0])
 
 
-def test_hidden_files_and_folders_are_left_out(tmp_path):
-    touch(tmp_path, "dog/b.jpg", "dog/._b.jpg", ".trash/c.jpg", "dog/.thumbs/d.jpg")
+def test_hidden_and_a_system_s_files_and_folders_are_left_out(tmp_path):
+    touch(tmp_path, "dog/b.jpg", "dog/._b.jpg", ".trash/c.jpg", "dog/.thumbs/d.jpg", "lost+found/e.jpg",
+          "__MACOSX/dog/b.jpg", "dog/@eaDir/b.jpg/thumb.jpg", "#recycle/f.jpg")  # fmt: skip
     folder = find_images(tmp_path, "train")
     assert (folder.paths, folder.classes) == (["dog/b.jpg"], ("dog",))
 
@@ -65,12 +66,42 @@ def test_linked_images_and_folders_are_found(tmp_path):
         (["set/a/1.jpg"], "set", "val", "no validation set; .*val/CLASS/IMAGE"),
         (["set/val/a/1.jpg", "set/trian/a/1.jpg"], "set", "train", "none called train; did you mean trian?"),
         (["set/train/cat/1.jpg", "set/val/cart/1.jpg"], "set", "val", "class cart that .* lacks; did you mean cat?"),
+        ([f"set/{name}/1.jpg" for name in ("bicycle", "bus", "car", "train")], "set", "train",
+         "images in bicycle, bus, car beside train, which .* if train is a class like them, move all into .*set/train"),
+        ([f"set/{name}/a/1.jpg" for name in ("train", "val", "more")], "set", "val", "images in more beside train"),
+        ([f"set/{name}/a/1.jpg" for name in ("train", "validation")], "set", "train", "mean that by validation?"),
+        ([f"set/{name}/a/1.jpg" for name in ("train", "Val")], "set", "val", "mean that by Val?"),
+        ([f"set/{name}/a/1.jpg" for name in ("Train", "Val")], "set", "train", "folders Train and Val, .* two classes"),
+        ([f"set/{name}/a/1.jpg" for name in ("training", "validation")], "set", "train", "training and validation,"),
+        ([f"set/{name}/a/1.jpg" for name in ("seg_test", "seg_train")], "set", "train", "seg_test and seg_train, "),
+        ([f"set/{name}/a/1.jpg" for name in ("train2017", "val2017")], "set", "val", "train2017 and val2017, "),
+        (["set/Training/a/1.jpg"], "set", "train", "one folder, Training, .* did you mean .*set/Training?"),
+        (["set/training/a/1.jpg", "set/val/a/1.jpg"], "set", "train", "none called train; did you mean training?"),
+        (["set/train/caf\u00e9/1.jpg", "set/val/cafe\u0301/1.jpg"], "set", "val",
+         r"class .* lacks; 'caf\\xe9', which is there, looks the same as 'cafe\\u0301'"),
+        (["set/caf\u00e9/1.jpg", "set/cafe\u0301/1.jpg"], "set", "train",
+         r"look the same: 'cafe\\u0301' and 'caf\\xe9'"),
     ],
 )
 def test_mistakes_are_named(tmp_path, files, root, split, message):
     touch(tmp_path, *files)
     with pytest.raises(UserError, match=message):
         find_images(tmp_path / root, split)
+
+
+@pytest.mark.parametrize(
+    ("files", "classes"),
+    [
+        (["train/a/1.jpg", "val/a/1.jpg", "test/1.jpg", "devkit/data/truth.txt", "Annotations/a/1.xml"], ("a",)),
+        (["train/a/1.jpg", "Test/1.jpg", "lost+found/1.jpg", "runs/log.jsonl", "runs/x.pt", "runs/r.png"], ("a",)),
+        (["train/train/1.jpg", "train/bus/1.jpg"], ("bus", "train")),
+        (["bus/1.jpg", "Train/1.jpg"], ("Train", "bus")),
+        (["steam train/1.jpg", "test tube/1.jpg", "valley/1.jpg"], ("steam train", "test tube", "valley")),
+        (["training shoe/1.jpg", "sandal/1.jpg"], ("sandal", "training shoe")),
+    ],
+)
+def test_usual_layouts_are_read_as_they_are_meant(tmp_path, files, classes):
+    assert find_images(touch(tmp_path, *files), "train").classes == classes
 
 
 def test_subset_is_spread_over_all_classes(tmp_path):

@@ -1,0 +1,104 @@
+"""How a folder of images is laid out: ROOT/train and ROOT/val, or class folders; and what looks like it and is not."""
+
+import itertools
+import os
+import re
+import unicodedata
+from pathlib import Path
+
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from moco_dist.errors import UserError, nearest
+
+# What file systems, file servers and archivers put among people's folders, with images in it that are nobody's.
+_LEFT_OUT = {"lost+found", "__macosx", "@eadir", "#recycle", "@recycle", "$recycle.bin", "system volume information"}
+_FILES_LOOKED_AT = 1000  # of a folder, to know what it holds
+_SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
+           "test": "test", "testing": "test"}  # fmt: skip
+_SPLIT = re.compile(rf"(?<![a-z])({'|'.join(_SPLITS)})([ _-]?set)?(?![a-z])")
+
+
+def is_left_out(name: str) -> bool:
+    """Whether a file or folder of this name is no part of a data set: hidden ones, and a system's own."""
+    return name.startswith(".") or name.casefold() in _LEFT_OUT
+
+
+def folder_names(folder: Path) -> list[str]:
+    """Sorted names of the folders in `folder` that count; none where it does not exist."""
+    if not folder.is_dir():
+        return []
+    with os.scandir(folder) as entries:
+        return sorted(entry.name for entry in entries if not is_left_out(entry.name) and entry.is_dir())
+
+
+def require_layout(root: Path, names: list[str]) -> None:
+    """That no folder would silently be left out, or be taken for a class though it is a split.
+
+    Args:
+        root: the data set's folder.
+        names: of the folders in it.
+
+    Raises:
+        UserError: beside ROOT/train there are images that are in no split, or splits have other names.
+    """
+    if "train" in names:
+        others = [name for name in names if name not in ("train", "val") and _split_of(name) != ("test", "")]
+        others = [name for name in others if _holds_images(root / name)]
+        if others:
+            hint = next((f" (validation images lie in val: did you mean that by {name}?)" for name in others
+                         if _split_of(name) == ("val", "") and "val" not in names), "")  # fmt: skip
+            raise UserError(
+                f"{root} has images in {_listed(others)} beside train, which would be left out{hint}; "
+                f"if train is a class like them, move all into {root / 'train'}, "
+                f"else move them away or name {root / 'train'}"
+            )
+    elif "val" not in names:
+        for one, other in itertools.combinations(filter(_split_of, names), 2):
+            (split, rest), (other_split, other_rest) = _split_of(one), _split_of(other)
+            if rest == other_rest and split != other_split and "train" in (split, other_split):
+                raise UserError(
+                    f"{root} has folders {one} and {other}, which would be two classes; "
+                    f"splits are called train and val: rename them, or name one of them"
+                )
+        if len(names) == 1 and _split_of(names[0]) == ("train", ""):
+            raise UserError(
+                f"{root} has one folder, {names[0]}, which would be one class; did you mean {root / names[0]}?"
+            )
+
+
+def require_distinct(folder: Path, classes: list[str]) -> None:
+    """That no two classes look the same, being one name in two Unicode forms.
+
+    Raises:
+        UserError: two do.
+    """
+    seen: dict[str, str] = {}
+    for name in classes:
+        twin = seen.setdefault(unicodedata.normalize("NFC", name), name)
+        if twin != name:
+            raise UserError(f"two classes of {folder} look the same: {twin!a} and {name!a}; make them one")
+
+
+def no_train(root: Path, names: list[str]) -> UserError:
+    """That ROOT has a folder val and none called train."""
+    meant = [name for name in names if _split_of(name) == ("train", "")]
+    hint = f"; did you mean {meant[0]}?" if meant else nearest("train", names)
+    return UserError(f"{root} has a folder val but none called train{hint}")
+
+
+def _split_of(name: str) -> tuple[str, str] | None:
+    """Which split a name speaks of, and the rest of the name: seg_train is ("train", "seg_"); None where of none."""
+    found = _SPLIT.search(name.casefold())
+    return (_SPLITS[found[1]], name[: found.start()] + name[found.end() :]) if found else None
+
+
+def _holds_images(folder: Path) -> bool:
+    """Whether at least half of the first files below are images: not so in a folder of annotations, or of runs."""
+    names = (name for _, _, files in os.walk(folder) for name in files if not is_left_out(name))
+    looked_at = list(itertools.islice(names, _FILES_LOOKED_AT))
+    images = sum(name.lower().endswith(IMG_EXTENSIONS) for name in looked_at)
+    return images > 0 and 2 * images >= len(looked_at)
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names) if len(names) <= 4 else f"{', '.join(names[:3])} and {len(names) - 3} more"

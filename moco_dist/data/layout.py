@@ -53,8 +53,8 @@ def require_layout(root: Path, names: list[str]) -> None:
                 f"else move them away or name {root / 'train'}"
             )
     elif "val" not in names:
-        for one, other in itertools.combinations(filter(_split_of, names), 2):
-            (split, rest), (other_split, other_rest) = _split_of(one), _split_of(other)
+        spoken_of = [(name, *found) for name in names if (found := _split_of(name))]
+        for (one, split, rest), (other, other_split, other_rest) in itertools.combinations(spoken_of, 2):
             if rest == other_rest and split != other_split and "train" in (split, other_split):
                 raise UserError(
                     f"{root} has folders {one} and {other}, which would be two classes; "

@@ -8,7 +8,7 @@ from PIL import Image, PngImagePlugin
 
 from moco_dist.data.decode import decode_image
 from moco_dist.data.folder import read_bytes
-from moco_dist.data.images import NO_CLASS, ImageError, subset
+from moco_dist.data.images import NO_CLASS, ImageError, share_of_classes, subset
 from moco_dist.data.sources import find_images
 from moco_dist.errors import UserError
 
@@ -113,6 +113,13 @@ def test_subset_is_spread_over_all_classes(tmp_path):
     assert [path[0] for path in part.paths] == [part.classes[label] for label in part.labels]
     assert subset(folder, None) is folder
     assert subset(folder, 1000) is folder
+
+
+def test_a_share_of_the_classes_is_a_function_of_its_seed():
+    labels = np.repeat(np.arange(4), 25)
+    one, again, other = (share_of_classes(labels, 0.2, [seed, 0]) for seed in (1, 1, 2))
+    assert np.array_equal(one, again) and not np.array_equal(one, other)
+    assert np.bincount(labels[one]).tolist() == [5, 5, 5, 5]
 
 
 def read_image(path):

@@ -268,7 +268,7 @@ def photos(tmp_path):
     image.save(root / "cat" / "2024" / "png called.JPG", format="PNG")
     image.convert("L").save(root / "dog" / "gray.jpg")
     image.convert("RGBA").save(root / "dog" / "transparent.webp")
-    Image.fromarray(ramp.astype(np.uint16) * 257).save(root / "dog" / "bits16.png")
+    Image.fromarray(ramp.astype(np.uint16) * 256 + 77).save(root / "dog" / "bits16.png")
     Image.new("RGB", (1, 1)).save(root / "dog" / "dot.bmp")
     content = (root / "cat" / "ok.jpg").read_bytes()
     (root / "cat" / "truncated.jpg").write_bytes(content[: len(content) // 2])

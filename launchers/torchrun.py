@@ -194,7 +194,8 @@ def head_of(args: Namespace) -> tuple[str, str]:
 
 
 def _say(text: str, kind: str = "error") -> None:
-    print(f"[host {socket.gethostname()}] {kind}: {text}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # a full disk under the output ends no host
+        print(f"[host {socket.gethostname()}] {kind}: {text}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import sys
 import traceback
 
 from moco_dist import __version__
+from moco_dist.cli.streams import let_lines_be_lost, open_closed_descriptors
 from moco_dist.credentials import redacted_output
 from moco_dist.errors import EXIT_INTERRUPTED, EXIT_IO, EXIT_MISTAKE, EXIT_PIPE, Preempted, UserError, nearest
 
@@ -28,6 +29,8 @@ COMMANDS = {  # name: what it does, the function in moco_dist.cli; in the order 
     "demo": ("the main job on generated images, in minutes on two cores", "demo:main"),
     "reproduce": ("the paper's tables, beside what was published", "reproduce:main"),
 }
+# What these print is for a person; what they are started for is done elsewhere, or lies in files.
+RESULTS_ARE_FILES = ("pretrain", "launch", "knn", "linear", "finetune", "detect", "demo", "reproduce")
 FOOTER = """
 moco-dist COMMAND --help shows every setting.
 On several GPUs: torchrun --nproc-per-node N -m moco_dist COMMAND ...
@@ -39,12 +42,16 @@ def main(argv: list[str] | None = None) -> int:
 
     Whatever is printed meanwhile, by a library too, goes without passwords and tokens.
     """
+    argv = sys.argv[1:] if argv is None else argv
+    open_closed_descriptors()
+    let_lines_be_lost("stderr")
+    if argv and argv[0] in RESULTS_ARE_FILES and not {"-h", "--help", "--dry-run"} & {*argv}:
+        let_lines_be_lost("stdout")
     with redacted_output():
         return _run(argv)
 
 
-def _run(argv: list[str] | None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
+def _run(argv: list[str]) -> int:
     debug = "--debug" in argv
     who = "" if os.environ.get("WORLD_SIZE", "1") == "1" else f"[rank {os.environ.get('RANK', '0')}] "
     # The deepspeed launcher says the local rank by a flag too.

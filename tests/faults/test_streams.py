@@ -1,0 +1,47 @@
+"""Standard output and error that cannot be written: a full disk, a closed descriptor, a reader that is gone."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from moco_dist.run.folder import RunFolder
+from tests.faults.processes import command
+
+NOWHERE = {
+    "a full disk": '"$@" > /dev/full 2> /dev/full',
+    "closed": '"$@" <&- >&- 2>&-',
+    "a reader that is gone": 'set -o pipefail; "$@" 2>&1 | true',
+}
+
+
+def status(redirected, words):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(["bash", "-c", redirected, "bash", *words], env=environment, check=False).returncode
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", NOWHERE)
+def test_a_training_goes_on_without_anybody_to_tell(tiny_data, tmp_path, where):
+    run = RunFolder(tmp_path / "run")
+    flags = ["--run.stop-at-step", "4", "--data.num-workers", "1"]
+    assert status(NOWHERE[where], command(tiny_data, run.root, *flags, ranks=1)) == 0
+    rows = [json.loads(line) for line in run.log.read_text().splitlines()]  # and no line of another file
+    assert [row["step"] for row in rows] == [2, 4]
+    assert run.backbone.is_file()
+
+
+@pytest.mark.parametrize(
+    ("words", "redirected", "expected"),
+    [
+        (["pretrain", "--nonsense", "1"], '"$@" 2> /dev/full', 2),
+        (["pretrain", "--nonsense", "1"], '"$@" <&- >&- 2>&-', 2),
+        (["--version"], '"$@" 2> /dev/full > /dev/null', 0),
+        (["--version"], '"$@" >&- 2>&-', 0),
+        (["--version"], '"$@" > /dev/full 2> /dev/null', 74),  # what it prints is all that it is for
+    ],
+)
+def test_a_command_keeps_its_status(words, redirected, expected):
+    assert status(redirected, [sys.executable, "-m", "moco_dist", *words]) == expected

@@ -57,6 +57,18 @@ class Beton:
     size: NDArray[np.int64]
     names: list[str]
 
+    def problem(self, row: int) -> str:
+        """Why an image cannot be what the file says of it; empty where it can. Nothing of it is read or allocated."""
+        mode, start, size = int(self.mode[row]), int(self.start[row]), int(self.size[row])
+        width, height = int(self.width[row]), int(self.height[row])
+        if not (start >= 0 and 0 < size <= len(self.content) - start):
+            return "the file has no such place"
+        if mode not in (JPEG, RAW):
+            return f"it is stored in an unknown way ({mode})"
+        if mode == RAW and size != width * height * 3:
+            return f"{size:,} bytes are not the pixels of {width} x {height}"
+        return ""
+
 
 def read_beton(path: Path) -> Beton:
     """Open a file. Takes about two seconds a million images.
@@ -77,18 +89,21 @@ def read_beton(path: Path) -> Beton:
         at += count * _FIELD.itemsize
         records = content[at : at + int(header["num_samples"]) * record.itemsize].view(record)
         table = content[int(header["table_at"]) :].view(_TABLE)
-        if not len(records) or not len(table):
+        if not len(records) or not len(table) or len(records) != header["num_samples"]:
             raise ValueError("incomplete")
         columns = {name: records[f"f{i}"] for i, name in enumerate(names)}
         images = columns[names[kinds.index(_IMAGE_ID)]]
         order = np.argsort(table["at"], kind="stable")
         starts = table["at"][order]
-        size = table["size"][order][np.searchsorted(starts, images["at"])]
+        entry = np.minimum(np.searchsorted(starts, images["at"]), len(table) - 1)
+        size = np.where(starts[entry] == images["at"], table["size"][order][entry].astype(np.int64), -1)
         texts = columns.get("path")
         if texts is None:
             labels = columns["label"] if "label" in columns else columns[names[kinds.index(_INT_ID)]]
             paths = [f"train/{label}/{i:08d}" for i, label in enumerate(labels.tolist())]
         else:
+            if texts["size"].max() > len(content) or texts["size"].sum() > len(content):
+                raise ValueError("names beyond its end")
             view = memoryview(content.data)
             places = zip(texts["at"].tolist(), texts["size"].tolist(), strict=True)
             paths = [bytes(view[a : a + n]).decode("utf-8", "surrogateescape") for a, n in places]
@@ -99,7 +114,7 @@ def read_beton(path: Path) -> Beton:
             f"{path} is not a whole file of images and labels ({error}); moco-dist data pack SOURCE {path} writes one"
         ) from error
     width, height, start = (images[name].astype(np.int64) for name in ("width", "height", "at"))
-    return Beton(content, np.array(images["mode"]), width, height, start, size.astype(np.int64), paths)
+    return Beton(content, np.array(images["mode"]), width, height, start, size, paths)
 
 
 class BetonWriter:

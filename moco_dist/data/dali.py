@@ -32,6 +32,7 @@ from moco_dist.data.ahead import ahead
 from moco_dist.data.decode import is_oblong
 from moco_dist.data.images import ImageFolder
 from moco_dist.data.jobs import Crop, Job, JobOf, with_successors
+from moco_dist.data.storage import open_file
 from moco_dist.data.workers import Files
 from moco_dist.distributed.world import World
 from moco_dist.errors import UserError
@@ -231,7 +232,7 @@ class _Batches(Generic[T]):
 
 def _ends(path: Path) -> tuple[bytes, bytes]:
     """The first HEADER_BYTES of a file and its last two."""
-    with path.open("rb") as file:
+    with open_file(path) as file:
         head = file.read(HEADER_BYTES)
         file.seek(max(0, file.seek(0, os.SEEK_END) - 2))
         return head, file.read()

@@ -17,10 +17,11 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from moco_dist.data.beton import JPEG, Beton, read_beton
-from moco_dist.data.decode import CropsFor, cut, cut_pixels
+from moco_dist.data.decode import CropsFor, cut, cut_pixels, decode_image
 from moco_dist.data.images import NO_CLASS, ImageError, ImageFolder
 from moco_dist.data.storage import patiently
 from moco_dist.errors import UserError, nearest
@@ -45,6 +46,11 @@ def packed_images(path: Path, split: Literal["train", "val"]) -> ImageFolder:
     label_of = {name: label for label, name in enumerate(classes)}
     labels = [label_of[path.partition("/")[0]] if "/" in path else NO_CLASS for path in paths]
     return ImageFolder(path / split, paths, np.array(labels, dtype=np.int64), tuple(classes))
+
+
+def has_split(path: Path, split: str) -> bool:
+    """Whether a packed file has images of a split."""
+    return any(name.startswith(f"{split}/") for name in opened(path).names)
 
 
 class PackedFile:
@@ -72,16 +78,35 @@ class PackedFile:
 
     def cut(self, sample: int, size: int, crops_for: CropsFor) -> list[Tensor]:
         """The views of one of them, as `decode.cut`."""
+        data, name = self._content(sample)
+        if isinstance(data, bytearray):
+            return cut(memoryview(data), name, size, crops_for)
+        return cut_pixels(data, size, crops_for(data.shape[1], data.shape[0]))
+
+    def image(self, sample: int) -> tuple[int, Image.Image]:
+        """One of them, decoded as `decode_image` does it, and how many bytes it takes in the file.
+
+        Raises:
+            ImageError: it cannot be read.
+        """
+        data, name = self._content(sample)
+        if isinstance(data, bytearray):
+            return len(data), decode_image(memoryview(data), name)
+        return data.nbytes, Image.fromarray(data)
+
+    def _content(self, sample: int) -> tuple[bytearray | NDArray[np.uint8], str]:
+        """A JPEG file or pixels (H, W, 3), and the image's name."""
         beton, row = self._open(), self._rows[sample]
         name = f"{self.folder.root / self.folder.paths[sample]}"
+        if problem := beton.problem(row):
+            raise ImageError(f"cannot read image {name}: {problem}")
         try:
             data = patiently(lambda: self._read(int(beton.start[row]), int(beton.size[row])), name)
         except OSError as error:
             raise ImageError(f"cannot read image {name}: {(error.strerror or str(error)).lower()}") from error
         if beton.mode[row] == JPEG:
-            return cut(memoryview(data), name, size, crops_for)
-        width, height = int(beton.width[row]), int(beton.height[row])
-        return cut_pixels(np.frombuffer(data, np.uint8).reshape(height, width, 3), size, crops_for(width, height))
+            return data, name
+        return np.frombuffer(data, np.uint8).reshape(int(beton.height[row]), int(beton.width[row]), 3), name
 
     def _read(self, start: int, size: int) -> bytearray:
         data = bytearray(size)  # torch wants pixels that can be written

@@ -1,11 +1,15 @@
 """Where images come from: finds those of a data set in whatever it is stored, and opens them for reading."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-from moco_dist.data.folder import folder_images
+from PIL import Image
+
+from moco_dist.data.decode import decode_image
+from moco_dist.data.folder import folder_images, read_bytes
 from moco_dist.data.images import ImageFolder
-from moco_dist.data.packed import PACKED_SUFFIX, packed_images
+from moco_dist.data.packed import PACKED_SUFFIX, PackedFile, has_split, packed_images
 
 
 def find_images(root: Path, split: Literal["train", "val"], remember: bool = True) -> ImageFolder:
@@ -22,3 +26,24 @@ def find_images(root: Path, split: Literal["train", "val"], remember: bool = Tru
     if root.suffix == PACKED_SUFFIX:
         return packed_images(root, split)
     return folder_images(root, split, remember)
+
+
+def find_splits(root: Path, remember: bool = True) -> dict[str, ImageFolder]:
+    """`find_images` of `train`, and of `val` where there is one."""
+    found = {"train": find_images(root, "train", remember)}
+    if has_split(root, "val") if root.suffix == PACKED_SUFFIX else (root / "val").is_dir():
+        found["val"] = find_images(root, "val", remember)
+    return found
+
+
+def image_reader(folder: ImageFolder) -> Callable[[int], tuple[int, Image.Image]]:
+    """A function from an image's number to the bytes that it takes and the whole image, RGB; or an ImageError."""
+    if folder.root.parent.suffix == PACKED_SUFFIX and folder.root.parent.is_file():
+        return PackedFile(folder).image
+
+    def read(i: int) -> tuple[int, Image.Image]:
+        path = folder.root / folder.paths[i]
+        data = read_bytes(path)
+        return len(data), decode_image(data, str(path))
+
+    return read

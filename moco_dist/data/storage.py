@@ -2,11 +2,12 @@
 
 import errno
 import os
+import stat
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import BinaryIO, TypeVar
 
 T = TypeVar("T")
 
@@ -14,7 +15,10 @@ WAITS_SECONDS = (0.5, 2.0, 8.0)  # before the second, third and fourth try
 SLOW_SECONDS = 10.0  # a file that takes longer is told
 TELL_EVERY_SECONDS = 60.0  # at most one line of a process in this time
 # Answers, not hiccups: asking again would not change them. ESTALE is not among them: a path is looked up anew.
-FINAL = {errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP}
+FINAL = {errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP,
+         errno.ENXIO, errno.EINVAL}  # fmt: skip
+
+NO_FILE = "a pipe, socket or device, and no file"
 
 _last_told = -TELL_EVERY_SECONDS
 
@@ -25,7 +29,35 @@ def read_patiently(path: Path) -> bytes:
     Raises:
         OSError: it is missing or forbidden, or has failed four times.
     """
-    return patiently(path.read_bytes, str(path))
+    return patiently(lambda: read_file(path), str(path))
+
+
+def read_file(path: Path) -> bytes:
+    """The content of a plain file.
+
+    Raises:
+        OSError: it is none, or cannot be read.
+    """
+    with open_file(path) as file:
+        return file.read()
+
+
+def open_file(path: Path) -> BinaryIO:
+    """A plain file, to be read. A pipe would be waited for, and a device has no end: they are refused.
+
+    Raises:
+        OSError: it is none, or cannot be opened.
+    """
+    try:
+        file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
+    except OSError as error:
+        if error.errno == errno.ENXIO:  # a socket
+            raise OSError(errno.EINVAL, NO_FILE) from error
+        raise
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, NO_FILE)
+    return file
 
 
 def patiently(read: Callable[[], T], name: str) -> T:

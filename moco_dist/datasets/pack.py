@@ -18,7 +18,7 @@ from moco_dist.data.decode import decode_image
 from moco_dist.data.folder import read_bytes
 from moco_dist.data.images import ImageError, ImageFolder
 from moco_dist.data.packed import PACKED_SUFFIX
-from moco_dist.data.sources import find_images
+from moco_dist.data.sources import find_splits
 from moco_dist.errors import UserError
 
 CHUNK = 256  # images read and encoded between two writes
@@ -57,9 +57,9 @@ def pack(source: Path, out: Path, max_side: int | None = None, quality: int = 90
         raise UserError(f"{out} is no name for a packed file; did you mean {out.with_suffix(PACKED_SUFFIX)}?")
     if out.exists():
         raise UserError(f"{out} exists; remove it or choose another name")
-    splits = {"train": find_images(source, "train")}
-    if (source / "val").is_dir():
-        splits["val"] = find_images(source, "val")
+    if source.is_file():
+        raise UserError(f"{source} is a file; what is packed is a folder")
+    splits = find_splits(source)
     total, unreadable = sum(len(folder.paths) for folder in splits.values()), []
     with (
         _appearing(out) as file,

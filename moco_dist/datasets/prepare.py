@@ -18,10 +18,8 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from moco_dist.data.decode import decode_image
-from moco_dist.data.folder import read_bytes
 from moco_dist.data.images import ImageError, ImageFolder
-from moco_dist.data.sources import find_images
+from moco_dist.data.sources import find_images, find_splits, image_reader
 from moco_dist.datasets import imagenet, published
 from moco_dist.datasets.measured import Size, differences, in_threads, read_measured, write_measured
 from moco_dist.datasets.shapes import SHAPES, ShapeSettings, draw_image
@@ -121,9 +119,9 @@ def prepare_imagefolder(out: Path, source: Path) -> Path:
     """
     source = source.absolute()
     _require_outside(out, source)
-    splits = {"train": find_images(source, "train", remember=False)}
-    if (source / "val").is_dir():
-        splits["val"] = find_images(source, "val", remember=False)
+    if source.is_file():
+        raise UserError(f"{source} is a file, and links lead into a folder; moco-dist data verify {source} checks it")
+    splits = find_splits(source, remember=False)
     recipe = {
         "name": "imagefolder",
         "source": str(source),
@@ -234,9 +232,7 @@ def verify(root: Path) -> list[str]:
     Raises:
         UserError: there is no data set.
     """
-    splits = {"train": find_images(root, "train")}
-    if (root / "val").is_dir():
-        splits["val"] = find_images(root, "val")
+    splits = find_splits(root)
     problems: list[str] = []
     for split, found in splits.items():
         sizes = _measure(found, f"reading {split}")
@@ -324,10 +320,7 @@ def _parent_of(out: Path) -> Path:
 
 
 def _counts(root: Path) -> dict[str, int]:
-    counts = {"train": len(find_images(root, "train").paths)}
-    if (root / "val").is_dir():
-        counts["val"] = len(find_images(root, "val").paths)
-    return counts
+    return {split: len(found.paths) for split, found in find_splits(root).items()}
 
 
 def _described(counts: dict[str, int]) -> str:
@@ -353,15 +346,14 @@ def _write_pngs(root: Path, splits: dict[str, published.Split]) -> None:
 
 def _measure(found: ImageFolder, what: str) -> dict[str, Size | str]:
     """Size of every image, by path, decoded on all cores; where it cannot be, the reason."""
+    read = image_reader(found)
 
     def measure(i: int) -> Size | str:
-        path = found.root / found.paths[i]
         try:
-            data = read_bytes(path)
-            image = decode_image(data, str(path))
+            num_bytes, image = read(i)
         except ImageError as error:
             return str(error)
-        return Size(len(data), image.width, image.height)
+        return Size(num_bytes, image.width, image.height)
 
     return dict(zip(found.paths, in_threads(measure, len(found.paths), what), strict=True))
 

@@ -2,7 +2,6 @@
 
 import errno
 import os
-from pathlib import Path
 
 import pytest
 
@@ -37,7 +36,7 @@ def stumble(monkeypatch, root, times):
             left[0] -= 1
             raise OSError(errno.EIO, "Input/output error")
 
-    original, ends, preadv = Path.read_bytes, dali_loader._ends, os.preadv
+    original, ends, preadv = storage.read_file, dali_loader._ends, os.preadv
 
     def read_bytes(path):
         fails(path.name == BAD)
@@ -57,7 +56,7 @@ def stumble(monkeypatch, root, times):
         fails(offset == place)
         return preadv(fd, buffers, offset)
 
-    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    monkeypatch.setattr(storage, "read_file", read_bytes)
     monkeypatch.setattr(dali_loader, "_ends", first_and_last_bytes)
     monkeypatch.setattr(os, "preadv", read_at)
 

@@ -221,6 +221,9 @@ def damaged(root, name):
     elif name == "directory":
         bad.unlink()
         bad.mkdir()
+    elif name == "pipe":
+        bad.unlink()
+        os.mkfifo(bad)
     else:
         at = len(content) // 2
         bad.write_bytes({
@@ -236,9 +239,9 @@ def damaged(root, name):
 
 
 REASONS = {
-    "missing": "no such file", "directory": "is a directory", "empty": "the file is empty", "one byte": "not an image",
-    "text": "not an image", "truncated": "truncated", "no end": "truncated", "header only": "",
-    "random": "not an image",
+    "missing": "no such file", "directory": "is a directory", "pipe": "and no file", "empty": "the file is empty",
+    "one byte": "not an image", "text": "not an image", "truncated": "truncated", "no end": "truncated",
+    "header only": "", "random": "not an image",
 }  # fmt: skip
 
 

@@ -1,8 +1,9 @@
 """Storage that stumbles is waited for, within a limit, and told."""
 
 import errno
+import os
+import socket
 import time
-from pathlib import Path
 
 import pytest
 
@@ -15,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("waits")
 
 def failing(monkeypatch, number, times):
     """Let the next `times` reads fail with errno `number`."""
-    original, left = Path.read_bytes, [times]
+    original, left = storage.read_file, [times]
 
     def read(path):
         if left[0]:
@@ -23,7 +24,7 @@ def failing(monkeypatch, number, times):
             raise OSError(number, "Stale file handle")
         return original(path)
 
-    monkeypatch.setattr(Path, "read_bytes", read)
+    monkeypatch.setattr(storage, "read_file", read)
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT])
@@ -46,6 +47,17 @@ def test_the_fourth_failure_is_the_last(tmp_path, monkeypatch):
 def test_a_missing_file_is_not_waited_for(tmp_path, waits):
     with pytest.raises(ImageError, match="no such file"):
         read_bytes(tmp_path / "a.jpg")
+    assert waits == []
+
+
+@pytest.mark.parametrize("kind", ["pipe", "socket", "device"])
+def test_what_is_no_file_is_neither_read_nor_waited_for(tmp_path, monkeypatch, waits, kind):
+    monkeypatch.chdir(tmp_path)  # a socket's path may be short only
+    with socket.socket(socket.AF_UNIX) as server:
+        {"pipe": lambda: os.mkfifo("a.jpg"), "socket": lambda: server.bind("a.jpg"),
+         "device": lambda: os.symlink("/dev/zero", "a.jpg")}[kind]()  # fmt: skip
+        with pytest.raises(ImageError, match=r"a\.jpg: a pipe, socket or device, and no file"):
+            read_bytes(tmp_path / "a.jpg")
     assert waits == []
 
 

@@ -7,9 +7,12 @@ import os
 import re
 import secrets
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from moco_dist.errors import UserError
+
+T = TypeVar("T")
+
 
 VARIABLE = re.compile(r"(?:^|/)(\$\w+|\$\{\w+\})(?:/|$)")  # a whole part of a path
 
@@ -51,6 +54,26 @@ def read_record(line: bytes) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) else None
+
+
+def read_json(path: Path, kind: type[T], remedy: str) -> T:
+    """A file of JSON that this program has written.
+
+    Args:
+        path: the file.
+        kind: dict or list.
+        remedy: what a person can do where it is damaged.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+        if not isinstance(content, kind):
+            raise ValueError(f"it holds a {type(content).__name__} instead of a {kind.__name__}")
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: {error}; {remedy}") from error
+    return content
 
 
 def is_held(error: OSError) -> bool:

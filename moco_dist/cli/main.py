@@ -30,7 +30,8 @@ COMMANDS = {  # name: what it does, the function in moco_dist.cli; in the order 
     "reproduce": ("the paper's tables, beside what was published", "reproduce:main"),
 }
 # What these print is for a person; what they are started for is done elsewhere, or lies in files.
-RESULTS_ARE_FILES = ("pretrain", "launch", "knn", "linear", "finetune", "detect", "demo", "reproduce")
+RESULTS_ARE_FILES = {"pretrain", "launch", "knn", "linear", "finetune", "detect", "demo", "reproduce", "data prepare",
+                     "data pack"}  # fmt: skip
 FOOTER = """
 moco-dist COMMAND --help shows every setting.
 On several GPUs: torchrun --nproc-per-node N -m moco_dist COMMAND ...
@@ -45,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     open_closed_descriptors()
     let_lines_be_lost("stderr")
-    if argv and argv[0] in RESULTS_ARE_FILES and not {"-h", "--help", "--dry-run"} & {*argv}:
+    if {" ".join(argv[:count]) for count in (1, 2)} & RESULTS_ARE_FILES and not {"-h", "--help", "--dry-run"} & {*argv}:
         let_lines_be_lost("stdout")
     with redacted_output():
         return _run(argv)

@@ -19,6 +19,7 @@ from moco_dist.config.evaluate import LinearConfig
 from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.config.source import read_config
 from moco_dist.errors import UserError, nearest
+from moco_dist.files import read_json, write_whole
 from moco_dist.reproduce import tables as reproduce
 
 LAUNCHERS = ("slurm", "kubernetes", "torchrun")
@@ -77,13 +78,12 @@ def submit(jobs: list[reproduce.Job], launcher: str, words: list[str], out: Path
 def submitted(out: Path) -> dict[str, list[str]]:
     """What OUT/submitted.json says: folder of the run, by its name, to the launcher and its jobs."""
     path = out / "submitted.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_json(path, dict, "remove it when none of its jobs is queued") if path.is_file() else {}
 
 
 def _note(out: Path, step: Step, launcher: str, jobs: list[str]) -> None:
-    out.mkdir(parents=True, exist_ok=True)
     known = {**submitted(out), step.row.run_dir.name: [launcher, *jobs]}
-    (out / "submitted.json").write_text(json.dumps(known, indent=1), encoding="utf-8")
+    write_whole(out / "submitted.json", json.dumps(known, indent=1).encode())
 
 
 def _step(job: reproduce.Job, options: Size) -> Step:

@@ -28,7 +28,7 @@ from moco_dist.evaluate.subject import (
     open_evaluation,
     write_result,
 )  # fmt: skip
-from moco_dist.files import write_whole
+from moco_dist.files import read_json, write_whole
 from moco_dist.run.folder import RunFolder
 
 QUERIES = 256  # of a rank at once: the similarities take 4 x 256 x (size of the whole memory) bytes a rank
@@ -181,7 +181,7 @@ def vote(
 def nearest_examples(run_dir: Path) -> list[NeighbourRow]:
     """Validation images with their nearest training images, as the last `run_knn` of the run found them; or none."""
     path = RunFolder(run_dir).neighbours
-    rows = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    rows = read_json(path, list, "remove it, and run moco-dist knn again") if path.is_file() else []
     return [
         NeighbourRow(
             Path(row["query"]), row["query_label"], tuple(Path(p) for p in row["neighbours"]),

@@ -19,7 +19,7 @@ from moco_dist.config.pretrain import DataConfig, PretrainConfig, RunConfig
 from moco_dist.config.source import flatten, leaf_fields
 from moco_dist.credentials import without_credentials
 from moco_dist.evaluate.knn import NeighbourRow
-from moco_dist.files import write_whole
+from moco_dist.files import read_json, write_whole
 from moco_dist.provenance import package_versions
 from moco_dist.report.charts import Picture, chart, png_uri
 from moco_dist.run.folder import RunFolder
@@ -104,7 +104,7 @@ def evaluations(run_dir: Path) -> dict[tuple[str, str], dict[str, Any]]:
     found = {}
     for path in RunFolder(run_dir).results():
         if match := name.fullmatch(path.stem):
-            found[match[1] + match[3], match[2]] = json.loads(path.read_text(encoding="utf-8"))
+            found[match[1] + match[3], match[2]] = read_json(path, dict, "remove it, and evaluate again")
     return found
 
 

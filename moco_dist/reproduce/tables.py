@@ -5,7 +5,6 @@ as processes of their own. What was interrupted goes on: a run from its newest c
 that has no result.
 """
 
-import json
 import statistics
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from pathlib import Path
 from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.config.source import read_config
 from moco_dist.errors import UserError
+from moco_dist.files import read_json
 from moco_dist.run.folder import RunFolder
 from moco_dist.tracking import page_of
 
@@ -94,7 +94,9 @@ class Job:
     def result(self) -> float | None:
         """Linear top-1 in percent; None until it is evaluated."""
         path = RunFolder(self.run_dir).result("linear", "trained")
-        return json.loads(path.read_text())["accuracy"]["linear_top1"] if path.is_file() else None
+        if not path.is_file():
+            return None
+        return read_json(path, dict, "remove it, and run this again")["accuracy"]["linear_top1"]
 
     @property
     def is_pretrained(self) -> bool:

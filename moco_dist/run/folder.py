@@ -10,6 +10,7 @@ from pathlib import Path
 from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.config.source import read_config
 from moco_dist.errors import UserError
+from moco_dist.provenance import package_versions
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,12 @@ class RunFolder:
         """The settings of the pre-training.
 
         Raises:
-            UserError: it is not the folder of a run, or the settings do not fit this version.
+            UserError: it is not the folder of a run, or the settings do not fit this version; the file is named.
         """
         self.require(called)
-        return read_config(PretrainConfig, self.config, [])
+        try:
+            return read_config(PretrainConfig, self.config, [])
+        except UserError as error:
+            ours, problems = package_versions()["moco_dist"], str(error).replace("\n", "; ")
+            raise UserError(f"{self.config} does not fit moco_dist {ours}: {problems}; another version has written it, "
+                            "or somebody has changed it") from error  # fmt: skip

@@ -8,6 +8,7 @@ import pytest
 import moco_dist
 from moco_dist.errors import UserError
 from moco_dist.provenance import hash_of_list, key_of
+from moco_dist.report.page import evaluations
 from moco_dist.run.folder import RunFolder
 
 NAMES = ("config.yaml", "log.jsonl", ".lock", "preempted.json", "checkpoints", "backbone.safetensors", "eval")
@@ -19,6 +20,23 @@ def test_what_is_no_run_is_refused(tmp_path, called):
     for do in (RunFolder(tmp_path).require, RunFolder(tmp_path).settings):
         with pytest.raises(UserError, match=f"^{re.escape(expected)}$"):
             do(called)
+
+
+def test_settings_of_another_version_are_named_with_their_file(tmp_path):
+    RunFolder(tmp_path).config.write_text("run: {dir: x}\ndata: {root: x}\noptim: {clip_norm: 1}\n")
+    with pytest.raises(UserError, match=r"config.yaml does not fit moco_dist \S+: unknown setting optim.clip_norm"):
+        RunFolder(tmp_path).settings()
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"12", b"\0\0", b"\xff", b'{"accuracy":', b"[" * 100_000], ids=lambda c: repr(c[:9])
+)
+def test_a_damaged_result_is_named_with_a_way_out(tmp_path, content):
+    path = RunFolder(tmp_path).result("knn", "trained")
+    path.parent.mkdir()
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="knn_trained.json is damaged: .*; remove it, and evaluate again"):
+        evaluations(tmp_path)
 
 
 def test_no_other_module_spells_a_name_of_the_folder():

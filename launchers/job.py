@@ -12,6 +12,7 @@ from moco_dist.config.loading import worker_count
 from moco_dist.config.pretrain import PretrainConfig, size_problems
 from moco_dist.config.section import Section, setting
 from moco_dist.config.source import leaf_fields, read_config
+from moco_dist.credentials import has_credentials
 from moco_dist.errors import UserError, nearest
 
 MAX_NAME_LENGTH = 40  # Kubernetes puts it into host names, with a suffix
@@ -126,6 +127,23 @@ def sweep(
     if len({job.run_dir for job, _ in jobs}) < len(jobs):
         raise UserError(f"--sweep {' '.join(axes)} names a combination twice")
     return jobs
+
+
+def refuse_credentials(words: Sequence[str], where: str) -> None:
+    """What is rendered is kept and shown by a scheduler, so no password may stand in it.
+
+    Args:
+        words: of a command, or of a config.
+        where: what they would stand in.
+
+    Raises:
+        UserError: a word has a password or a token; the setting is named, not the word.
+    """
+    for before, word in zip(["", *words], words, strict=False):
+        if has_credentials(word):
+            given = word if word.startswith("-") else before
+            name = given.partition("=")[0].partition(":")[0].removeprefix("--").replace("-", "_").strip()
+            raise UserError(f"{name} has a password or token, which would stand in {where}")
 
 
 def path_problems(config: PretrainConfig) -> list[str]:

@@ -1,6 +1,5 @@
 """Kubernetes: a manifest of everything a run needs but its two volume claims, and its creation."""
 
-import re
 import subprocess
 import time
 from pathlib import PurePosixPath
@@ -8,18 +7,18 @@ from typing import Literal
 
 import yaml
 
-from launchers.job import Job, Size
+from launchers.job import Job, Size, refuse_credentials
 from launchers.render import render
 from moco_dist.config.evaluate import LinearConfig
 from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.config.section import setting
+from moco_dist.config.source import flatten
 from moco_dist.errors import UserError, nearest
 
 DATA, RUNS = "/data", "/runs"  # where the claims are, in a container
 CONFIG = "/etc/moco-dist/config.yaml"
 RUNTIME_SECONDS = 10  # until Trainer's webhook has heard of a runtime that was made just before its TrainJob
 SHM_GIB_PER_GPU = 2  # 8 loaders, two prefetched batches each, of 32 samples with two views of 224 px: 0.2 GB; x 10
-PASSWORD = re.compile(r"://[^/@:]*:(?!\d+/)[^@]*@|[?&]password=")  # it may have a slash; after a port is a path
 
 
 class KubernetesOptions(Size):
@@ -57,6 +56,11 @@ def manifest(job: Job, config: PretrainConfig | LinearConfig, options: Kubernete
     """
     if problems := _problems(config):
         raise UserError("\n".join(problems))
+    values = flatten(config)
+    refuse_credentials(
+        [f"--{name}={value}" for name, value in values.items() if isinstance(value, str)],
+        "a ConfigMap; give --mlflow-secret NAME instead, a Secret with MLFLOW_TRACKING_URI",
+    )
     size = job.size
     cpus_per_gpu = options.cpus_per_gpu or job.cpus_per_gpu
     return render(
@@ -87,8 +91,6 @@ def _problems(config: PretrainConfig | LinearConfig) -> list[str]:
             problems.append(
                 f"{name} {path} is not in {volume}, where the claim is in a container; --{name} {volume}/{path.name} is"
             )
-    if is_pretraining and PASSWORD.search(config.tracking.uri or ""):
-        problems.append("tracking.uri has a password, which would stand in a ConfigMap; give --mlflow-secret NAME")
     return problems
 
 

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from launchers.job import Job, Size
+from launchers.job import Job, Size, refuse_credentials
 from launchers.render import render
 from moco_dist.config.section import setting
 from moco_dist.errors import UserError, nearest
@@ -33,7 +33,14 @@ class SlurmOptions(Size):
 
 
 def script(jobs: list[Job], options: SlurmOptions) -> str:
-    """The job script of one job, or of an array of them, one a task."""
+    """The job script of one job, or of an array of them, one a task.
+
+    Raises:
+        UserError: a word of a job has a password that everybody could read.
+    """
+    for one in jobs:
+        refuse_credentials(one.words, "a job script that others can read; export MLFLOW_TRACKING_URI instead: sbatch "
+                           "hands your environment on")  # fmt: skip
     job = jobs[0]
     lines = [*options.sbatch]
     for name, value in (("partition", options.partition), ("account", options.account)):

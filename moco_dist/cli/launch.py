@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from launchers import kubernetes, slurm
 from launchers.hosts import LocalOptions, TorchrunOptions, torchrun_words
-from launchers.job import Job, Size, linear_evaluation, path_problems, sweep
+from launchers.job import Job, Size, linear_evaluation, path_problems, refuse_credentials, sweep
 from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.config.source import help_text, read_config
 from moco_dist.errors import UserError, nearest
@@ -115,6 +115,7 @@ def check_paths(config: PretrainConfig, dry_run: bool) -> None:
 def _here(job: Job, options: Size, dry_run: bool) -> int:
     words = torchrun_words(job, options)
     if dry_run:
+        refuse_credentials(words, "a command that is shown; export MLFLOW_TRACKING_URI instead")
         print(shlex.join(["python", "-m", "launchers.torchrun", *words]))
         return 0
     from launchers.torchrun import torchrun

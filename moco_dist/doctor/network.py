@@ -12,6 +12,7 @@ from launchers.torchrun import INTERFACE_VARIABLES, interface_problem
 from moco_dist.config.pretrain import TrackingConfig
 from moco_dist.credentials import without_credentials
 from moco_dist.doctor.finding import Finding, fine, problem, warning
+from moco_dist.tracking.failure import proxy_of
 
 INTERFACES = Path("/sys/class/net")
 VIRTUAL = ("docker", "veth", "virbr", "br-", "cni", "flannel", "cali", "tun", "tap")
@@ -33,9 +34,12 @@ def mlflow_server(config: TrackingConfig) -> Finding:
     except urllib.error.HTTPError as error:
         if error.code in (401, 403):
             return fine("MLflow", f"{shown} answers, and asks who you are")
-        return problem("MLflow", f"{shown} answers {error.code} {error.reason}: is it an MLflow server?")
+        proxy = proxy_of(uri)
+        asked = f", asked through the proxy {proxy}" if proxy else ""
+        return problem("MLflow", f"{shown} answers {error.code} {error.reason}{asked}: is it an MLflow server?")
     except (OSError, ValueError) as error:
-        reason = getattr(error, "reason", error)
+        reason, proxy = getattr(error, "reason", error), proxy_of(uri)
+        reason = f"{reason}; asked through the proxy {proxy}" if proxy else reason
         return problem("MLflow", f"{shown} does not answer ({reason}): check --tracking.uri and "
                        "MLFLOW_TRACKING_URI, or --tracking.backend none")  # fmt: skip
 

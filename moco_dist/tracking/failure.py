@@ -55,8 +55,10 @@ def proxy_of(uri: str) -> str:
     host = urlsplit(without_credentials(uri)).hostname
     if not uri.startswith("http") or not host:
         return ""
-    from requests.utils import get_environ_proxies
-
+    try:
+        from requests.utils import get_environ_proxies  # MLflow asks by it
+    except ImportError:
+        return ""
     scheme = uri.partition(":")[0]
     proxies = get_environ_proxies(uri, None)
     name = next((name for name in (scheme, "all") if proxies.get(name)), None)

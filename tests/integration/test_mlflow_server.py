@@ -158,6 +158,39 @@ def test_runs_on_a_server(server, tmp_path):
     assert _history(client, anew, "loss") == points
 
 
+def test_a_password_is_in_nothing_that_any_command_prints_or_writes(server, tmp_path, start, monkeypatch, capfd):
+    """Not even where MLflow itself is asked to print pages, and says all that it logs."""
+    monkeypatch.setenv("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "false")
+    monkeypatch.setenv("MLFLOW_LOGGING_LEVEL", "DEBUG")
+    uri, run_dir = server.uri.replace("//", "//someone:hunter2@"), tmp_path / "run"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    first = start(run_dir, "--tracking.backend", "mlflow", "--tracking.uri", uri, "--run.stop-at-step", "4", ranks=1)
+    printed = first.communicate()[0]
+    assert first.returncode == 0, printed
+    assert f"View run run at: {server.uri}/#/experiments/" in printed
+    knn = ["knn", "--run-dir", str(run_dir), "--encoders", "trained", "--data.num-workers", "0", "--neighbours", "5"]
+    for words in (
+        knn,
+        ["report", str(run_dir)],
+        ["sync", str(run_dir)],
+        ["doctor", "--run", str(run_dir)],
+        ["compare", "--experiment", "moco_dist", "--out", str(tmp_path / "compared")],
+    ):
+        assert main(words) == 0, words
+    assert main(["launch", "local", str(run_dir / "config.yaml"), "--tracking.uri", uri, "--dry-run"]) == 2
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    server.stop()
+    assert main(knn) == 0
+    assert main(["sync", str(run_dir)]) == 69
+    everything = printed + "".join(capfd.readouterr())
+    for path in [*run_dir.rglob("*"), *(tmp_path / "compared").rglob("*")]:
+        if path.suffix in (".json", ".jsonl", ".yaml", ".html", ".md", ".csv"):
+            everything += path.read_text()
+    assert everything.count("View run") >= 2
+    assert "hunter2" not in everything
+    assert "someone" not in everything
+
+
 def test_a_server_that_is_killed_and_restarted_during_a_run(server, tmp_path, start):
     """The training neither ends nor waits; it is killed itself while the server is down, and goes on."""
     from mlflow import MlflowClient

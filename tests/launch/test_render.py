@@ -152,6 +152,15 @@ def test_a_manifest_keeps_values_in_their_place(capsys):
     assert "c}}" in text
 
 
+SECRETS = [
+    ("--tracking.uri", "http://me:hunter2@mlflow", "tracking.uri has a password or token, which would stand in a "),
+    ("--tracking.uri", "postgresql://me:hunter/2@mlflow", "tracking.uri has a password"),
+    ("--tracking.uri=https://mlflow/?token=hunter2", "tracking.uri has a password or token"),
+    ("--tracking.uri", "https://hunter2@mlflow", "tracking.uri has a password or token"),
+    ("--tracking.experiment", "see https://x/?sig=hunter2", "tracking.experiment has a password or token"),
+]
+
+
 @pytest.mark.parametrize(
     ("words", "line"),
     [
@@ -173,10 +182,12 @@ def test_a_manifest_keeps_values_in_their_place(capsys):
         (["kubernetes", CONFIG], "image is required"),
         (["kubernetes", CONFIG, "--image", "x"], "data.root data/imagenet is not in /data, where the claim is"),
         (["kubernetes", CONFIG, "--image", "x", "--data.root", "/data/a", "--run.dir", "/runs/../b"], "not in /runs"),
-        (["kubernetes", CONFIG, "--image", "x", "--data.root", "/data/a", "--run.dir", "/runs/a", "--tracking.uri",
-          "http://me:hunter2@mlflow"], "tracking.uri has a password"),
-        (["kubernetes", CONFIG, "--image", "x", "--data.root", "/data/a", "--run.dir", "/runs/a", "--tracking.uri",
-          "postgresql://me:hunter/2@mlflow"], "tracking.uri has a password"),
+        *(
+            (["kubernetes", CONFIG, "--image", "x", "--data.root", "/data/a", "--run.dir", "/runs/a", *secret], line)
+            for *secret, line in SECRETS
+        ),
+        *((["slurm", CONFIG, "--data.root", ".", "--dry-run", *secret], line) for *secret, line in SECRETS),
+        (["torchrun", CONFIG, "--data.root", ".", "--dry-run", *SECRETS[0][:2]], "tracking.uri has a password"),
     ],
 )  # fmt: skip
 def test_mistakes_are_told_before_anything_is_started(words, line, capsys):

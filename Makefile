@@ -18,7 +18,7 @@ check: lint
 
 # Kills a training 200 times; an hour.
 soak: $(STAMP)
-	MOCO_DIST_KILLS=200 $(BIN)/python -m pytest tests/faults/test_kills.py --timeout 7200
+	MOCO_DIST_KILLS=200 $(BIN)/python -m pytest tests/faults/test_kills.py
 
 # Known vulnerabilities of what is installed; asks pypi.org. Without --strict a package that it does not answer for would
 # count as free of them.

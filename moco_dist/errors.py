@@ -5,12 +5,24 @@ import unicodedata
 from collections.abc import Iterable
 
 # Exit statuses of every command.
+EXIT_FAILURE = 1  # an error that nobody has foreseen, with its traceback
 EXIT_MISTAKE = 2  # a mistake in what the user gave
 EXIT_UNREACHABLE = 69  # EX_UNAVAILABLE: another rank, host or server is gone, so starting again may help
-EXIT_IO = 74  # EX_IOERR: a file cannot be read or written
+EXIT_IN_USE = 73  # EX_CANTCREAT: another living process writes there; starting again is of no use while it lives
+EXIT_IO = 74  # EX_IOERR: a file cannot be read or written; the storage may come back
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: saved before the end; the same command goes on
 EXIT_INTERRUPTED = 130  # Ctrl-C
+EXIT_ABORTED = 134  # SIGABRT: NCCL's watchdog, for one
+EXIT_KILLED = 137  # SIGKILL: the out-of-memory killer, for one
 EXIT_PIPE = 141  # SIGPIPE
+EXIT_TERMINATED = 143  # SIGTERM without a handler
+
+# Statuses of the processes of one job, the most telling first. One that fails alone takes the others with it, and they
+# can only say that they have lost it (69).
+CAUSES = (
+    EXIT_MISTAKE, EXIT_IN_USE, EXIT_IO, EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_TERMINATED, EXIT_PREEMPTED,
+    EXIT_UNREACHABLE,
+)  # fmt: skip
 
 
 class UserError(ValueError):
@@ -37,6 +49,18 @@ class LoadingError(UserError):
     exit_status = EXIT_UNREACHABLE
 
 
+class InUseError(UserError):
+    """Another living process has what this one would write to: nothing to correct, and nothing to try again."""
+
+    exit_status = EXIT_IN_USE
+
+
+class InfrastructureError(UserError):
+    """A disk, a folder or a device failed that was there before: no mistake, and it may be there again later."""
+
+    exit_status = EXIT_IO
+
+
 class Preempted(Exception):
     """A scheduler asked, all ranks have agreed, and the run is saved: run the same command to go on."""
 
@@ -44,6 +68,16 @@ class Preempted(Exception):
 
     def __init__(self, step: int) -> None:
         super().__init__(f"stopped: saved at step {step}; run the same command to go on")
+
+
+def cause(statuses: Iterable[int]) -> int:
+    """The status that tells why a job ended, of those of its processes; 0 where none failed.
+
+    A process that was aborted or killed is a lost one (EXIT_UNREACHABLE).
+    """
+    lost = {EXIT_ABORTED, EXIT_KILLED}
+    failed = [EXIT_UNREACHABLE if status in lost else status for status in statuses if status]
+    return min(failed, key=lambda s: CAUSES.index(s if s in CAUSES else EXIT_FAILURE), default=0)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

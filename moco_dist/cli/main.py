@@ -1,5 +1,6 @@
 """The `moco-dist` command: finds the module of a command, and turns mistakes into lines."""
 
+import contextlib
 import importlib
 import os
 import signal
@@ -9,7 +10,16 @@ import traceback
 from moco_dist import __version__
 from moco_dist.cli.streams import let_lines_be_lost, open_closed_descriptors
 from moco_dist.credentials import redacted_output
-from moco_dist.errors import EXIT_INTERRUPTED, EXIT_IO, EXIT_MISTAKE, EXIT_PIPE, Preempted, UserError, nearest
+from moco_dist.errors import (
+    EXIT_FAILURE,
+    EXIT_INTERRUPTED,
+    EXIT_IO,
+    EXIT_MISTAKE,
+    EXIT_PIPE,
+    Preempted,
+    UserError,
+    nearest,
+)
 
 COMMANDS = {  # name: what it does, the function in moco_dist.cli; in the order of use
     "data": ("get, check, look at or pack a data set", "data:main"),
@@ -42,6 +52,9 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit status. A user's mistake is one line each, without a traceback.
 
     Whatever is printed meanwhile, by a library too, goes without passwords and tokens.
+
+    A rank that fails among others ends here, at once: what torch and NCCL do at the end of a process waits for the
+    others, and they sit in a collective that this one will never join.
     """
     argv = sys.argv[1:] if argv is None else argv
     open_closed_descriptors()
@@ -49,7 +62,19 @@ def main(argv: list[str] | None = None) -> int:
     if {" ".join(argv[:count]) for count in (1, 2)} & RESULTS_ARE_FILES and not {"-h", "--help", "--dry-run"} & {*argv}:
         let_lines_be_lost("stdout")
     with redacted_output():
-        return _run(argv)
+        try:
+            status = _run(argv)
+        except Exception:
+            if not _is_among_ranks():
+                raise
+            traceback.print_exc()
+            status = EXIT_FAILURE
+    if status and _is_among_ranks():
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(status)
+    return status
 
 
 def _run(argv: list[str]) -> int:
@@ -85,6 +110,11 @@ def _run(argv: list[str]) -> int:
         if os.environ.get("RANK", "0") == "0":
             print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
+
+
+def _is_among_ranks() -> bool:
+    """Whether this process has a process group that nothing has ended."""
+    return "torch.distributed" in sys.modules and sys.modules["torch.distributed"].is_initialized()
 
 
 def _dispatch(argv: list[str]) -> int:

@@ -7,6 +7,7 @@ engine (DDP), which is not here.
 import contextlib
 import datetime
 import os
+import re
 from collections.abc import Iterator
 from typing import cast
 
@@ -17,17 +18,20 @@ from torch.distributed.tensor import DTensor, Shard, init_device_mesh
 
 from moco_dist.distributed.meeting import ended_at_once, meet
 from moco_dist.distributed.world import World
-from moco_dist.errors import UnreachableError
+from moco_dist.errors import InfrastructureError, UnreachableError, UserError
 
 
 @contextlib.contextmanager
 def process_group(world: World, timeout_seconds: float = 600, alone_too: bool = False) -> Iterator[None]:
     """The default process group (NCCL on GPUs, gloo on CPU) for the length of a `with`.
 
-    None in a world of one, but with `alone_too` (DeepSpeed asks for one).
+    None in a world of one, but with `alone_too` (DeepSpeed asks for one). After an error it is left as it is: to end
+    it, NCCL would wait for ranks that sit in a collective. The process ends without it.
 
     Raises:
         UnreachableError: the other ranks cannot be reached.
+        UserError: the ranks' variables or devices are such that there can be no group.
+        InfrastructureError: NCCL cannot use this machine's devices or network.
     """
     if dist.is_initialized() or (world.world_size == 1 and not alone_too):
         yield
@@ -45,14 +49,36 @@ def process_group(world: World, timeout_seconds: float = 600, alone_too: bool = 
                 world_size=world.world_size,
                 timeout=timeout,
             )
-    except (RuntimeError, ValueError) as error:
-        address = ":".join(os.environ.get(name, name) for name in ("MASTER_ADDR", "MASTER_PORT"))
-        who = f"rank {world.rank} cannot meet the other {world.world_size - 1}"
-        raise UnreachableError(f"{who} at {address}: {str(error).splitlines()[0]}") from error
+    except (RuntimeError, ValueError, TimeoutError) as error:
+        if (told := why_no_group(error, world)) is None:
+            raise
+        raise told from error
     try:
         yield
-    finally:
-        dist.destroy_process_group()
+    except BaseException:
+        if world.world_size == 1:
+            dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
+
+
+def why_no_group(error: Exception, world: World) -> UserError | None:
+    """What to tell of an error while the process group was made; None: nothing that is known of."""
+    text = str(error)
+    if nccl := re.search(r"nccl\w*(Usage|Argument|Error)\b|NCCL error|CUDA error", text):
+        why = " ".join(text.partition("Last error:")[2].split()) or text.splitlines()[0]
+        if nccl[1] in ("Usage", "Argument") or "Duplicate GPU" in text:
+            return UserError(f"rank {world.rank} cannot use {world.device} beside the other ranks: {why}; each rank "
+                             "needs a GPU of its own")  # fmt: skip
+        return InfrastructureError(f"NCCL cannot start on rank {world.rank}: {why}; NCCL_DEBUG=INFO shows more, and "
+                                   "TORCH_DIST_USE_NCCL2=0 takes torch's older way to it")  # fmt: skip
+    if isinstance(error, ValueError):  # a variable is missing, or is no number
+        return UserError(f"rank {world.rank} cannot meet the others: {text.splitlines()[0]}; start with torchrun")
+    if isinstance(error, (dist.DistStoreError, dist.DistNetworkError, TimeoutError)) or "gloo/transport" in text:
+        address = ":".join(os.environ.get(name, name) for name in ("MASTER_ADDR", "MASTER_PORT"))
+        who = f"rank {world.rank} cannot meet the other {world.world_size - 1}"
+        return UnreachableError(f"{who} at {address}: {text.splitlines()[0]}")
+    return None
 
 
 def all_gather(x: Tensor, world: World) -> Tensor:

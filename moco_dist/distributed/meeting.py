@@ -24,7 +24,7 @@ def meet(world: World, timeout: timedelta) -> dist.Store:
     every rank comes under a name that nobody had before, and rank 0 answers each with the name of the start.
 
     Raises:
-        RuntimeError: not all have come in time.
+        TimeoutError: not all have come in time.
     """
     store, _, _ = next(rendezvous("env://", world.rank, world.world_size, timeout=timeout))
     until, own_name = time.monotonic() + timeout.total_seconds(), secrets.token_hex(8)
@@ -54,7 +54,7 @@ def _answer_all(store: dist.Store, start: str, world: World, until: float) -> No
 
 def _wait(until: float, problem: str) -> None:
     if time.monotonic() > until:
-        raise RuntimeError(problem)
+        raise TimeoutError(problem)
     time.sleep(LOOK_EVERY_SECONDS)
 
 

@@ -10,8 +10,8 @@ import torch
 
 from moco_dist.distributed.collectives import start_all_reduce_max
 from moco_dist.distributed.world import World
+from moco_dist.errors import EXIT_TERMINATED
 
-EXIT_AT_ONCE = 143  # as SIGTERM without a handler
 CHECK_EVERY_STEPS = 4
 SAVE, STOP = 1, 2
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)  # the last: its terminal was closed
@@ -47,7 +47,7 @@ class StopRequest:
             if numbers[0] in SIGNALS:
                 now = time.monotonic()
                 if self._asked_at and now - self._asked_at > SAME_SIGNAL_SECONDS:
-                    os._exit(EXIT_AT_ONCE)
+                    os._exit(EXIT_TERMINATED)
                 self._asked_at = self._asked_at or now
 
     def agreed(self, step: int) -> int | None:

@@ -8,6 +8,9 @@ import torch
 
 from moco_dist.errors import UserError
 
+# What starts processes without telling them their places as torchrun does, and the variable that says how many.
+FOREIGN_STARTERS = {"srun": "SLURM_STEP_NUM_TASKS", "mpirun": "OMPI_COMM_WORLD_SIZE", "mpiexec": "PMI_SIZE"}
+
 
 @dataclass(frozen=True)
 class World:
@@ -55,8 +58,16 @@ def world_from_env(device: str = "auto", env: Mapping[str, str] = os.environ) ->
             DeepSpeed's launcher).
 
     Raises:
-        UserError: a variable is not a number, or there is no GPU for this rank.
+        UserError: a variable is not a number, there is no GPU for this rank, or srun or MPI has started several
+            processes that know nothing of each other.
     """
+    if "WORLD_SIZE" not in env:
+        for starter, variable in FOREIGN_STARTERS.items():
+            if env.get(variable, "1") not in ("", "0", "1"):
+                raise UserError(
+                    f"{starter} has started {env[variable]} processes, each of which would be a run of its own; start "
+                    "one torchrun on each host: `moco-dist launch slurm CONFIG.yaml --dry-run` shows how"
+                )
 
     def number(name: str, default: int) -> int:
         text = env.get(name, str(default))

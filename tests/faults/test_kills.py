@@ -36,7 +36,7 @@ def whole(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(90 * KILLS)
 def test_killed_anywhere_it_ends_as_if_it_had_not_been(tmp_path, whole):
     counts, expected, curve = whole
     rng = random.Random(0)

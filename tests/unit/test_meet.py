@@ -59,7 +59,7 @@ def test_a_rank_that_is_replaced_while_rank_0_waits_is_answered(store):
 
 
 def test_who_has_not_come_is_named(store):
-    with pytest.raises(RuntimeError, match="^rank 0 has not come$"):
+    with pytest.raises(TimeoutError, match="^rank 0 has not come$"):
         start(2, seconds=0.2, only=[1])
-    with pytest.raises(RuntimeError, match="^rank 1, 2 has not come$"):
+    with pytest.raises(TimeoutError, match="^rank 1, 2 has not come$"):
         start(3, seconds=0.2, only=[0])

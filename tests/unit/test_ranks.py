@@ -1,0 +1,84 @@
+"""Why ranks end, as a status and in words, without starting any."""
+
+import pytest
+import torch.distributed as dist
+
+from moco_dist.distributed.collectives import why_no_group
+from moco_dist.distributed.heartbeat import is_lost_connection
+from moco_dist.distributed.world import World, world_from_env
+from moco_dist.errors import UserError, cause
+
+NCCL = "NCCL error in: ProcessGroupNCCL.cpp:94, {kind}, NCCL version 2.27.5\nncclX\nLast error:\n{last}\n"
+DUPLICATE = "Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 1000"
+CUDA1 = World(1, 1, 2, 2, "cuda:1")
+
+
+@pytest.mark.parametrize(
+    ("statuses", "status"),
+    [
+        ([0, 0], 0),
+        ([69, 2], 2),  # an image that cannot be read there; the others have lost that rank
+        ([69, 73, 69], 73),
+        ([69, 74], 74),
+        ([69, 1], 1),
+        ([75, 69], 75),
+        ([137], 69),
+        ([134, 0], 69),
+        ([139, 69], 139),
+        ([130, 69], 130),
+    ],
+)
+def test_the_cause_decides_and_not_the_highest_status(statuses, status):
+    assert cause(statuses) == cause(reversed(statuses)) == status
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "words"),
+    [
+        (dist.DistStoreError("wait timeout after 600000ms"), 69, ["cannot meet the other 1 at", "wait timeout"]),
+        (dist.DistNetworkError("The client socket has failed"), 69, ["cannot meet the other 1 at"]),
+        (TimeoutError("rank 0 has not come"), 69, ["rank 0 has not come"]),
+        (RuntimeError("[../gloo/transport/tcp/pair.cc:144] no"), 69, ["cannot meet"]),
+        (dist.DistBackendError(NCCL.format(kind="invalid usage", last=DUPLICATE)), 2,
+         ["rank 1 cannot use cuda:1", "both on CUDA device 1000; each rank needs a GPU of its own"]),
+        (dist.DistBackendError(NCCL.format(kind="unhandled system error", last="Call to ibv_create_qp failed")), 74,
+         ["NCCL cannot start on rank 1: Call to ibv_create_qp failed", "NCCL_DEBUG=INFO", "TORCH_DIST_USE_NCCL2=0"]),
+        (RuntimeError("CUDA error: out of memory"), 74, ["CUDA error: out of memory"]),
+        (ValueError("Error initializing torch.distributed: environment variable RANK expected"), 2, ["torchrun"]),
+    ],
+)  # fmt: skip
+def test_what_keeps_a_group_from_being_made_is_told_as_what_it_is(error, status, words):
+    told = why_no_group(error, CUDA1)
+    assert told is not None
+    assert told.exit_status == status
+    assert all(word in str(told) for word in words)
+    assert ("cannot meet the other 1" in str(told)) == (status == 69)
+    assert "\n" not in str(told)
+
+
+def test_an_error_that_nobody_knows_is_not_explained():
+    assert why_no_group(RuntimeError("something else"), CUDA1) is None
+
+
+@pytest.mark.parametrize(
+    ("error", "is_lost"),
+    [
+        (dist.DistBackendError("NCCL error: ncclRemoteError: remote process exited"), True),
+        (dist.DistBackendError("NCCL error: ncclInvalidUsage"), False),
+        (dist.DistBackendError("NCCL error: ncclUnhandledCudaError: out of memory"), False),
+        (RuntimeError("[gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 1000ms for recv"), True),
+        (RuntimeError("shape mismatch"), False),
+        (ValueError("gloo/transport"), False),
+    ],
+)
+def test_a_lost_connection_is_told_from_an_error_of_ones_own(error, is_lost):
+    assert is_lost_connection(error) is is_lost
+
+
+@pytest.mark.parametrize("variable", ["SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
+def test_processes_that_know_nothing_of_each_other_are_told_of_the_launcher(variable):
+    """Each would take itself for the only one, and all would write into one folder."""
+    with pytest.raises(UserError, match="has started 8 processes.*one torchrun on each host.*moco-dist launch slurm"):
+        world_from_env("cpu", {variable: "8"})
+    assert world_from_env("cpu", {variable: "1"}) == World()
+    assert world_from_env("cpu", {variable: "8", "WORLD_SIZE": "2", "RANK": "1"}).world_size == 2

@@ -17,6 +17,8 @@ import io
 import json
 import shutil
 import tarfile
+import zlib
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -30,6 +32,7 @@ TRAIN, VAL, DEVKIT = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSV
 GROUND_TRUTH, META = "ILSVRC2012_validation_ground_truth.txt", "meta.mat"
 KAGGLE_IMAGES, KAGGLE_VAL, KAGGLE_NAMES = "ILSVRC/Data/CLS-LOC", "LOC_val_solution.csv", "LOC_synset_mapping.txt"
 CLASSES_FILE = "classes.json"
+UNREADABLE = (OSError, tarfile.TarError, EOFError, ValueError, OverflowError, zlib.error)  # of archives
 
 
 class Sizes(NamedTuple):
@@ -91,7 +94,7 @@ def _labels_of(source: Path) -> Labels | None:
     if (source / KAGGLE_VAL).is_file():
         return _read_kaggle(source)
     paths = (source / DEVKIT, source / _folder_of(DEVKIT))
-    return next((read_devkit(path) for path in paths if path.exists()), None)
+    return next((read_devkit(path) for path in paths if path.is_file() or path.is_dir()), None)
 
 
 def _folder_of(archive: str) -> str:
@@ -134,14 +137,16 @@ def read_devkit(path: Path) -> Labels:
             members = {name: (path / "data" / name).read_bytes() for name in (GROUND_TRUTH, META)}
         else:
             with tarfile.open(path) as archive:
-                for member in archive:
-                    name = PurePosixPath(member.name).name
-                    if name in (GROUND_TRUTH, META) and (file := archive.extractfile(member)):
-                        members[name] = file.read()
+                named = {member: PurePosixPath(member.name).name for member in archive}
+                for member in _files((member for member in named if named[member] in (GROUND_TRUTH, META)), path):
+                    if file := archive.extractfile(member):
+                        members[named[member]] = file.read()
         synsets = loadmat(io.BytesIO(members[META]), squeeze_me=True, struct_as_record=False)["synsets"]
         leaves = {int(s.ILSVRC2012_ID): (str(s.WNID), str(s.words)) for s in synsets if int(s.num_children) == 0}
         order = [leaves[int(number)][0] for number in members[GROUND_TRUTH].split()]
-    except (OSError, tarfile.TarError, KeyError, ValueError, EOFError) as error:
+    except UserError:
+        raise
+    except (*UNREADABLE, KeyError) as error:
         raise UserError(f"{path} is damaged, or not ImageNet's development kit: {error!r}") from error
     val = {f"ILSVRC2012_val_{number:08d}": wnid for number, wnid in enumerate(order, start=1)}
     return Labels(dict(leaves.values()), val)
@@ -153,7 +158,7 @@ def unpack(source: Path, partial: Path, sizes: Sizes) -> None:
     Raises:
         UserError: an archive is missing or damaged, or the number of classes or images is not ImageNet's.
     """
-    here = [path.name for path in source.glob("*")] if source.is_dir() else []
+    here = [path.name for path in source.glob("*") if path.is_file()] if source.is_dir() else []
     for name in (TRAIN, VAL, DEVKIT):
         if name not in here:
             raise UserError(f"{source} lacks {name}{nearest(name, here)}; it is to be had from image-net.org")
@@ -174,7 +179,7 @@ def write_names(names: dict[str, str], folder: Path) -> None:
 def _unpack_train(path: Path, out: Path, labels: Labels, sizes: Sizes) -> None:
     try:
         with tarfile.open(path) as archive:
-            members = [member for member in archive if member.name.endswith(".tar")]
+            members = [member for member in _files(archive, path) if member.name.endswith(".tar")]
             if len(members) != sizes.classes:
                 raise UserError(f"{path} has {len(members)} classes instead of {sizes.classes}")
             for member in tqdm(members, desc="unpacking train", unit="classes", disable=None):
@@ -183,11 +188,12 @@ def _unpack_train(path: Path, out: Path, labels: Labels, sizes: Sizes) -> None:
                     raise UserError(f"{path} has a class {name} that the development kit does not know")
                 if (out / name).is_dir():
                     continue
-                file = archive.extractfile(member)
-                assert file is not None  # a plain file
-                with tarfile.open(fileobj=file) as images:
-                    _appear(out / name, {PurePosixPath(image.name).name: image for image in images}, images)
-    except (OSError, tarfile.TarError, EOFError) as error:
+                with tarfile.open(fileobj=archive.extractfile(member)) as images:
+                    files = _files(images, f"{path}: {member.name}")
+                    _appear(out / name, {PurePosixPath(image.name).name: image for image in files}, images)
+    except UserError:
+        raise
+    except UNREADABLE as error:
         raise UserError(f"{path} is damaged, or the disk is full: {error}") from error
     count = sum(1 for _ in out.glob("*/*"))
     if count != sizes.train:
@@ -201,13 +207,28 @@ def _unpack_val(path: Path, out: Path, labels: Labels, sizes: Sizes) -> None:
         raise UserError(f"the development kit knows {len(labels.val_classes):,} validation images, not {sizes.val:,}")
     try:
         with tarfile.open(path) as archive:
-            images = [image for image in archive if image.isfile()]
+            images = _files(archive, path)
             if len(images) != sizes.val:
                 raise UserError(f"{path} has {len(images):,} images instead of {sizes.val:,}")
             places = {_place(image.name, labels, str(path)): image for image in images}
             _appear(out, places, archive)
-    except (OSError, tarfile.TarError, EOFError) as error:
+    except UserError:
+        raise
+    except UNREADABLE as error:
         raise UserError(f"{path} is damaged, or the disk is full: {error}") from error
+
+
+def _files(members: Iterable[tarfile.TarInfo], where: Path | str) -> list[tarfile.TarInfo]:
+    """Those of an archive's members that are files. Folders do not matter; a link is not followed, it may lead to itself.
+
+    Raises:
+        UserError: there is a link or a device.
+    """
+    members = [member for member in members if not member.isdir()]
+    for member in members:
+        if not member.isfile():
+            raise UserError(f"{where} has {member.name}, which is a link or a device, where a file is expected")
+    return members
 
 
 def _appear(folder: Path, places: dict[str, tarfile.TarInfo], archive: tarfile.TarFile) -> None:
@@ -216,13 +237,14 @@ def _appear(folder: Path, places: dict[str, tarfile.TarInfo], archive: tarfile.T
     Those that an interrupted call has written are kept; the one that it was at is shorter than its member.
     """
     partial = folder.with_name(f".{folder.name}.partial")
+    partial.mkdir(parents=True, exist_ok=True)
     for place, member in tqdm(places.items(), desc=folder.name, unit="images", disable=None, leave=False):
         target = partial / place
         if target.is_file() and target.stat().st_size == member.size:
             continue
         target.parent.mkdir(parents=True, exist_ok=True)
         file = archive.extractfile(member)
-        assert file is not None
+        assert file is not None  # one of `_files`
         with target.open("wb") as copy:
             shutil.copyfileobj(file, copy)
     partial.rename(folder)

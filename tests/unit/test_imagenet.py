@@ -269,6 +269,49 @@ def test_a_damaged_archive_is_one_line(source, tmp_path, name):
     assert not (tmp_path / "imagenet").exists()
 
 
+def odd_members(content, *members):
+    """An archive with further members (name, type, what a link leads to)."""
+    out = io.BytesIO(content)
+    with tarfile.open(fileobj=out, mode="a") as archive:
+        for name, kind, target in members:
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, target
+            archive.addfile(member)
+    return out.getvalue()
+
+
+def of_one_class(content, *members):
+    """Archive of classes, the second of them with further members."""
+    with tarfile.open(fileobj=io.BytesIO(content)) as archive:
+        inner = {member.name: archive.extractfile(member).read() for member in archive}
+    return tar_of({name: odd_members(value, *members) if name == "n01443537.tar" else value
+                   for name, value in inner.items()})  # fmt: skip
+
+
+def test_folders_in_archives_do_not_matter(source, tmp_path):
+    folder = ("n01443537", tarfile.DIRTYPE, "")
+    damage(source, TRAIN, lambda content: odd_members(of_one_class(content, folder), ("x.tar", tarfile.DIRTYPE, "")))
+    damage(source, VAL, lambda content: odd_members(content, ("val", tarfile.DIRTYPE, "")))
+    assert verify(prepare_imagenet(tmp_path / "imagenet", source, "tars", SIZES)) == []
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE])
+@pytest.mark.parametrize("place", ["class", "train", "val", "devkit"])
+def test_a_link_in_an_archive_is_named_and_not_followed(source, tmp_path, place, kind):
+    archive, name, change = {
+        "class": (TRAIN, "a.JPEG", of_one_class),
+        "train": (TRAIN, "n02084071.tar", lambda _, member: odd_members(
+            tar_of({"n01440764.tar": tar_of({}), "n01443537.tar": tar_of({})}), member)),
+        "val": (VAL, f"{VAL_NAMES[0]}.JPEG", lambda _, member: odd_members(
+            tar_of({f"{name}.JPEG": b"" for name in VAL_NAMES[1:]}), member)),
+        "devkit": (DEVKIT, "meta.mat", lambda _, member: odd_members(tar_of({}), member)),
+    }[place]  # fmt: skip
+    damage(source, archive, lambda content: change(content, (name, kind, name)))  # a link to itself
+    with pytest.raises(UserError, match=f"{archive}.* has {name}, which is a link or a device, where a file is"):
+        prepare_imagenet(tmp_path / "imagenet", source, "tars", SIZES)
+    assert not (tmp_path / "imagenet").exists()
+
+
 def test_mistakes_are_one_line(source, tmp_path, capsys):
     out = str(tmp_path / "out")
     (source / TRAIN).rename(source / "ILSVRC2012_img_trian.tar")

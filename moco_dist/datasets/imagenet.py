@@ -219,7 +219,7 @@ def _unpack_val(path: Path, out: Path, labels: Labels, sizes: Sizes) -> None:
 
 
 def _files(members: Iterable[tarfile.TarInfo], where: Path | str) -> list[tarfile.TarInfo]:
-    """Those of an archive's members that are files. Folders do not matter; a link is not followed, it may lead to itself.
+    """The members of an archive that are files. Folders do not matter; a link may lead to itself: it is not followed.
 
     Raises:
         UserError: there is a link or a device.

@@ -107,6 +107,8 @@ def imagenette(source: Path | None, scratch: Path) -> Path:
             with _downloading("imagenette2-320.tgz"):
                 Imagenette(scratch, size="320px", download=True)
         else:
+            if source.exists() and not source.is_file():  # a pipe would be waited for
+                raise ValueError("it is no file")
             shutil.unpack_archive(source, scratch, filter="data")  # nothing outside of scratch
         return next(path.parent for path in scratch.glob("*/train"))
     except _UnavailableError as error:

@@ -315,10 +315,12 @@ def test_a_link_in_an_archive_is_named_and_not_followed(source, tmp_path, place,
 def test_mistakes_are_one_line(source, tmp_path, capsys):
     out = str(tmp_path / "out")
     (source / TRAIN).rename(source / "ILSVRC2012_img_trian.tar")
+    os.mkfifo(source / "pipe.tgz")
     cases = [
         (["imagenet", "--source", str(source), "--out", out], f"lacks {TRAIN}; did you mean ILSVRC2012_img_trian.tar?"),
         (["imagenet", "--out", out], "needs --source, the folder of its three archives"),
         (["imagenet", "--from", "tar", "--source", str(source), "--out", out], "did you mean tars?"),
+        (["imagenette", "--source", str(source / "pipe.tgz"), "--out", out], "is not Imagenette's archive"),
         (["imagenette", "--source", str(source / VAL), "--out", out], "is not Imagenette's archive"),
     ]
     for words, expected in cases:

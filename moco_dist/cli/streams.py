@@ -4,7 +4,7 @@ import contextlib
 import io
 import os
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO, cast
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
@@ -39,11 +39,12 @@ def let_lines_be_lost(name: str) -> None:
     with contextlib.suppress(OSError):
         stream.flush()
     raw = _Lossy(stream.fileno(), "w", closefd=False)
-    buffered = io.BufferedWriter(raw)
-    setattr(
-        sys, name,
-        io.TextIOWrapper(buffered, stream.encoding, stream.errors, line_buffering=stream.line_buffering),
+    is_buffered = not stream.write_through  # or PYTHONUNBUFFERED is set: then no line waits in memory
+    lossy = io.TextIOWrapper(
+        io.BufferedWriter(raw) if is_buffered else cast(BinaryIO, raw), stream.encoding, stream.errors,
+        line_buffering=stream.line_buffering, write_through=stream.write_through,
     )  # fmt: skip
+    setattr(sys, name, lossy)
 
 
 class _Lossy(io.FileIO):

@@ -48,3 +48,17 @@ def test_a_command_keeps_its_status(tiny_data, tmp_path, words, redirected, expe
     places = {"DATA": str(tiny_data), "OUT": str(tmp_path / "out")}
     words = [places.get(word, word) for word in words]
     assert status(redirected, [sys.executable, "-m", "moco_dist", *words]) == expected
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_no_line_waits_in_memory(unbuffered):
+    """A rank that is killed has said what it had to say."""
+    script = (
+        "import os, sys; from moco_dist.cli.streams import let_lines_be_lost as lose; lose('stderr'); "
+        "print('said', file=sys.stderr); os.kill(os.getpid(), 9)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], env={**os.environ, "PYTHONUNBUFFERED": unbuffered}, stderr=subprocess.PIPE,
+        check=False,
+    )  # fmt: skip
+    assert done.stderr == b"said\n"

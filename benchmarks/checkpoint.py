@@ -15,9 +15,9 @@ import torch
 from benchmarks import results
 from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.distributed.world import World
+from moco_dist.method.build import build_method
 from moco_dist.run import checkpoint
 from moco_dist.run.saver import Saver
-from moco_dist.train import build
 
 
 def main() -> None:
@@ -27,23 +27,25 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="file system to write to (default: that of temporary files)")
     args = parser.parse_args()
     world = World(device="cuda" if torch.cuda.is_available() else "cpu")
-    config = PretrainConfig.model_validate({"run": {"dir": "unused"}, "data": {"root": "unused"}})
-    state, _ = build(config, world)
     folder = Path(tempfile.mkdtemp(dir=args.folder))
-    saver = Saver(folder, 1, 0, world, print)
+    config = PretrainConfig.model_validate(
+        {"run": {"dir": folder}, "data": {"root": "unused"}, "checkpoint": {"keep_last": 1}}
+    )
+    method = build_method(config, world)
+    saver = Saver(config, {}, 0, -1, world, print)
     stalls, totals = {"synchronous": [], "asynchronous": []}, []
     try:
         for _ in range(args.rounds):
             started = time.perf_counter()
-            checkpoint.write(checkpoint.snapshot(state, {}, world), folder, world)
+            checkpoint.write(checkpoint.snapshot(method, {}, world), folder, world)
             stalls["synchronous"].append(time.perf_counter() - started)
-            state.step += 1
+            method.step += 1
             started = time.perf_counter()
-            saver.save(state, {})
-            stalls["asynchronous"].append(saver.stall_seconds)
+            saver.save(method, [])
+            stalls["asynchronous"].append(time.perf_counter() - started)
             saver.finish()
             totals.append(time.perf_counter() - started)
-            state.step += 1
+            method.step += 1
         size = sum(path.stat().st_size for path in checkpoint.latest(folder).iterdir())
     finally:
         shutil.rmtree(folder)

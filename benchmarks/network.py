@@ -26,9 +26,10 @@ from moco_dist.data.batch import CropBatch
 from moco_dist.data.colours import draw_colours
 from moco_dist.data.key_views import key_views
 from moco_dist.data.plan import Plan
+from moco_dist.data.views import Views
 from moco_dist.distributed.collectives import barrier
 from moco_dist.distributed.world import World
-from moco_dist.train import build, train_step
+from moco_dist.method.build import build_method
 
 EXCHANGES = ("loader", "all_to_all", "all_gather")
 LOCAL_BATCH = 32
@@ -79,7 +80,7 @@ def readings_of_rank(world: World, steps: int, arch: str, image_size: int) -> li
                     images, features = predicted_bytes(
                         exchange, world, run.plan, step, image_size, run.config.model.embedding_dim
                     )
-                    parameters = sum(p.nbytes for p in run.state.query_encoder.parameters())
+                    parameters = sum(p.nbytes for p in run.method.query_encoder.parameters())
                     rows.append({
                         "exchange": exchange, "gradients": gradients, "received_bytes": received,
                         "predicted_image_bytes": images, "predicted_feature_bytes": features,
@@ -95,7 +96,8 @@ class Run:
     def __init__(self, config: PretrainConfig, world: World) -> None:
         self.world, self.config = world, config
         self.plan = Plan(10_000, config.optim.global_batch_size, 0)
-        self.state, self.engine = build(config, world)
+        self.method = build_method(config, world)
+        self.engine = self.method.engine
         samples = torch.from_numpy(self.plan.query_indices(0, world))
         side = config.data.image_size
         crops = torch.randint(0, 256, (LOCAL_BATCH, side, side, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
@@ -109,8 +111,8 @@ class Run:
         seconds = time.perf_counter() - started
         view_q = view_k.roll(1, 0)
         order = torch.from_numpy(self.plan.key_permutation(step))
-        engine = self.engine if gradients else _WithoutAllReduce(self.engine)
-        train_step(self.state, engine, self.config, view_q, view_k, order, 0.0, False, self.world)
+        self.method.engine = self.engine if gradients else _WithoutAllReduce(self.engine)
+        self.method.train_step(Views(view_q, view_k, order), 0.0, monitored=False)
         return seconds
 
 

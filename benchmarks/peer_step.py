@@ -34,11 +34,12 @@ from benchmarks.timing import synchronise
 from moco_dist.config.architectures import ARCHITECTURES
 from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.data.plan import Plan
+from moco_dist.data.views import Views
 from moco_dist.distributed.collectives import barrier
 from moco_dist.distributed.world import World
 from moco_dist.engine.precision import autocast, compute_dtype
+from moco_dist.method.build import build_method
 from moco_dist.method.encoder import build_resnet
-from moco_dist.train import build, train_step
 
 RANKS = 2
 LR, MOMENTUM, TEMPERATURE, DIM = 0.03, 0.999, 0.2, 128
@@ -58,14 +59,14 @@ class Ours:
             "optim": {"global_batch_size": local_batch * world.world_size},
         })  # fmt: skip
         self.plan = Plan(100_000, self.config.optim.global_batch_size, 0)
-        self.state, self.engine = build(self.config, world)
+        self.method = build_method(self.config, world)
         self._views = [x.to(memory_format=torch.channels_last) for x in random_views(world, local_batch, image_size)]
 
     def step(self) -> Tensor:
         """One optimiser step; returns the loss."""
-        order = torch.from_numpy(self.plan.key_permutation(self.state.step)).to(self.world.device)
-        view_q, view_k = self._views
-        return train_step(self.state, self.engine, self.config, view_q, view_k, order, LR, False, self.world).loss
+        order = torch.from_numpy(self.plan.key_permutation(self.method.step)).to(self.world.device)
+        query, key = self._views
+        return self.method.train_step(Views(query, key, order), LR, monitored=False).loss
 
 
 class Lightly:

@@ -23,17 +23,16 @@ import torch
 from benchmarks import results
 from benchmarks.hosts import hosts, why_not
 from moco_dist.config.pretrain import PretrainConfig
-from moco_dist.data.colours import apply_colours
-from moco_dist.data.key_views import key_views
 from moco_dist.data.plan import Plan
 from moco_dist.data.sources import find_images
+from moco_dist.data.views import views_of_steps
 from moco_dist.datasets.shapes import ShapeSettings, draw_image
 from moco_dist.distributed.collectives import barrier, process_group
 from moco_dist.distributed.world import World, world_from_env
+from moco_dist.method.build import build_method
 from moco_dist.planning import calibrate
 from moco_dist.planning.arithmetic import sizes
 from moco_dist.planning.forecast import Forecast
-from moco_dist.train import batches, build, train_step
 
 ROUNDS, CALIBRATION_STEPS = 3, 10
 PORT = 29477
@@ -81,16 +80,16 @@ def take_steps(config: PretrainConfig, world: World, number: int, steps: int) ->
     """Mean seconds and received bytes of `steps` real steps, the two before them left out."""
     folder = find_images(config.data.root, "train")
     plan = Plan(len(folder.paths), config.optim.global_batch_size, number)
-    state, engine = build(config, world)
+    method = build_method(config, world)
     started, before = 0.0, 0
-    for step, batch, _ in batches(config, folder, plan, world, 0, steps + 2):
+    feed = views_of_steps(folder, config, plan, world, 0, steps + 2, torch.bfloat16)
+    for step in range(steps + 2):
         if step == 2:
             barrier(world)
             started, before = time.perf_counter(), received_bytes()
-        view_q = apply_colours(batch.view_q, batch.colours_q, config.augment, torch.bfloat16)
-        view_k = key_views(batch, config, plan, step, world, torch.bfloat16)
-        order = torch.from_numpy(plan.key_permutation(step))
-        train_step(state, engine, config, view_q, view_k, order, 0.001, False, world)
+        views, _ = next(feed)
+        method.train_step(views, 0.001, monitored=False)
+    feed.close()
     seconds = (time.perf_counter() - started) / steps
     barrier(world)
     return seconds, (received_bytes() - before) / steps

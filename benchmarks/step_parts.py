@@ -29,7 +29,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 from unittest import mock
@@ -43,20 +43,23 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import results
 from benchmarks.loader import make_photos, photographs
 from benchmarks.timing import bytes_per_second, flops_per_second, in_turn, synchronise
-from moco_dist import train
 from moco_dist.config.architectures import ARCHITECTURES
 from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.data import counter_rng
 from moco_dist.data.batch import CropBatch
 from moco_dist.data.colours import apply_colours, draw_colours
+from moco_dist.data.loaders import pretrain_batches
 from moco_dist.data.plan import Plan
 from moco_dist.data.sources import find_images
+from moco_dist.data.views import Views
 from moco_dist.distributed.world import World
 from moco_dist.engine import Engine
 from moco_dist.engine.ddp import DDPEngine
 from moco_dist.engine.optimizer import build_optimizer
 from moco_dist.engine.precision import compute_dtype
 from moco_dist.engine.speed import compiled_on_gpu
+from moco_dist.method import moco
+from moco_dist.method.build import build_method
 from moco_dist.method.encoder import build_encoder
 from moco_dist.method.queue import Queue
 from moco_dist.planning.calibrate import Marks
@@ -69,10 +72,10 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 # Functions of the step, and the part that each is: what is left of a step is "other".
 PARTS = {
-    (train, "momentum_update"): "momentum update",
-    (train, "encode_keys"): "key forward",
-    (train, "exchange"): "loss and queue",
-    (train, "info_nce"): "loss and queue",
+    (moco, "momentum_update"): "momentum update",
+    (moco.MoCo, "_encode_keys"): "key forward",
+    (moco, "exchange"): "loss and queue",
+    (moco, "info_nce"): "loss and queue",
     (Queue, "enqueue"): "loss and queue",
 }
 MOMENTUM_BYTES, SGD_BYTES = 12, 20  # of a float32 parameter
@@ -114,23 +117,25 @@ class Moco:
 
     def __init__(self, config: PretrainConfig, world: World) -> None:
         self._config, self._world = config, world
-        self.state, self._engine = train.build(config, world)
-        self._dtype = compute_dtype(config.optim.precision, world.device)
+        self.method = build_method(config, world)
         self._colour = compiled_on_gpu(apply_colours, config.engine, world.device)
         self._random = random_batch(config).to(torch.device(world.device))
 
     def step(self, batch: CropBatch | None = None, marks: Marks | None = None) -> None:
         """One step, of random crops if no others are given."""
-        batch, engine = batch or self._random, cast(Engine, marks) if marks else self._engine
+        batch, dtype = batch or self._random, self.method.dtype
         with marks.part("colours") if marks else nullcontext():
-            view_q = self._colour(batch.view_q, batch.colours_q, self._config.augment, self._dtype)
-            view_k = self._colour(batch.view_k, batch.colours_k, self._config.augment, self._dtype)
-        order = torch.arange(len(view_k), device=self._world.device)
-        train.train_step(self.state, engine, self._config, view_q, view_k, order, 0.0, False, self._world)
+            query = self._colour(batch.view_q, batch.colours_q, self._config.augment, dtype)
+            key = self._colour(batch.view_k, batch.colours_k, self._config.augment, dtype)
+        order = torch.arange(len(key), device=self._world.device)
+        engine = self.method.engine
+        self.method.engine = cast(Engine, marks) if marks else engine
+        self.method.train_step(Views(query, key, order), 0.0, monitored=False)
+        self.method.engine = engine
 
     def seconds_of_parts(self) -> dict[str, float]:
         """Of one step, the device waited for between parts."""
-        marks = Marks(self._engine, self._world)
+        marks = Marks(self.method.engine, self._world)
         with marked(marks):
             started = marks.now()
             self.step(marks=marks)
@@ -142,12 +147,15 @@ class Moco:
         folder = find_images(self._config.data.root, "train")
         plan = Plan(len(folder.paths), self._config.optim.global_batch_size, 0)
         waited = started = 0.0
-        for number, batch, seconds in train.batches(self._config, folder, plan, self._world, 0, steps + 2):
-            if number == 2:
-                synchronise(self._world.device)
-                waited, started = 0.0, time.perf_counter() - seconds
-            waited += seconds
-            self.step(batch)
+        with closing(pretrain_batches(folder, self._config, plan, self._world, 0, steps + 2)) as batches:
+            for number in range(steps + 2):
+                asked = time.perf_counter()
+                batch = next(batches).to(torch.device(self._world.device))
+                if number == 2:
+                    synchronise(self._world.device)
+                    waited, started = 0.0, asked
+                waited += time.perf_counter() - asked
+                self.step(batch)
         synchronise(self._world.device)
         return waited / (time.perf_counter() - started)
 

@@ -9,6 +9,7 @@ the momentum update, torch's SGD without `fused`. Seconds are medians, in turn. 
 """
 
 import argparse
+import copy
 from typing import Any, cast
 
 import torch
@@ -19,13 +20,13 @@ from moco_dist.config.architectures import ARCHITECTURES
 from moco_dist.config.pretrain import ModelConfig, OptimConfig
 from moco_dist.engine.optimizer import LARS, build_optimizer
 from moco_dist.method.encoder import build_encoder
-from moco_dist.method.momentum import key_encoder_of, momentum_update
+from moco_dist.method.moco import momentum_update
 
 
 def measure(arch: str, repeats: int, device: str) -> list[dict[str, Any]]:
     """A row for each way."""
     query = build_encoder(ModelConfig.model_validate({"arch": arch}), 0).to(device)
-    key = key_encoder_of(query)
+    key = copy.deepcopy(query).requires_grad_(False)
     parameters, key_parameters = list(query.parameters()), list(key.parameters())
     for parameter in parameters:
         parameter.grad = torch.full_like(parameter, 1e-3)

@@ -22,35 +22,43 @@ def rate_of_epoch(epoch, *, lr, epochs, milestones=None):
     return lr
 
 
+def plain_encoder(hidden, dim, weights):
+    """Torchvision's ResNet of one basic block a stage and a head, in float64, with the given parameters."""
+    backbone = ResNet(BasicBlock, [1, 1, 1, 1])
+    backbone.fc = nn.Identity()
+    if hidden is None:
+        head = nn.Sequential(nn.Linear(512, dim))
+    else:
+        head = nn.Sequential(nn.Linear(512, hidden), nn.ReLU(), nn.Linear(hidden, dim))
+    model = nn.Sequential()
+    model.add_module("backbone", backbone)
+    model.add_module("head", head)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None  # buffers become the plain mean over the calls since the last reset
+    model.double().train()
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    assert not unexpected
+    assert not set(missing) & dict(model.named_parameters()).keys()
+    return model
+
+
+def encode(model, images, group):
+    """Unit vectors (N, C), the BatchNorm groups one by one."""
+    return torch.cat([F.normalize(model(part), dim=1) for part in images.split(group)])
+
+
 class Reference:
     """One process that sees the whole global batch. `hidden` None: v1's linear head; else v2's MLP."""
 
     def __init__(self, weights, queue, *, hidden, dim, group, momentum, temperature, sgd_momentum, weight_decay):
-        self.f_q, self.f_k = self._encoder(hidden, dim), self._encoder(hidden, dim)
-        self.f_q.load_state_dict(weights, strict=False)
-        self.f_k.load_state_dict(weights, strict=False)
+        self.f_q, self.f_k = plain_encoder(hidden, dim, weights), plain_encoder(hidden, dim, weights)
         self.queue, self.ptr = queue.clone(), 0
         self.group, self.momentum, self.temperature = group, momentum, temperature
         self.sgd = torch.optim.SGD(
             self.f_q.parameters(), lr=0.0, momentum=sgd_momentum, weight_decay=weight_decay, foreach=False
         )
         self.running = {"q": self._statistics(self.f_q), "k": self._statistics(self.f_k)}
-
-    @staticmethod
-    def _encoder(hidden, dim):
-        backbone = ResNet(BasicBlock, [1, 1, 1, 1])
-        backbone.fc = nn.Identity()
-        if hidden is None:
-            head = nn.Sequential(nn.Linear(512, dim))
-        else:
-            head = nn.Sequential(nn.Linear(512, hidden), nn.ReLU(), nn.Linear(hidden, dim))
-        model = nn.Sequential()
-        model.add_module("backbone", backbone)
-        model.add_module("head", head)
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.momentum = None  # buffers become the plain mean over the calls since the last reset
-        return model.double().train()
 
     @staticmethod
     def _statistics(model):
@@ -60,7 +68,7 @@ class Reference:
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.reset_running_stats()
-        out = torch.cat([F.normalize(model(group), dim=1) for group in images.split(self.group)])
+        out = encode(model, images, self.group)
         for name, batch_mean in self._statistics(model).items():
             running[name] = 0.9 * running[name] + 0.1 * batch_mean
         return out

@@ -12,6 +12,7 @@ from pydantic import field_validator, model_validator
 from moco_dist.config.architectures import Architecture
 from moco_dist.config.augment import AugmentConfig
 from moco_dist.config.loading import Loader, LoadingConfig, OnError
+from moco_dist.config.methods import MocoConfig, SimclrConfig
 from moco_dist.config.section import PositiveInt, Section, setting
 from moco_dist.errors import not_a_multiple
 
@@ -85,30 +86,6 @@ class ModelConfig(Section):
     bn_group_size: PositiveInt = setting(
         32, "samples that share BatchNorm statistics, whatever the number of GPUs (256 over 8 GPUs)", changes="result",
         times=("step",), unit="samples", source="v1 sec. 3.3",
-    )
-
-
-class MocoConfig(Section):
-    """The dictionary and the loss."""
-
-    queue_size: int = setting(
-        65536, "K, keys in the queue", changes="shapes", times=("step",), unit="keys", source="v1 sec. 3.3", gt=0
-    )
-    symmetric: bool = setting(
-        False, "each view is query and key in turn: twice the work a step, and two keys a sample for the queue",
-        changes="result", times=("step",), source="arXiv 2104.02057",
-    )
-    momentum: float = setting(
-        0.999, "m, of the key encoder's moving average", changes="result", source="v1 eq. (2)", ge=0, lt=1
-    )
-    temperature: float = setting(0.2, "tau", changes="result", source="v2 Table 2; v1 uses 0.07", ge=0.01, le=10)
-
-
-class SimclrConfig(Section):
-    """method simclr: the negatives are the batch itself, through one encoder, end to end."""
-
-    temperature: float = setting(
-        0.1, "tau of NT-Xent", changes="result", source="arXiv 2002.05709, sec. 5.1", ge=0.01, le=10
     )
 
 
@@ -265,6 +242,11 @@ class PretrainConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
 
+    @property
+    def of_method(self) -> MocoConfig | SimclrConfig:
+        """The settings of the method that is used, which know what follows from them."""
+        return getattr(self, self.method)
+
     @model_validator(mode="after")
     def _sizes_divide(self) -> "PretrainConfig":
         problems = size_problems(self, world_size=1) + engine_problems(self)
@@ -276,27 +258,13 @@ class PretrainConfig(Section):
 def size_problems(config: PretrainConfig, world_size: int) -> list[str]:
     """What does not divide when `config` runs on `world_size` ranks, each with the two nearest sizes that do."""
     batch, accum = config.optim.global_batch_size, config.optim.grad_accum_steps
-    group, queue = config.model.bn_group_size, config.moco.queue_size
+    group = config.model.bn_group_size
     unit = world_size * accum * group
     problems = []
     if batch % unit:
         what = f"{unit} = {world_size} rank(s) x optim.grad_accum_steps {accum} x model.bn_group_size {group}"
         problems.append(not_a_multiple("optim.global_batch_size", batch, unit, what))
-    if config.method == "simclr":
-        if accum > 1:
-            problems.append(
-                f"optim.grad_accum_steps {accum}: method simclr needs the whole batch at once, its negatives; 1 works"
-            )
-        return problems
-    keys = 2 * batch if config.moco.symmetric else batch
-    if queue < keys:
-        problems.append(
-            f"moco.queue_size {queue} holds less than the {keys} keys of one step (optim.global_batch_size {batch}"
-            f"{', moco.symmetric' if config.moco.symmetric else ''}); {keys} is the smallest that works"
-        )
-    if queue < world_size:
-        problems.append(f"moco.queue_size {queue} is less than one key a rank on {world_size} ranks")
-    return problems
+    return problems + config.of_method.size_problems(batch, accum, world_size)
 
 
 def engine_problems(config: PretrainConfig) -> list[str]:

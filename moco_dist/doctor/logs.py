@@ -39,10 +39,9 @@ def _loss(rows: list[dict[str, Any]], config: PretrainConfig) -> list[Finding]:
     if bad:
         return [problem("loss", f"{bad['loss']} at step {bad['step']}: a lower optim.base_lr, or a warm-up "
                         "(optim.warmup_epochs)")]  # fmt: skip
-    batch, queue = config.optim.global_batch_size, config.moco.queue_size
-    negatives = queue if config.method == "moco" else 2 * batch - 2
-    fill_steps = -(-queue // batch) if config.method == "moco" else 0
-    last, chance = rows[-1], math.log(negatives + 1)
+    batch, method = config.optim.global_batch_size, config.of_method
+    fill_steps = -(-method.queue_keys // batch)
+    last, chance = rows[-1], math.log(method.num_negatives(batch) + 1)
     recent = rows[-LAST_ROWS:]
     loss, std, top1 = (statistics.median(row[key] for row in recent)
                        for key in ("loss", "embedding_std", "contrastive_top1"))  # fmt: skip
@@ -53,8 +52,9 @@ def _loss(rows: list[dict[str, Any]], config: PretrainConfig) -> list[Finding]:
         found.append(problem("collapse", f"embedding_std is {std:.3f} (1 fills the sphere): all images get one "
                              "embedding; start again with optim.warmup_epochs or a lower optim.base_lr"))  # fmt: skip
     if abs(loss - chance) < CHANCE_NATS and top1 < CHANCE_TOP1:
-        found.append(problem("chance", f"loss {loss:.3f} is ln(K + 1) = {chance:.3f} and top-1 {top1:.1f} %: nothing "
-                             "is learned; check the learning rate, and the views with moco-dist report"))  # fmt: skip
+        found.append(problem("chance", f"loss {loss:.3f} is {method.chance_formula} = {chance:.3f} and top-1 "
+                             f"{top1:.1f} %: nothing is learned; check the learning rate, and the views with "
+                             "moco-dist report"))  # fmt: skip
     low = min(rows, key=lambda row: row["loss"])
     settled = [row for row in rows if row["step"] > 2 * fill_steps]
     if len(settled) >= 3 * LAST_ROWS:

@@ -25,7 +25,7 @@ def pretraining(config: PretrainConfig, world_size: int, num_images: int | None)
         return [*found, problem("sizes", f"{num_images} images are less than one batch: --optim.global-batch-size, now "
                                 f"{batch}, and --moco.queue-size have to be smaller")]  # fmt: skip
     found += _batch_norm(config) + _optimiser(config)
-    if config.method == "moco":
+    if config.of_method.queue_keys:
         found += _queue(config, num_images)
     model, data = config.model, config.data
     if data.image_size <= SMALL_IMAGE_PIXELS and model.stem == "imagenet" and blocks_in(model.arch) > 4:

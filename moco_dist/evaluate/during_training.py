@@ -24,37 +24,46 @@ RIDGE = 0.01
 CHUNK = 4096  # rows at once
 
 
-def accuracies_during_training(encoder: nn.Module, config: PretrainConfig, world: World) -> dict[str, float]:
-    """Top-1 in percent, on the images that `config.log` asks for. Called by all ranks.
+class Probe:
+    """Accuracies of the encoder while it is trained, every `log.knn_every_epochs` epochs. All ranks call the same."""
 
-    Args:
-        encoder: the query encoder in training; it is copied, with its running statistics averaged over ranks.
-        config: settings of the run.
-        world: this process.
+    def __init__(self, config: PretrainConfig, steps_per_epoch: int, stop: int, world: World) -> None:
+        """For the run of `config`, which ends at step `stop`.
 
-    Returns:
-        knn_top1, by 20 neighbours, and probe_top1, by `ridge_accuracy`; the same on all ranks.
+        Raises:
+            UserError: there is no validation set, or images without a class: told now, not after an epoch.
+        """
+        self._every_steps, self._stop = config.log.knn_every_epochs * steps_per_epoch, stop
+        self._evaluation = _evaluation(config, world) if self._every_steps else None
 
-    Raises:
-        UserError: as `training_evaluation`.
-    """
-    evaluation = training_evaluation(config, world)
-    copy = frozen_copy(encoder, 0, evaluation)
-    train, val = (extract(evaluation, copy, split, keep=False).to(world.device) for split in ("train", "val"))
-    k, num_classes = min(TRAINING_K, train.total), len(evaluation.train.classes)
-    by_k = knn_accuracy(
-        train.values, train.labels, val.values, val.labels, [k], TRAINING_TEMPERATURE, num_classes, world
-    )
-    standardise(train, val, world)
-    return {"knn_top1": by_k[k], "probe_top1": ridge_accuracy(train, val, num_classes, world)}
+    def is_due(self, step: int) -> bool:
+        """Whether to measure after `step` steps; after the last one too."""
+        return bool(self._every_steps) and (step % self._every_steps == 0 or step == self._stop)
+
+    def measure(self, encoder: nn.Module) -> dict[str, float]:
+        """Top-1 in percent, on the images that `config.log` asks for. Called by all ranks.
+
+        Args:
+            encoder: the query encoder in training; it is copied, with its running statistics averaged over ranks.
+
+        Returns:
+            knn_top1, by 20 neighbours, and probe_top1, by `ridge_accuracy`; the same on all ranks.
+        """
+        evaluation = self._evaluation
+        assert evaluation is not None
+        world = evaluation.world
+        copy = frozen_copy(encoder, 0, evaluation)
+        train, val = (extract(evaluation, copy, split, keep=False).to(world.device) for split in ("train", "val"))
+        k, num_classes = min(TRAINING_K, train.total), len(evaluation.train.classes)
+        by_k = knn_accuracy(
+            train.values, train.labels, val.values, val.labels, [k], TRAINING_TEMPERATURE, num_classes, world
+        )
+        standardise(train, val, world)
+        return {"knn_top1": by_k[k], "probe_top1": ridge_accuracy(train, val, num_classes, world)}
 
 
-def training_evaluation(config: PretrainConfig, world: World) -> Evaluation:
-    """What `accuracies_during_training` evaluates on.
-
-    Raises:
-        UserError: there is no validation set, or images without a class.
-    """
+def _evaluation(config: PretrainConfig, world: World) -> Evaluation:
+    """What a `Probe` evaluates on."""
     shared = ("loader", "num_workers", "prefetch_batches", "dali")
     data = EvalDataConfig(**{name: getattr(config.data, name) for name in shared})
     num_train = min(config.log.knn_train_samples, config.data.max_samples or config.log.knn_train_samples)

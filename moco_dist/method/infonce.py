@@ -27,21 +27,24 @@ from moco_dist.distributed.world import World
 _BLOCK_ROWS = 16_384  # queue rows at a time where there is no flash kernel
 
 
-def exchange(q: Tensor, k: Tensor, key_order: Tensor, world: World) -> tuple[Tensor, Tensor]:
-    """All ranks' q, and all ranks' k brought home from the shuffle, in one all-gather.
+def exchange(q: Tensor, keys: Tensor, key_order: Tensor, world: World) -> tuple[Tensor, Tensor]:
+    """All ranks' q, and all ranks' keys in sample order, in one all-gather.
 
     Args:
         q: (N, C) this rank's queries of one micro-batch.
-        k: (B/W, C) the keys this rank encoded, of the shuffled batch.
-        key_order: int64 (B,), `Plan.key_permutation`: position i of the key batch holds sample position key_order[i].
+        keys: (D·B/W, C) the keys this rank encoded, direction after direction: of the shuffled batch, then, if the loss
+            is symmetric, of the batch in sample order.
+        key_order: int64 (B,), as in `Views`.
         world: this process.
 
     Returns:
-        q_all: (W·N, C) in rank order. k_all: (B, C) in sample order. Receives (W - 1) (N + B/W) C numbers.
+        q_all: (W·N, C) in rank order. k_all: (D, B, C). Receives (W - 1) (N + D·B/W) C numbers.
     """
-    gathered = all_gather(torch.cat([q.detach(), k])[None], world)  # (W, N + B/W, C)
-    q_all, k_shuffled = gathered.split([q.shape[0], k.shape[0]], dim=1)
-    return q_all.flatten(0, 1), unshuffle(k_shuffled.flatten(0, 1), key_order)
+    gathered = all_gather(torch.cat([q.detach(), keys])[None], world)  # (W, N + D·B/W, C)
+    q_all, k_all = gathered.split([q.shape[0], keys.shape[0]], dim=1)
+    local_batch = len(key_order) // world.world_size
+    shuffled, *in_order = (k.flatten(0, 1) for k in k_all.split(local_batch, dim=1))
+    return q_all.flatten(0, 1), torch.stack([unshuffle(shuffled, key_order), *in_order])
 
 
 def unshuffle(k_shuffled: Tensor, key_order: Tensor) -> Tensor:

@@ -38,13 +38,12 @@ class Sizes:
         stage = c.engine.zero_stage
         size = c.data.image_size
         pixels = 2 * self.local_batch * 3 * size * size
-        is_moco = c.method == "moco"
         return {
             "query encoder's weights": floats,
-            "key encoder's weights": floats if is_moco else 0,
+            "key encoder's weights": (c.of_method.num_encoders - 1) * floats,
             "gradients": floats // (self.world_size if stage >= 2 else 1),
             "optimiser's momentum": floats // (self.world_size if stage >= 1 else 1),
-            "queue shard": -(-c.moco.queue_size // self.world_size) * self.key_bytes if is_moco else 0,
+            "queue shard": -(-c.of_method.queue_keys // self.world_size) * self.key_bytes,
             "crops (uint8) and views": pixels * (1 + dtype_of(c).itemsize),
             "activations kept for backward": self.activation_bytes,
         }
@@ -55,10 +54,7 @@ class Sizes:
         c = self.config
         pixels = n * 3 * c.data.image_size**2
         images = {"loader": 0, "all_to_all": others * pixels // w, "all_gather": others * pixels * FLOAT_BYTES}
-        if c.method == "moco":  # q and k to every rank, and each query's sums back: `method/infonce.py`
-            features = others * n * (3 * self.key_bytes + FLOAT_BYTES) * (2 if c.moco.symmetric else 1)
-        else:  # both views' features to every rank, and their gradients back: `method/ntxent.py`
-            features = others * n * 4 * self.key_bytes
+        features = others * c.of_method.received_numbers(n, c.model.embedding_dim) * FLOAT_BYTES
         return {
             "gradients": 2 * others * self.parameters * FLOAT_BYTES // w,
             "features": features,
@@ -95,11 +91,11 @@ class Sizes:
         return self.local_batch * per_sample
 
     def checkpoint_bytes(self) -> int:
-        """A checkpoint's tensors: two encoders, momentum, queue, and a row of statistics a rank and encoder."""
-        encoders = 2 if self.config.method == "moco" else 1
-        queue = self.config.moco.queue_size * self.key_bytes if encoders == 2 else 0
-        rows = 2 * self.world_size * self.statistics * FLOAT_BYTES
-        return (2 + 1) * self.parameters * FLOAT_BYTES + rows + queue
+        """A checkpoint's tensors: encoders, momentum, queue if there is one; a row of statistics a rank and encoder."""
+        method = self.config.of_method
+        weights = (method.num_encoders + 1) * self.parameters * FLOAT_BYTES  # and the momentum
+        rows = method.num_encoders * self.world_size * self.statistics * FLOAT_BYTES
+        return weights + rows + method.queue_keys * self.key_bytes
 
 
 def sizes(config: PretrainConfig, world_size: int, local_world_size: int) -> Sizes:
@@ -107,8 +103,7 @@ def sizes(config: PretrainConfig, world_size: int, local_world_size: int) -> Siz
     local_batch = config.optim.global_batch_size // world_size
     with FakeTensorMode():
         encoder = Encoder(config.model)
-        both_views = config.method == "simclr" or config.moco.symmetric
-        micro_batch = local_batch // config.optim.grad_accum_steps * (2 if both_views else 1)
+        micro_batch = local_batch // config.optim.grad_accum_steps * config.of_method.num_directions
         side = config.data.image_size
         images = torch.zeros(micro_batch, 3, side, side).contiguous(memory_format=torch.channels_last)
         activations = saved_bytes(encoder, images, dtype_of(config))

@@ -17,14 +17,14 @@ from moco_dist.data.images import subset
 from moco_dist.data.loaders import pretrain_batches
 from moco_dist.data.plan import Plan
 from moco_dist.data.sources import find_images
+from moco_dist.data.views import Views
 from moco_dist.distributed.collectives import all_reduce_sum, barrier
 from moco_dist.distributed.world import World
 from moco_dist.engine import Engine
-from moco_dist.engine.precision import compute_dtype
 from moco_dist.errors import UserError
+from moco_dist.method.build import build_method
 from moco_dist.planning.measurements import Measurement, settings_of
 from moco_dist.provenance import hardware
-from moco_dist.train import build, train_step
 
 WARM_UP_STEPS, MAX_STEPS, LOADER_STEPS = 2, 50, 8
 STEP_SECONDS, LOADER_SECONDS = 30.0, 15.0
@@ -61,16 +61,15 @@ def calibrate(config: PretrainConfig, planned_world_size: int, world: World) -> 
 
 
 class Step:
-    """`train_step` alone on this rank, on random crops: the loss's work is N x K also when it is shared."""
+    """`Method.train_step` alone on this rank, on random crops: the loss's work is N x K also when it is shared."""
 
     def __init__(self, config: PretrainConfig, local_batch: int, world: World) -> None:
         self._world = World(device=world.device)
         values = config.model_dump(mode="json")
         values["optim"]["global_batch_size"] = local_batch
         self._config = PretrainConfig.model_validate(values)
-        self._state, self._engine = build(self._config, self._world)
-        self._dtype = compute_dtype(config.optim.precision, world.device)
-        self.parameters = sum(p.numel() for p in self._state.query_encoder.parameters())
+        self._method = build_method(self._config, self._world)
+        self.parameters = sum(p.numel() for p in self._method.query_encoder.parameters())
         side, samples = config.data.image_size, torch.arange(local_batch).numpy()
         crops = torch.randint(0, 256, (local_batch, side, side, 3), dtype=torch.uint8)
         self._crops = crops.permute(0, 3, 1, 2).to(world.device)
@@ -78,7 +77,7 @@ class Step:
             draw_colours(config.augment, config.run.seed, 0, samples, stream)
             for stream in (counter_rng.STREAM_COLOUR_Q, counter_rng.STREAM_COLOUR_K)
         ]
-        self._order = torch.randperm(local_batch)
+        self._order = torch.randperm(local_batch).to(world.device)
 
     def parts(self) -> dict[str, float]:
         """Median seconds of a whole step, and of its parts: the device is waited for only when parts are timed."""
@@ -86,10 +85,13 @@ class Step:
         parts: dict[str, list[float]] = {}
         deadline = time.perf_counter() + STEP_SECONDS
         for number in range(WARM_UP_STEPS + MAX_STEPS):
-            whole = self._timed(lambda: self._step(self._engine))
-            marks = Marks(self._engine, self._world)
+            whole = self._timed(self._step)
+            engine = self._method.engine
+            marks = Marks(engine, self._world)
             started = time.perf_counter()
-            self._step(cast(Engine, marks), marks)
+            self._method.engine = cast(Engine, marks)
+            self._step(marks)
+            self._method.engine = engine
             elapsed = marks.now() - started
             if number >= WARM_UP_STEPS:
                 wholes.append(whole)
@@ -102,16 +104,17 @@ class Step:
 
     def seconds(self, steps: int) -> float:
         """Median seconds of `steps` steps after the warm-up; the device is waited for after each."""
-        readings = [self._timed(lambda: self._step(self._engine)) for _ in range(WARM_UP_STEPS + steps)]
+        readings = [self._timed(self._step) for _ in range(WARM_UP_STEPS + steps)]
         return statistics.median(readings[WARM_UP_STEPS:])
 
-    def _step(self, engine: Engine, marks: "Marks | None" = None) -> None:
+    def _step(self, marks: "Marks | None" = None) -> None:
         mark = marks.part if marks else _unmarked
         with mark("colours"):
-            view_q, view_k = (
-                apply_colours(self._crops, colours, self._config.augment, self._dtype) for colours in self._colours
+            query, key = (
+                apply_colours(self._crops, colours, self._config.augment, self._method.dtype)
+                for colours in self._colours
             )
-        train_step(self._state, engine, self._config, view_q, view_k, self._order, 0.0, False, self._world)
+        self._method.train_step(Views(query, key, self._order), 0.0, monitored=False)
 
     def _timed(self, function: Callable[[], Any]) -> float:
         started = time.perf_counter()

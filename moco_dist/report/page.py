@@ -174,8 +174,7 @@ def _summary(config: PretrainConfig, rows: list[dict[str, Any]]) -> list[str]:
     summary = [
         f"{model.arch} on {config.data.root}",
         f"{optim.epochs} epochs, batch {optim.global_batch_size}",
-        f"K {config.moco.queue_size:,}, m {config.moco.momentum:g}, τ {config.moco.temperature:g}"
-        if config.method == "moco" else f"SimCLR, τ {config.simclr.temperature:g}",
+        config.of_method.described().replace("tau", "τ"),
     ]
     trained = [row for row in rows if "epoch" in row]
     if trained:
@@ -197,12 +196,12 @@ def _curves(
         points = [p for p in found.get((kind, encoder), {}).get("curve") or [] if "top1" in p]
         return [p["epoch"] for p in points], [p["top1"] for p in points]
 
-    is_moco = config.method == "moco"
-    chance = math.log(config.moco.queue_size + 1 if is_moco else 2 * config.optim.global_batch_size - 1)
-    formula = "ln(K + 1)" if is_moco else "ln(2B − 1)"
+    method = config.of_method
+    chance = math.log(method.num_negatives(config.optim.global_batch_size) + 1)
+    chance_line = (chance, f"chance: {method.chance_formula} = {chance:.2f}")
     last_step = rows[-1]["step"] if rows else 0
     charts = [
-        ("loss (InfoNCE)", "step", {"loss": logged("loss")}, (chance, f"chance: {formula} = {chance:.2f}")),
+        ("loss (InfoNCE)", "step", {"loss": logged("loss")}, chance_line),
         ("learning rate", "step", {"lr": logged("lr")}, None),
         ("contrastive accuracy, %", "step", {f"top-{k}": logged(f"contrastive_top{k}") for k in (1, 5)}, None),
         ("top-1 during training, %", "step", {"kNN": logged("knn_top1"), "linear probe": logged("probe_top1")}, None),

@@ -1,4 +1,4 @@
-"""The TrainState and how it is saved: torch.distributed.checkpoint in safetensors files, no pickle anywhere.
+"""What a method keeps, on disk: torch.distributed.checkpoint in safetensors files, no pickle anywhere.
 
 A checkpoint is a folder RUN/checkpoints/step_00001000 with one or more safetensors files a rank and a
 checkpoint.json that is written last, so a folder that has it is complete. The queue is one sharded tensor: it
@@ -26,76 +26,78 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.storage import WriteResult
 
+from moco_dist.config.pretrain import PretrainConfig
+from moco_dist.data.images import ImageFolder
 from moco_dist.distributed.collectives import all_gather, as_sharded, barrier, gather_texts
 from moco_dist.distributed.world import World
-from moco_dist.engine import Engine
 from moco_dist.errors import UserError
 from moco_dist.files import write_whole
 from moco_dist.method.batch_norm import running_statistics
-from moco_dist.method.queue import Queue
+from moco_dist.method.step import Method
+from moco_dist.provenance import git_state, package_versions
 from moco_dist.run.folder import RunFolder
+from moco_dist.run.image_list import listed
 from moco_dist.run.manifest import MANIFEST, read_manifest
+from moco_dist.tracking import without_credentials
 
-ENCODERS = ("query_encoder", "key_encoder")
 CANNOT_WRITE = (Exception, CheckpointException)  # the latter is none of the former
 OPTIMIZER = "optimizer."
 
 
-@dataclass
-class TrainState:
-    """All that a run is at a step; everything else is recomputed from the config and `step`."""
-
-    query_encoder: nn.Module
-    key_encoder: nn.Module
-    engine: Engine
-    queue: Queue
-    step: int
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Every tensor that all ranks hold equally, by name. Called by all ranks.
-
-        Weights and queue_ptr are the live ones, so that loading fills them in place.
-        """
-        tensors = {f"{name}.{key}": value for name in ENCODERS for key, value in self._parameters(name)}
-        tensors |= {f"{OPTIMIZER}{name}": value for name, value in self.engine.optimizer_tensors().items()}
-        tensors["queue_ptr"] = self.queue.ptr
-        return tensors
-
-    def _parameters(self, name: str) -> list[tuple[str, Tensor]]:
-        return [(key, value.detach()) for key, value in getattr(self, name).named_parameters()]
-
-
 @dataclass(frozen=True)
 class Snapshot:
-    """A TrainState as it was at `step`, in host memory: nothing of it changes while it is written."""
+    """A method as it was at `step`, in host memory: nothing of it changes while it is written."""
 
     step: int
     tensors: dict[str, Tensor]
     manifest: dict[str, Any]
 
 
-def snapshot(state: TrainState, facts: dict[str, Any], world: World) -> Snapshot:
-    """Copy the state to host memory: all that a training has to wait for. Called by all ranks.
+def facts_of(config: PretrainConfig, images: ImageFolder) -> dict[str, Any]:
+    """What checkpoint.json says of a run beside its state: settings without secrets, the code, the list of images."""
+    kept = without_secrets(config).model_dump(mode="json")
+    return {"config": kept, "versions": package_versions(), "git": git_state(), "images": listed(images)}
+
+
+def snapshot(method: Method, facts: dict[str, Any], world: World) -> Snapshot:
+    """Copy the method to host memory: all that a training has to wait for. Called by all ranks.
 
     Args:
-        state: what to save.
-        facts: plain values for checkpoint.json; `config` is the resolved config.
+        method: what to save.
+        facts: plain values for checkpoint.json beside those of the state: `facts_of`, and what is to go on.
         world: this process.
     """
     # safetensors has no strides: channels-last weights are written in their logical order.
-    copies = {name: _to_host(tensor) for name, tensor in state.tensors().items()}
-    copies["queue"] = as_sharded(_to_host(state.queue.keys), state.queue.size, world)
-    for name in ENCODERS:
-        row = _to_host(_as_row(running_statistics(getattr(state, name))))
+    copies = {name: _to_host(tensor) for name, tensor in replicated_tensors(method).items()}
+    if method.queue is not None:
+        copies["queue"] = as_sharded(_to_host(method.queue.keys), method.queue.size, world)
+    for name, encoder in method.encoders.items():
+        row = _to_host(_as_row(running_statistics(encoder)))
         copies[f"{name}.running_statistics"] = as_sharded(row, world.world_size, world)
     manifest = {
-        "step": state.step,
+        "step": method.step,
         "world_size": world.world_size,
-        "queue_size": state.queue.size,
-        "loss_scale": state.engine.scaler.state_dict(),
+        "queue_size": method.queue.size if method.queue else 0,
+        "loss_scale": method.engine.scaler.state_dict(),
         **facts,
     }
-    return Snapshot(state.step, copies, manifest)
+    return Snapshot(method.step, copies, manifest)
+
+
+def replicated_tensors(method: Method) -> dict[str, Tensor]:
+    """Every tensor that all ranks hold equally, by name. Called by all ranks.
+
+    Weights and queue_ptr are the live ones, so that loading fills them in place.
+    """
+    tensors = {
+        f"{name}.{key}": value.detach()
+        for name, encoder in method.encoders.items()
+        for key, value in encoder.named_parameters()
+    }
+    tensors |= {f"{OPTIMIZER}{name}": value for name, value in method.engine.optimizer_tensors().items()}
+    if method.queue is not None:
+        tensors["queue_ptr"] = method.queue.ptr
+    return tensors
 
 
 def write(taken: Snapshot, run_dir: Path, world: World, group: dist.ProcessGroup | None = None) -> Path:
@@ -200,32 +202,35 @@ def aside(folder: Path) -> Path:
     return folder.with_name(f"damaged_{folder.name}")
 
 
-def load(state: TrainState, folder: Path, world: World) -> None:
-    """Fill `state` from a checkpoint of any world size.
+def load(method: Method, folder: Path, world: World) -> None:
+    """Fill `method` from a checkpoint of any world size.
 
     Raises:
         UserError: the checkpoint is incomplete, damaged, or of another model or queue.
     """
     manifest = read_manifest(folder)
-    if manifest["queue_size"] != state.queue.size:
-        raise UserError(f"{folder} has a queue of {manifest['queue_size']} keys; moco.queue_size is {state.queue.size}")
-    tensors = state.tensors()
-    tensors["queue"] = as_sharded(state.queue.keys, state.queue.size, world)
+    tensors = replicated_tensors(method)
+    if method.queue is not None:
+        if manifest["queue_size"] != method.queue.size:
+            raise UserError(
+                f"{folder} has a queue of {manifest['queue_size']} keys; moco.queue_size is {method.queue.size}"
+            )
+        tensors["queue"] = as_sharded(method.queue.keys, method.queue.size, world)
     saved_worlds = manifest["world_size"]
     rows = {}
-    for name in ENCODERS:
-        row = _as_row(running_statistics(getattr(state, name)))
+    for name, encoder in method.encoders.items():
+        row = _as_row(running_statistics(encoder))
         rows[name] = tensors[f"{name}.running_statistics"] = row.new_empty(saved_worlds, row.shape[1])
     _read(tensors, folder, world)
-    state.engine.load_optimizer_tensors(
+    method.engine.load_optimizer_tensors(
         {name.removeprefix(OPTIMIZER): value for name, value in tensors.items() if name.startswith(OPTIMIZER)}
     )
-    for name in ENCODERS:
+    for name, encoder in method.encoders.items():
         row = rows[name][world.rank] if saved_worlds == world.world_size else rows[name].mean(0)
-        _fill_from_row(running_statistics(getattr(state, name)), row)
+        _fill_from_row(running_statistics(encoder), row)
     if manifest["loss_scale"]:
-        state.engine.scaler.load_state_dict(manifest["loss_scale"])
-    state.step = manifest["step"]
+        method.engine.scaler.load_state_dict(manifest["loss_scale"])
+    method.step = manifest["step"]
 
 
 def load_query_encoder(encoder: nn.Module, folder: Path) -> int:
@@ -267,6 +272,13 @@ def latest(run_dir: Path) -> Path:
     return found[-1]
 
 
+def without_secrets(config: PretrainConfig) -> PretrainConfig:
+    """The config as files may hold it: a user and password in tracking.uri are left out."""
+    uri = config.tracking.uri
+    tracking = config.tracking.model_copy(update={"uri": without_credentials(uri) if uri else uri})
+    return config.model_copy(update={"tracking": tracking})
+
+
 def averaged(encoder: nn.Module, world: World) -> dict[str, Tensor]:
     """The encoder's running statistics averaged over ranks: what evaluation uses. One small all-gather."""
     local = running_statistics(encoder)
@@ -275,19 +287,19 @@ def averaged(encoder: nn.Module, world: World) -> dict[str, Tensor]:
     return {name: piece.view_as(local[name]) for name, piece in zip(local, pieces, strict=True)}
 
 
-def export_backbone(state: TrainState, path: Path, world: World) -> None:
+def export_backbone(method: Method, path: Path, world: World) -> None:
     """The query encoder's backbone with torchvision's names, as safetensors. Called by all ranks.
 
     Raises:
         OSError: it cannot be written; an older file is as it was.
     """
-    statistics = averaged(state.query_encoder, world)
+    statistics = averaged(method.query_encoder, world)
     if not world.is_main:
         return
-    tensors = {**state.query_encoder.state_dict(), **statistics}
+    tensors = {**method.query_encoder.state_dict(), **statistics}
     prefix = "backbone."
     backbone = {k.removeprefix(prefix): v.cpu().contiguous() for k, v in tensors.items() if k.startswith(prefix)}
-    write_whole(path, safetensors.torch.save(backbone, metadata={"step": str(state.step), "format": "pt"}))
+    write_whole(path, safetensors.torch.save(backbone, metadata={"step": str(method.step), "format": "pt"}))
 
 
 def _read(tensors: dict[str, Tensor], folder: Path, world: World) -> None:

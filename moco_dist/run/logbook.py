@@ -1,10 +1,11 @@
 """What a run says while it runs: log.jsonl, the tracker, and a progress bar or plain lines for a person."""
 
+import contextlib
 import json
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.distributed.collectives import all_reduce_sum
 from moco_dist.distributed.world import World
 from moco_dist.files import LineFile, read_record
@@ -26,20 +28,22 @@ class Logbook:
     """
 
     def __init__(
-        self, run_dir: Path, tracker: Tracker, world: World, start: int, stop: int, pending_losses: Sequence[float] = ()
+        self, config: PretrainConfig, tracker: Tracker, world: World, start: int, stop: int,
+        pending_losses: Sequence[float] = (),
     ) -> None:
         """Go on with the log of a run.
 
         Args:
-            run_dir: RUN; rows of log.jsonl after `start`, which an earlier process wrote before it died, are cut off.
+            config: of the run; rows of log.jsonl after `start`, which an earlier process wrote before it died, are cut
+                off.
             tracker: gets every row too.
             world: this process.
             start: steps done so far.
             stop: the last one.
             pending_losses: `pending_losses` of the checkpoint that the run goes on from.
         """
-        self._world, self._tracker, self._stop = world, tracker, stop
-        self._file = LineFile(RunFolder(run_dir).log) if world.is_main else None
+        self._config, self._world, self._tracker, self._stop = config, world, tracker, stop
+        self._file = LineFile(RunFolder(config.run.dir).log) if world.is_main else None
         if self._file is not None:
             self._file.truncate(_end_of_step(self._file.path, start))
         self._bar = tqdm(
@@ -51,11 +55,23 @@ class Logbook:
         self._on_device: list[Tensor] = []
         self._losses = list(pending_losses)
 
-    def add(self, loss: Tensor, wait_seconds: float) -> None:
-        """One step's loss (this rank's mean, left on the device) and how long its batch was waited for."""
+    def is_due(self, step: int) -> bool:
+        """Whether the step that makes `step` of them closes an interval; the last one does."""
+        return step % self._config.log.every_steps == 0 or step == self._stop
+
+    def add(self, loss: Tensor, wait_seconds: float, replaced: Sequence[str] = ()) -> None:
+        """One step.
+
+        Args:
+            loss: () this rank's mean, left on the device.
+            wait_seconds: how long its batch was waited for.
+            replaced: files of this rank that could not be read.
+        """
         self._on_device.append(loss)
         self._wait_seconds += wait_seconds
         self._bar.update()
+        for file in replaced:
+            self.say_of_rank(f"replaced by its successor: {file}")
 
     def pending_losses(self) -> list[float]:
         """Losses since the last `write`, means over ranks, equal on all of them. Called by all ranks.
@@ -76,16 +92,16 @@ class Logbook:
         bad = ((i, loss) for i, loss in enumerate(self.pending_losses()) if not math.isfinite(loss))
         return next(((self._step + i, loss) for i, loss in bad), None)
 
-    def write(self, step: int, epoch: float, lr: float, batch_size: int, scalars: dict[str, Tensor]) -> None:
+    def write(self, step: int, epoch: float, lr: float, scalars: dict[str, Tensor]) -> None:
         """Close the interval at `step` (steps done so far). Called by all ranks.
 
         Args:
             step: optimiser steps done.
             epoch: epochs done.
             lr: the last step's learning rate.
-            batch_size: global; for images per second (source images, two views each).
             scalars: () tensors, equal on all ranks; taken to the host together.
         """
+        batch_size = self._config.optim.global_batch_size  # of source images, two views each
         losses = self.pending_losses()
         values = torch.stack([value.double() for value in scalars.values()]).tolist() if scalars else []
         elapsed = time.perf_counter() - self._interval_start
@@ -129,9 +145,12 @@ class Logbook:
         else:
             print(f"[rank {self._world.rank}] {text}", flush=True)
 
-    def exclude(self, seconds: float) -> None:
-        """Time that is no training (an evaluation, a checkpoint): left out of images per second."""
-        self._interval_start += seconds
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens in a `with` (an evaluation, a checkpoint) is no training: left out of images per second."""
+        started = time.perf_counter()
+        yield
+        self._interval_start += time.perf_counter() - started
 
     def close(self) -> None:
         """End the progress bar and the file."""

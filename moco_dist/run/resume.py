@@ -13,21 +13,22 @@ from moco_dist.distributed.world import World
 from moco_dist.engine.schedule import learning_rate
 from moco_dist.errors import UserError
 from moco_dist.files import write_whole
+from moco_dist.method.step import Method
 from moco_dist.provenance import hash_of_list, package_versions, source_hash
 from moco_dist.run import checkpoint
-from moco_dist.run.checkpoint import TrainState
+from moco_dist.run.checkpoint import without_secrets
 from moco_dist.run.folder import RunFolder
 from moco_dist.run.image_list import difference, keep_list
 from moco_dist.run.manifest import read_manifest, saved_config
 
 
 def resume(
-    state: TrainState, config: PretrainConfig, images: ImageFolder, world: World
+    method: Method, config: PretrainConfig, images: ImageFolder, world: World
 ) -> tuple[list[str], list[float]]:
     """Load the newest intact checkpoint of the run's folder, if there is one; write the resolved config.
 
     Args:
-        state: what to fill.
+        method: what to fill.
         config: settings of this start.
         images: what is trained on.
         world: this process.
@@ -53,7 +54,7 @@ def resume(
             continue
         refuse_changes(config, folder)
         other_images = refuse_other_images(config, images, folder)
-        checkpoint.load(state, folder, world)
+        checkpoint.load(method, folder, world)
         pending_losses = read_manifest(folder)["pending_losses"]
         break
     else:
@@ -74,13 +75,6 @@ def resume(
         write_whole(run.config, to_yaml(without_secrets(config)).encode())
     barrier(world)
     return notes, pending_losses
-
-
-def without_secrets(config: PretrainConfig) -> PretrainConfig:
-    """The config as files may hold it: a user and password in tracking.uri are left out."""
-    uri = config.tracking.uri
-    tracking = config.tracking.model_copy(update={"uri": without_credentials(uri) if uri else uri})
-    return config.model_copy(update={"tracking": tracking})
 
 
 def refuse_changes(config: PretrainConfig, folder: Path) -> None:

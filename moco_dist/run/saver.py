@@ -1,16 +1,16 @@
 """Checkpoints while training goes on: a step waits for the copy to host memory, a thread does the rest."""
 
 import threading
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.distributed.collectives import cpu_group, gather_texts
 from moco_dist.distributed.world import World
 from moco_dist.errors import UserError
+from moco_dist.method.step import Method
 from moco_dist.run import checkpoint
-from moco_dist.run.checkpoint import Snapshot, TrainState
+from moco_dist.run.checkpoint import Snapshot
 
 
 class Saver:
@@ -18,29 +18,39 @@ class Saver:
 
     A checkpoint that cannot be written (a full disk) is told and hurts nothing: training goes on, the older ones
     stay, and the next interval tries again.
-
-    Attributes:
-        stall_seconds: what the last `save` kept the training waiting.
     """
 
     def __init__(
-        self, run_dir: Path, keep_last: int, keep_every_steps: int, world: World, say: Callable[[str], None]
+        self, config: PretrainConfig, facts: dict[str, Any], steps_per_epoch: int, stop: int, world: World,
+        say: Callable[[str], None],
     ) -> None:
-        self._run_dir, self._world, self._say = run_dir, world, say
-        self._keep_last, self._keep_every_steps = keep_last, keep_every_steps
+        """For the run of `config`, which ends at step `stop`.
+
+        Args:
+            config: of the run.
+            facts: `checkpoint.facts_of`.
+            steps_per_epoch: whole batches in the data set.
+            stop: the last step.
+            world: this process.
+            say: tells what could not be written.
+        """
+        self._config, self._stop, self._world, self._say = config, stop, world, say
+        self._facts = facts
+        self._keep_every_steps = config.checkpoint.keep_every_epochs * steps_per_epoch
         self._group = cpu_group(world)
         self._thread: threading.Thread | None = None
         self._problem = ""
-        self.stall_seconds = 0.0
 
-    def save(self, state: TrainState, facts: dict[str, Any]) -> None:
+    def is_due(self, step: int, asked: int | None) -> bool:
+        """Whether to save after `step` steps: it is time, the end, or asked for."""
+        return step % self._config.checkpoint.every_steps == 0 or step == self._stop or asked is not None
+
+    def save(self, method: Method, pending_losses: list[float]) -> None:
         """Take a snapshot and begin to write it; first waits for the one before, if that is still being written."""
-        started = time.perf_counter()
         self._join()
-        taken = checkpoint.snapshot(state, facts, self._world)
+        taken = checkpoint.snapshot(method, {**self._facts, "pending_losses": pending_losses}, self._world)
         self._thread = threading.Thread(target=self._write, args=(taken,), name="checkpoint", daemon=True)
         self._thread.start()
-        self.stall_seconds = time.perf_counter() - started
 
     def finish(self) -> None:
         """Wait for the last checkpoint, on all ranks.
@@ -56,9 +66,9 @@ class Saver:
     def _write(self, taken: Snapshot) -> None:
         self._problem = ""
         try:
-            checkpoint.write(taken, self._run_dir, self._world, self._group)
+            checkpoint.write(taken, self._config.run.dir, self._world, self._group)
             if self._world.is_main:
-                checkpoint.prune(self._run_dir, self._keep_last, self._keep_every_steps)
+                checkpoint.prune(self._config.run.dir, self._config.checkpoint.keep_last, self._keep_every_steps)
         except checkpoint.CANNOT_WRITE as error:
             self._problem = checkpoint.reason(error)
             self._say(f"warning: no checkpoint at step {taken.step}: {self._problem}; training goes on, and the next "

@@ -5,10 +5,12 @@ import torch
 
 from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.data.plan import Plan
+from moco_dist.data.views import Views
 from moco_dist.distributed.collectives import gather_uneven
 from moco_dist.engine.schedule import learning_rate
+from moco_dist.method.build import build_method
 from moco_dist.run.checkpoint import averaged
-from moco_dist.train import build, train_step
+from moco_dist.run.saver import Saver
 
 NUM_SAMPLES, SIDE = 160, 24
 
@@ -36,42 +38,56 @@ def images(dtype=torch.float64):
     return (picture + 0.3 * noise).to(dtype)
 
 
+def views_at(table, plan, step, world):
+    """This rank's `Views` of a step, out of (samples, 2 views, 3, S, S)."""
+    query = table[torch.from_numpy(plan.query_indices(step, world)), 0]
+    key = table[torch.from_numpy(plan.key_indices(step, world)), 1]
+    return Views(query, key, torch.from_numpy(plan.key_permutation(step)))
+
+
+def saver_for(run_dir, world, say=print, keep_last=2, keep_every_steps=0, facts=None):
+    """A Saver of a run that has no end."""
+    config = small_config(
+        run={"dir": run_dir}, checkpoint={"keep_last": keep_last, "keep_every_epochs": int(bool(keep_every_steps))}
+    )
+    facts = {"config": config.model_dump(mode="json"), **(facts or {})}
+    return Saver(config, facts, keep_every_steps, -1, world, say)
+
+
 def run_program(world, config, steps, mutate=None):
     """Losses of each step, gradients of the first and the last, and the state after it, the same on all ranks."""
     if mutate is not None:
         mutate()
-    state, engine = build(config, world)
+    method = build_method(config, world)
     plan = Plan(NUM_SAMPLES, config.optim.global_batch_size, config.run.seed)
     initial = {
-        "weights": {name: p.detach().clone() for name, p in state.query_encoder.named_parameters()},
-        "queue": gather_uneven(state.queue.keys, world).clone(),
+        "weights": {name: p.detach().clone() for name, p in method.query_encoder.named_parameters()},
+        "queue": gather_uneven(method.queue.keys, world).clone(),
     }
     gradients = []
-    named = dict(state.query_encoder.named_parameters())
+    named = dict(method.query_encoder.named_parameters())
 
     def remember(*_):  # 40 MB a step, on each of eight ranks: not those of all steps
         gradients[1:] = [{name: p.grad.clone() for name, p in named.items() if p.grad is not None}]
 
-    engine.optimizer.register_step_pre_hook(remember)
-    table = images(next(state.query_encoder.parameters()).dtype)
+    method.engine.optimizer.register_step_pre_hook(remember)
+    table = images(next(method.query_encoder.parameters()).dtype)
     losses = []
     for step in range(steps):
-        view_q = table[torch.from_numpy(plan.query_indices(step, world)), 0]
-        view_k = table[torch.from_numpy(plan.key_indices(step, world)), 1]
-        order = torch.from_numpy(plan.key_permutation(step))
+        views = views_at(table, plan, step, world)
         lr = learning_rate(config.optim, step, plan.steps_per_epoch)
-        result = train_step(state, engine, config, view_q, view_k, order, lr, step % 2 == 0, world)
+        result = method.train_step(views, lr, step % 2 == 0)
         losses.append(gather_uneven(result.loss[None], world).mean().item())
     return {
         "initial": initial,
         "losses": losses,
         "gradients": gradients,
         "query_encoder": {name: p.detach().clone() for name, p in named.items()},
-        "key_encoder": {name: p.detach().clone() for name, p in state.key_encoder.named_parameters()},
-        "running_q": averaged(state.query_encoder, world),
-        "running_k": averaged(state.key_encoder, world),
-        "queue": gather_uneven(state.queue.keys, world),
-        "queue_ptr": state.queue.ptr.clone(),
+        "key_encoder": {name: p.detach().clone() for name, p in method.key_encoder.named_parameters()},
+        "running_q": averaged(method.query_encoder, world),
+        "running_k": averaged(method.key_encoder, world),
+        "queue": gather_uneven(method.queue.keys, world),
+        "queue_ptr": method.queue.ptr.clone(),
     }
 
 

@@ -12,12 +12,11 @@ from moco_dist.data.images import ImageFolder
 from moco_dist.data.plan import Plan
 from moco_dist.distributed.collectives import barrier, gather_uneven
 from moco_dist.errors import UserError
+from moco_dist.method.build import build_method
 from moco_dist.run import checkpoint
 from moco_dist.run.manifest import MANIFEST, read_manifest
 from moco_dist.run.resume import resume
-from moco_dist.run.saver import Saver
-from moco_dist.train import build, train_step
-from tests.distributed.program import NUM_SAMPLES, images, largest_difference, small_config
+from tests.distributed.program import NUM_SAMPLES, images, largest_difference, saver_for, small_config, views_at
 from tests.world import run
 
 STEPS = 6
@@ -25,27 +24,25 @@ STEPS = 6
 
 def train(world, run_dir, config, start, stop, save_at=()):
     """Steps start .. stop-1, from the newest checkpoint when start > 0; the outcome as plain tensors."""
-    state, engine = build(config, world)
+    method = build_method(config, world)
     if start:
-        checkpoint.load(state, checkpoint.latest(run_dir), world)
-    assert state.step == start
+        checkpoint.load(method, checkpoint.latest(run_dir), world)
+    assert method.step == start
     plan, table = Plan(NUM_SAMPLES, config.optim.global_batch_size, config.run.seed), images()
-    table = table.to(next(state.query_encoder.parameters()).dtype)
+    table = table.to(next(method.query_encoder.parameters()).dtype)
     losses = []
-    saver = Saver(run_dir, 2, 0, world, print)
+    saver = saver_for(run_dir, world, print, keep_last=2, keep_every_steps=0)
     for step in range(start, stop):
-        view_q = table[torch.from_numpy(plan.query_indices(step, world)), 0]
-        view_k = table[torch.from_numpy(plan.key_indices(step, world)), 1]
-        order = torch.from_numpy(plan.key_permutation(step))
-        result = train_step(state, engine, config, view_q, view_k, order, 0.02, False, world)
+        views = views_at(table, plan, step, world)
+        result = method.train_step(views, 0.02, False)
         losses.append(gather_uneven(result.loss[None], world).mean().item())
-        if state.step in save_at:
-            saver.save(state, {"config": config.model_dump(mode="json")})
+        if method.step in save_at:
+            saver.save(method, [])
     saver.finish()
-    tensors = {name: tensor.clone() for name, tensor in state.tensors().items()}
-    for name in checkpoint.ENCODERS:
-        tensors |= {f"{name}.{k}": v for k, v in checkpoint.averaged(getattr(state, name), world).items()}
-    return losses, {**tensors, "queue": gather_uneven(state.queue.keys, world)}
+    tensors = {name: tensor.clone() for name, tensor in checkpoint.replicated_tensors(method).items()}
+    for name, encoder in method.encoders.items():
+        tensors |= {f"{name}.{k}": v for k, v in checkpoint.averaged(encoder, world).items()}
+    return losses, {**tensors, "queue": gather_uneven(method.queue.keys, world)}
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp64"])
@@ -72,10 +69,10 @@ def test_any_number_of_ranks_goes_on(tmp_path):
 
 def save_steps(world, run_dir, steps, keep_every_steps=0):
     config = small_config()
-    state, _ = build(config, world)
-    saver = Saver(run_dir, 2, keep_every_steps, world, print)
-    for state.step in steps:
-        saver.save(state, {"config": config.model_dump(mode="json")})
+    method = build_method(config, world)
+    saver = saver_for(run_dir, world, print, keep_last=2, keep_every_steps=keep_every_steps)
+    for method.step in steps:
+        saver.save(method, [])
     saver.finish()
     return checkpoint.latest(run_dir).name
 
@@ -117,21 +114,21 @@ def test_every_byte_is_checked(tmp_path):
 def save_on_a_full_disk(world, run_dir):
     """A checkpoint that fits, one that does not, and one that does again."""
     said = []
-    state, _ = build(small_config(), world)
-    saver = Saver(run_dir, 2, 0, world, said.append)
-    saver.save(state, {"config": {}})
+    method = build_method(small_config(), world)
+    saver = saver_for(run_dir, world, said.append, keep_last=2, keep_every_steps=0)
+    saver.save(method, [])
     saver.finish()
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
     if world.rank == world.world_size - 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, unlimited[1]))
-    state.step = 1
-    saver.save(state, {"config": {}})
+    method.step = 1
+    saver.save(method, [])
     with pytest.raises(UserError, match="not written: file too large"):
         saver.finish()
     resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
     kept = [folder.name for folder in checkpoint.complete_checkpoints(run_dir)]
-    state.step = 2
-    saver.save(state, {"config": {}})
+    method.step = 2
+    saver.save(method, [])
     saver.finish()
     return kept, said, checkpoint.latest(run_dir).name
 
@@ -148,16 +145,16 @@ def test_a_full_disk_is_survived(tmp_path, world_size):
 
 def save_where_no_folder_can_be_made(world, run_dir):
     said, place = [], run_dir / "checkpoints"
-    state, _ = build(small_config(), world)
-    saver = Saver(run_dir, 2, 0, world, said.append)
-    saver.save(state, {"config": {}})
+    method = build_method(small_config(), world)
+    saver = saver_for(run_dir, world, said.append, keep_last=2, keep_every_steps=0)
+    saver.save(method, [])
     with pytest.raises(UserError, match="last checkpoint was not written"):
         saver.finish()
     if world.is_main:
         place.unlink()
     barrier(world)
-    state.step = 1
-    saver.save(state, {"config": {}})
+    method.step = 1
+    saver.save(method, [])
     saver.finish()
     return len(said), checkpoint.latest(run_dir).name
 
@@ -179,9 +176,9 @@ def test_a_checkpoint_without_its_manifest_is_not_one(tmp_path):
 
 
 def load_into(world, run_dir, **overrides):
-    state, _ = build(small_config(**overrides), world)
+    method = build_method(small_config(**overrides), world)
     try:
-        checkpoint.load(state, checkpoint.latest(run_dir), world)
+        checkpoint.load(method, checkpoint.latest(run_dir), world)
     except UserError as error:
         return str(error)
     return None
@@ -209,12 +206,12 @@ def test_a_damaged_file_is_named(tmp_path):
 
 
 def export(world, run_dir):
-    state, _ = build(small_config(), world)
-    for buffer in state.query_encoder.buffers():
+    method = build_method(small_config(), world)
+    for buffer in method.query_encoder.buffers():
         if buffer.is_floating_point():
             buffer.fill_(1.0 + world.rank)  # ranks have seen different samples
-    checkpoint.export_backbone(state, run_dir / "backbone.safetensors", world)
-    return {name: p.detach() for name, p in state.query_encoder.named_parameters()}
+    checkpoint.export_backbone(method, run_dir / "backbone.safetensors", world)
+    return {name: p.detach() for name, p in method.query_encoder.named_parameters()}
 
 
 def test_the_exported_backbone_has_torchvisions_names(tmp_path):
@@ -231,11 +228,11 @@ def test_the_exported_backbone_has_torchvisions_names(tmp_path):
 
 
 def export_to_a_full_disk(world, run_dir):
-    state, _ = build(small_config(), world)
+    method = build_method(small_config(), world)
     (path := run_dir / "backbone.safetensors").write_bytes(b"older")
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
     with pytest.raises(OSError, match="File too large"):  # of which the command makes one line
-        checkpoint.export_backbone(state, path, world)
+        checkpoint.export_backbone(method, path, world)
     return [(file.name, file.stat().st_size) for file in run_dir.iterdir()]
 
 
@@ -246,13 +243,13 @@ def test_a_backbone_is_there_whole_or_not_at_all(tmp_path):
 def resume_and_save(world, run_dir, steps, keep_last):
     """As a training that goes on from the newest intact checkpoint."""
     config = small_config(run={"dir": run_dir})
-    state, _ = build(config, world)
+    method = build_method(config, world)
     images = ImageFolder(run_dir, ["a/1.jpg"], np.zeros(1, np.int64), ("a",))
-    notes, _ = resume(state, config, images, world)
-    start = state.step
-    saver = Saver(run_dir, keep_last, 0, world, print)
-    for state.step in steps:
-        saver.save(state, {"config": config.model_dump(mode="json")})
+    notes, _ = resume(method, config, images, world)
+    start = method.step
+    saver = saver_for(run_dir, world, print, keep_last=keep_last, keep_every_steps=0)
+    for method.step in steps:
+        saver.save(method, [])
     saver.finish()
     return start, notes
 

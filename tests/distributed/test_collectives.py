@@ -2,12 +2,7 @@
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from moco_dist.data.batch import CropBatch
-from moco_dist.data.colours import COLOURS
-from moco_dist.data.key_views import key_views
-from moco_dist.data.plan import Plan
 from moco_dist.distributed.collectives import (
     all_gather,
     all_reduce_sum,
@@ -17,8 +12,8 @@ from moco_dist.distributed.collectives import (
     shard_bounds,
 )
 from moco_dist.distributed.world import World
-from moco_dist.train import build, train_step
-from tests.distributed.program import NUM_SAMPLES, SIDE, small_config
+from tests.distributed.program import SIDE, small_config
+from tests.distributed.traffic import collectives_of_a_step
 from tests.world import run
 
 
@@ -63,46 +58,9 @@ def test_shards_follow_dtensors_rule():
             assert whole.flatten().tolist() == list(range(total))
 
 
-class Collectives(TorchDispatchMode):
-    """Notes every collective of this rank, by whomever it is called, as (name, bytes of its largest tensor list)."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func._schema.name.startswith("c10d::"):
-            size = max(sum(x.nbytes for x in _tensors(arg)) for arg in args)
-            self.seen.append((func._schema.name.removeprefix("c10d::").strip("_"), size))
-        return func(*args, **(kwargs or {}))
-
-
-def _tensors(nest):
-    if isinstance(nest, torch.Tensor):
-        return [nest]
-    return [x for part in nest for x in _tensors(part)] if isinstance(nest, list | tuple) else []
-
-
 def config_of(way, optimizer="sgd"):
     return small_config(optim={"precision": "fp32", "optimizer": optimizer, "grad_accum_steps": 1},
                         shuffle={"exchange": way})  # fmt: skip
-
-
-def collectives_of_a_step(world, config):
-    """Of the third step, key views and all: DDP arranges its buckets anew in the second, with a broadcast."""
-    state, engine = build(config, world)
-    plan = Plan(NUM_SAMPLES, config.optim.global_batch_size, config.run.seed)
-    per_rank = config.optim.global_batch_size // world.world_size
-    crops = torch.zeros(per_rank, 3, SIDE, SIDE, dtype=torch.uint8).to(memory_format=torch.channels_last)
-    samples, colours = torch.zeros(per_rank, dtype=torch.int64), torch.zeros(per_rank, len(COLOURS))
-    batch = CropBatch(crops, crops, samples, samples, colours, colours)
-    view_q = torch.randn(per_rank, 3, SIDE, SIDE)
-    for step in range(3):
-        with Collectives() as both:
-            view_k = key_views(batch, config, plan, step, world, torch.float32)
-            order = torch.from_numpy(plan.key_permutation(step))
-            train_step(state, engine, config, view_q, view_k, order, 0.1, False, world)
-    return both.seen, sum(p.nbytes for p in state.query_encoder.parameters())
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "lars"])
@@ -120,7 +78,7 @@ def test_a_step_is_two_small_collectives_and_the_gradients(optimizer):
 
 
 def test_other_exchanges_send_what_they_say():
-    """`data/exchange.py`: uint8 crops once, or every rank's float32 views to all."""
+    """`data/key_views.py`: uint8 crops once, or every rank's float32 views to all."""
     world_size = 4
     for way, name, bytes_a_value in (("all_to_all", "alltoall_base", 1), ("all_gather", "allgather_base", 4)):
         config = config_of(way)

@@ -4,14 +4,16 @@ import pytest
 import torch
 from torch import nn
 
-from moco_dist import train
 from moco_dist.config.pretrain import EngineConfig, ModelConfig
+from moco_dist.data.views import Views
 from moco_dist.engine import ddp, speed
 from moco_dist.engine.optimizer import LARS
+from moco_dist.method import moco
 from moco_dist.method.batch_norm import GroupedBatchNorm2d, set_micro_batch
+from moco_dist.method.build import build_method
 from moco_dist.method.encoder import build_encoder
+from tests.distributed.expected import STEPS, differences, reference
 from tests.distributed.program import largest_difference, run_program, small_config
-from tests.distributed.test_against_reference import STEPS, differences, reference
 from tests.world import run
 
 
@@ -22,7 +24,7 @@ def trace_only():
     def with_backend(config):
         return {**options(config), "mode": None, "backend": "aot_eager"}
 
-    train.compile_options = ddp.compile_options = with_backend
+    moco.compile_options = ddp.compile_options = with_backend
 
 
 @pytest.mark.slow
@@ -125,7 +127,7 @@ def test_cudnn_and_tf32_are_what_the_config_says(tf32, benchmark):
 
 
 def backends_after_build(world):
-    train.build(small_config(engine={"allow_tf32": True, "cudnn_benchmark": False}), world)
+    build_method(small_config(engine={"allow_tf32": True, "cudnn_benchmark": False}), world)
     return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.benchmark
 
 
@@ -151,14 +153,13 @@ def test_on_a_gpu(engine, accum):
     def losses(engine):
         config = small_config(engine=engine, optim={"precision": "fp32", "base_lr": 5e-4, "grad_accum_steps": accum})
         world = World(device="cuda:0")
-        state, one_engine = train.build(config, world)
+        method = build_method(config, world)
         plan, table = Plan(NUM_SAMPLES, 64, 3), images(torch.float32).cuda()
         found = []
         for step in range(6):
             views = table[torch.from_numpy(plan.query_indices(step, world)).cuda()]
             order = torch.from_numpy(plan.key_permutation(step)).cuda()
-            found.append(train.train_step(state, one_engine, config, views[:, 0], views[order, 1], order, 1e-4, False,
-                                          world).loss.item())  # fmt: skip
+            found.append(method.train_step(Views(views[:, 0], views[order, 1], order), 1e-4, False).loss.item())
         return found
 
     assert largest_difference(losses(engine), losses({})) < 1e-3

@@ -4,12 +4,20 @@ import pytest
 import torch
 
 from moco_dist.data.plan import Plan
+from moco_dist.data.views import Views
 from moco_dist.distributed.collectives import gather_uneven, process_group
 from moco_dist.engine.schedule import peak_learning_rate
+from moco_dist.method.build import build_method
 from moco_dist.run import checkpoint
-from moco_dist.run.saver import Saver
-from moco_dist.train import build, train_step
-from tests.distributed.program import NUM_SAMPLES, images, largest_difference, run_program, small_config
+from tests.distributed.program import (
+    NUM_SAMPLES,
+    images,
+    largest_difference,
+    run_program,
+    saver_for,
+    small_config,
+    views_at,
+)
 from tests.world import run
 
 STEPS = 20
@@ -77,12 +85,12 @@ def weights_after_a_bad_step(world, configs):
     unchanged = []
     with process_group(world, alone_too=True):
         for config in configs:
-            state, engine = build(config, world)
+            method = build_method(config, world)
             views = images(torch.float32)[: 64 // world.world_size, 0]
-            before = [p.clone() for p in state.query_encoder.parameters()]
+            before = [p.clone() for p in method.query_encoder.parameters()]
             bad = views * float("nan") if world.rank == 0 else views
-            train_step(state, engine, config, bad, views, torch.arange(64), 0.01, False, world)
-            unchanged.append(all(map(torch.equal, before, state.query_encoder.parameters())))
+            method.train_step(Views(bad, views, torch.arange(64)), 0.01, False)
+            unchanged.append(all(map(torch.equal, before, method.query_encoder.parameters())))
     return unchanged
 
 
@@ -113,20 +121,18 @@ def test_a_gradient_of_twice_the_size_is_noticed(alone):
 def train(world, run_dir, config, start, stop):
     """Steps start .. stop-1 from the newest checkpoint when start > 0, and a checkpoint at the end."""
     with process_group(world, alone_too=True):
-        state, engine = build(config, world)
+        method = build_method(config, world)
         if start:
-            checkpoint.load(state, checkpoint.latest(run_dir), world)
+            checkpoint.load(method, checkpoint.latest(run_dir), world)
         plan, table = Plan(NUM_SAMPLES, config.optim.global_batch_size, config.run.seed), images(torch.float32)
         losses = []
         for step in range(start, stop):
-            view_q = table[torch.from_numpy(plan.query_indices(step, world)), 0]
-            view_k = table[torch.from_numpy(plan.key_indices(step, world)), 1]
-            order = torch.from_numpy(plan.key_permutation(step))
+            views = views_at(table, plan, step, world)
             lr = peak_learning_rate(config.optim)
-            result = train_step(state, engine, config, view_q, view_k, order, lr, False, world)
+            result = method.train_step(views, lr, False)
             losses.append(gather_uneven(result.loss[None], world).mean().item())
-        saver = Saver(run_dir, 2, 0, world, print)
-        saver.save(state, {"config": {}})
+        saver = saver_for(run_dir, world, print, keep_last=2, keep_every_steps=0)
+        saver.save(method, [])
         saver.finish()
         return losses
 
@@ -148,19 +154,17 @@ def test_either_engine_goes_on_where_the_other_stopped(tmp_path, optimizer):
 def step_with_a_loss_that_is_no_number(world, config):
     """What a step changes when one picture of the last rank is no number: the largest difference."""
     with process_group(world, alone_too=True):
-        state, engine = build(config, world)
+        method = build_method(config, world)
         plan, table = Plan(NUM_SAMPLES, config.optim.global_batch_size, config.run.seed), images(torch.float32)
         for step in range(2):
-            view_q = table[torch.from_numpy(plan.query_indices(step, world)), 0]
-            view_k = table[torch.from_numpy(plan.key_indices(step, world)), 1]
-            order = torch.from_numpy(plan.key_permutation(step))
+            views = views_at(table, plan, step, world)
             if step == 1:
                 names = ("query_encoder.", "optimizer.")
-                before = {k: v.clone() for k, v in state.tensors().items() if k.startswith(names)}
+                before = {k: v.clone() for k, v in checkpoint.replicated_tensors(method).items() if k.startswith(names)}
                 if world.rank == world.world_size - 1:
-                    view_q[0, 0, 0, 0] = torch.nan
-            result = train_step(state, engine, config, view_q, view_k, order, 0.02, False, world)
-        after = state.tensors()
+                    views.query[0, 0, 0, 0] = torch.nan
+            result = method.train_step(views, 0.02, False)
+        after = checkpoint.replicated_tensors(method)
         assert any(tensor.abs().max() > 0 for name, tensor in before.items() if name.startswith("optimizer."))
         return largest_difference({name: after[name] for name in before}, before), result.loss.item()
 

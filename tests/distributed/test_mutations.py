@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 
-from moco_dist import train
 from moco_dist.data.plan import Plan
 from moco_dist.distributed import collectives
-from moco_dist.method import batch_norm, infonce
+from moco_dist.method import batch_norm, infonce, moco
+from moco_dist.method.moco import MoCo
 from moco_dist.method.queue import Queue
+from tests.distributed.expected import STEPS, reference
 from tests.distributed.program import largest_difference, run_program, small_config
-from tests.distributed.test_against_reference import STEPS, reference
 from tests.world import run
 
 # Each runs in the ranks' own processes, which end with the test.
@@ -29,7 +29,7 @@ def keys_not_brought_home():
 
 def enqueue_before_the_loss():
     queues = []
-    make, enqueue, exchange = Queue.__init__, Queue.enqueue, train.exchange
+    make, enqueue, exchange = Queue.__init__, Queue.enqueue, moco.exchange
 
     def remember(self, *args):
         make(self, *args)
@@ -37,11 +37,11 @@ def enqueue_before_the_loss():
 
     def exchange_and_enqueue(*args):
         q_all, k_all = exchange(*args)
-        enqueue(queues[0], k_all)
+        enqueue(queues[0], k_all.flatten(0, 1))
         return q_all, k_all
 
     Queue.__init__, Queue.enqueue = remember, lambda self, keys: None
-    train.exchange = exchange_and_enqueue
+    moco.exchange = exchange_and_enqueue
 
 
 def queue_not_persistent():
@@ -63,15 +63,15 @@ def shard_forgotten_in_the_loss():
 
 
 def momentum_update_after_the_keys():
-    update, encode = train.momentum_update, train.encode_keys
-    train.momentum_update = lambda *args: None
+    update, encode = moco.momentum_update, MoCo._encode_keys
+    moco.momentum_update = lambda *args: None
 
-    def encode_then_update(state, config, *args):
-        keys = encode(state, config, *args)
-        update(state.query_encoder, state.key_encoder, config.moco.momentum)
+    def encode_then_update(self, view):
+        keys = encode(self, view)
+        update(self.query_encoder, self.key_encoder, self._config.moco.momentum)
         return keys
 
-    train.encode_keys = encode_then_update
+    MoCo._encode_keys = encode_then_update
 
 
 def batch_norm_over_the_whole_rank():

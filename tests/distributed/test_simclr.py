@@ -9,11 +9,10 @@ import torch.nn.functional as F
 from moco_dist.data.plan import Plan
 from moco_dist.distributed.collectives import gather_uneven
 from moco_dist.engine.schedule import peak_learning_rate
-from moco_dist.method.encoder import build_encoder
+from moco_dist.method.build import build_method
 from moco_dist.run import checkpoint
-from moco_dist.run.saver import Saver
-from moco_dist.train import build, train_step
-from tests.distributed.program import NUM_SAMPLES, images, largest_difference, small_config
+from tests.distributed.program import NUM_SAMPLES, images, largest_difference, saver_for, small_config, views_at
+from tests.reference import encode, plain_encoder
 from tests.world import run
 
 STEPS = 3
@@ -26,36 +25,39 @@ def config():
 
 def train(world, run_dir, start, stop):
     """Steps start .. stop-1, from the checkpoint when start > 0; losses and weights, and a checkpoint."""
-    state, engine = build(config(), world)
+    method = build_method(config(), world)
     if start:
-        checkpoint.load(state, checkpoint.latest(run_dir), world)
+        checkpoint.load(method, checkpoint.latest(run_dir), world)
     plan, table = Plan(NUM_SAMPLES, 64, config().run.seed), images()
     losses = []
     for step in range(start, stop):
-        view_q = table[torch.from_numpy(plan.query_indices(step, world)), 0]
-        view_k = table[torch.from_numpy(plan.key_indices(step, world)), 1]
-        order = torch.from_numpy(plan.key_permutation(step))
+        views = views_at(table, plan, step, world)
         lr = peak_learning_rate(config().optim)
-        result = train_step(state, engine, config(), view_q, view_k, order, lr, True, world)
+        result = method.train_step(views, lr, True)
         losses.append(gather_uneven(result.loss[None], world).mean().item())
         assert {"contrastive_top1", "contrastive_top5", "embedding_std"} == result.scalars.keys()
-    saver = Saver(run_dir, 1, 0, world, print)
-    saver.save(state, {"config": {}})
+    saver = saver_for(run_dir, world, print, keep_last=1, keep_every_steps=0)
+    saver.save(method, [])
     saver.finish()
-    return losses, {name: p.detach().clone() for name, p in state.query_encoder.named_parameters()}
+    return losses, {name: p.detach().clone() for name, p in method.query_encoder.named_parameters()}
+
+
+def initial_weights(world):
+    """What the program starts from."""
+    return {name: p.detach() for name, p in build_method(config(), world).query_encoder.named_parameters()}
 
 
 @functools.cache
 def plain():
     """The same in plain PyTorch on one process: both views of a batch through one encoder, BN groups one by one."""
-    encoder = build_encoder(config().model, config().run.seed).double().train()
+    encoder = plain_encoder(24, 16, run(initial_weights, 1)[0])
     sgd = torch.optim.SGD(encoder.parameters(), lr=peak_learning_rate(config().optim), momentum=0.9, weight_decay=1e-4)
     plan, table = Plan(NUM_SAMPLES, 64, config().run.seed), images()
     losses = []
     for step in range(STEPS):
         batch, order = table[torch.from_numpy(plan.global_indices(step))], plan.key_permutation(step)
-        first = torch.cat([encoder(group) for group in batch[:, 0].split(8)])
-        shuffled = torch.cat([encoder(group) for group in batch[order, 1].split(8)])
+        first = encode(encoder, batch[:, 0], 8)
+        shuffled = encode(encoder, batch[order, 1], 8)
         second = shuffled[[list(order).index(i) for i in range(64)]]
         z = torch.cat([first, second])
         similarity = (z @ z.T / 0.3).fill_diagonal_(-torch.inf)

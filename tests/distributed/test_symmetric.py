@@ -8,8 +8,8 @@ import torch.nn.functional as F
 
 from moco_dist.data.plan import Plan
 from moco_dist.engine.schedule import peak_learning_rate
-from moco_dist.method.encoder import build_encoder
 from tests.distributed.program import NUM_SAMPLES, images, largest_difference, run_program, small_config
+from tests.reference import encode, plain_encoder
 from tests.world import run
 
 STEPS = 3
@@ -25,13 +25,10 @@ def plain():
     """Two losses a step, each with the other view as its key; K x N logits, one row of the queue after the other."""
     c = config()
     start = run(run_program, 1, c, 0)[0]["initial"]
-    f_q, f_k = (build_encoder(c.model, c.run.seed).double().train() for _ in range(2))
+    f_q, f_k = (plain_encoder(24, 16, start["weights"]) for _ in range(2))
     sgd = torch.optim.SGD(f_q.parameters(), lr=peak_learning_rate(c.optim), momentum=0.9, weight_decay=1e-4)
     queue, ptr, losses = start["queue"].clone(), 0, []
     plan, table = Plan(NUM_SAMPLES, 64, c.run.seed), images()
-
-    def encode(f, x):
-        return torch.cat([f(group) for group in x.split(8)])
 
     for step in range(STEPS):
         x = table[torch.from_numpy(plan.global_indices(step))]
@@ -40,9 +37,9 @@ def plain():
         with torch.no_grad():
             for p_q, p_k in zip(f_q.parameters(), f_k.parameters(), strict=True):
                 p_k.copy_(0.9 * p_k + 0.1 * p_q)
-            k_of_second = encode(f_k, x[order, 1])[home]
-            k_of_first = encode(f_k, x[:, 0])
-        q_of_first, q_of_second = encode(f_q, x[:, 0]), encode(f_q, x[order, 1])[home]
+            k_of_second = encode(f_k, x[order, 1], 8)[home]
+            k_of_first = encode(f_k, x[:, 0], 8)
+        q_of_first, q_of_second = encode(f_q, x[:, 0], 8), encode(f_q, x[order, 1], 8)[home]
         loss = 0
         for q, k in ((q_of_first, k_of_second), (q_of_second, k_of_first)):
             logits = torch.cat([(q * k).sum(1, keepdim=True), q @ queue.T], dim=1) / 0.2

@@ -6,7 +6,6 @@ import shutil
 import signal
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
@@ -14,10 +13,9 @@ from torchvision.models.resnet import ResNet
 
 from moco_dist.data.plan import Plan
 from moco_dist.method import encoder
+from moco_dist.method.build import build_method
 from moco_dist.run import checkpoint
-from moco_dist.run.saver import Saver
-from moco_dist.train import build, train_step
-from tests.distributed.program import NUM_SAMPLES, images, small_config
+from tests.distributed.program import NUM_SAMPLES, images, saver_for, small_config, views_at
 
 STEPS, SAVE_EVERY = 6, 2
 ALL_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
@@ -69,30 +67,28 @@ def train(world, run_dir, kill_rank=None, kill_at=None):
     """To the last step from the newest checkpoint; rank 0 appends (step, loss) to losses.jsonl.
 
     Returns:
-        this rank's number of events, the step it started from, and the final state.
+        this rank's number of events, the step it started from, and the final method.
     """
     config = small_config(model={"bn_group_size": 4}, optim={"global_batch_size": 16})
     encoder.ResNet = NarrowResNet  # in this process, which is not used again
     events = Events(kill_at if world.rank == kill_rank else None)
     for owner, name in PLACES:
         events.watch(owner, name)
-    state, engine = build(config, world)
+    method = build_method(config, world)
     if found := checkpoint.complete_checkpoints(run_dir):
         assert checkpoint.damage(found[-1], world) == ""
-        checkpoint.load(state, found[-1], world)
-    start = state.step
+        checkpoint.load(method, found[-1], world)
+    start = method.step
     plan, table = Plan(NUM_SAMPLES, config.optim.global_batch_size, config.run.seed), images()
-    table = table.to(next(state.query_encoder.parameters()).dtype)
-    saver = Saver(run_dir, 2, 0, world, print)
+    table = table.to(next(method.query_encoder.parameters()).dtype)
+    saver = saver_for(run_dir, world, print, keep_last=2, keep_every_steps=0)
     for step in range(start, STEPS):
-        view_q = table[torch.from_numpy(plan.query_indices(step, world)), 0]
-        view_k = table[torch.from_numpy(plan.key_indices(step, world)), 1]
-        order = torch.from_numpy(plan.key_permutation(step))
-        result = train_step(state, engine, config, view_q, view_k, order, 0.02, False, world)
+        views = views_at(table, plan, step, world)
+        result = method.train_step(views, 0.02, False)
         with (run_dir / f"losses_{world.rank}.jsonl").open("a") as file:
             file.write(json.dumps([step, result.loss.item()]) + "\n")
-        if state.step % SAVE_EVERY == 0:
-            saver.save(state, {"config": {}})
+        if method.step % SAVE_EVERY == 0:
+            saver.save(method, [])
     saver.finish()
-    tensors = {name: tensor.clone() for name, tensor in state.tensors().items()}
-    return events.count, start, {**tensors, "queue": state.queue.keys.clone()}
+    tensors = {name: tensor.clone() for name, tensor in checkpoint.replicated_tensors(method).items()}
+    return events.count, start, {**tensors, "queue": method.queue.keys.clone()}

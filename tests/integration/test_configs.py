@@ -9,9 +9,10 @@ import yaml
 from moco_dist.config.evaluate import FinetuneConfig, LinearConfig
 from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.config.source import read_config
+from moco_dist.data.views import Views
 from moco_dist.distributed.world import World
+from moco_dist.method.build import build_method
 from moco_dist.method.encoder import build_encoder
-from moco_dist.train import build, train_step
 
 EVALUATIONS = {"linear", "finetune", "detection"}
 CONFIGS = [path for path in sorted(Path("configs").glob("*.yaml")) if not EVALUATIONS & set(path.stem.split("_"))]
@@ -32,12 +33,12 @@ def test_does_one_step(path):
         "optim": {**given.optim.model_dump(), "global_batch_size": 2 * GROUP, "precision": "fp32"},
     })  # fmt: skip
     world = World()
-    state, engine = build(config, world)
+    method = build_method(config, world)
     views = torch.randn(2, 2 * GROUP, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1))
-    before = {name: p.detach().clone() for name, p in state.query_encoder.named_parameters()}
-    result = train_step(state, engine, config, views[0], views[1], torch.arange(2 * GROUP), 0.1, True, world)
+    before = {name: p.detach().clone() for name, p in method.query_encoder.named_parameters()}
+    result = method.train_step(Views(views[0], views[1], torch.arange(2 * GROUP)), 0.1, True)
     assert torch.isfinite(result.loss)
-    changed = [name for name, p in state.query_encoder.named_parameters() if not torch.equal(p, before[name])]
+    changed = [name for name, p in method.query_encoder.named_parameters() if not torch.equal(p, before[name])]
     assert len(changed) > len(before) // 2
 
 

@@ -13,7 +13,7 @@ from moco_dist.datasets.prepare import prepare_shapes
 from moco_dist.distributed.world import World
 from moco_dist.evaluate import features as features_module
 from moco_dist.evaluate import finetune as finetune_module
-from moco_dist.evaluate.during_training import accuracies_during_training
+from moco_dist.evaluate.during_training import Probe
 from moco_dist.evaluate.features import extract
 from moco_dist.evaluate.subject import frozen, frozen_encoder, open_evaluation
 from moco_dist.method.encoder import build_encoder
@@ -56,7 +56,7 @@ def test_the_probe_during_training_sees_the_features_of_the_checkpoint(run_dir):
     encoder = build_encoder(config.model, 1)
     load_trained(encoder, run_dir)
     row = next(row for row in read_log(run_dir) if "knn_top1" in row)
-    assert accuracies_during_training(encoder, config, World()).items() <= row.items()
+    assert Probe(config, 1, 1, World()).measure(encoder).items() <= row.items()
 
 
 def test_knn(run_dir, capsys):

@@ -16,10 +16,10 @@ from moco_dist.config.source import to_yaml
 from moco_dist.datasets.prepare import prepare_shapes
 from moco_dist.distributed.world import World
 from moco_dist.errors import UserError
+from moco_dist.method.build import build_method
 from moco_dist.method.encoder import build_encoder
-from moco_dist.run.saver import Saver
 from moco_dist.run.weights import import_backbone, load_trained, read_backbone, to_detectron2
-from moco_dist.train import build
+from tests.distributed.program import saver_for
 
 
 def config_of(run_dir, arch="resnet18", **model):
@@ -31,16 +31,16 @@ def config_of(run_dir, arch="resnet18", **model):
 
 def make_run(run_dir, **model):
     config = config_of(run_dir, **model)
-    state, _ = build(config, World())
-    for buffer in state.query_encoder.buffers():  # statistics that a fresh network does not have
+    method = build_method(config, World())
+    for buffer in method.query_encoder.buffers():  # statistics that a fresh network does not have
         if buffer.is_floating_point():
             buffer.uniform_(0.5, 1.5)
-    state.step = 7
-    saver = Saver(run_dir, 1, 0, World(), print)
-    saver.save(state, {"config": config.model_dump(mode="json")})
+    method.step = 7
+    saver = saver_for(run_dir, World(), print, keep_last=1, keep_every_steps=0)
+    saver.save(method, [])
     saver.finish()
     (run_dir / "config.yaml").write_text(to_yaml(config))
-    return state.query_encoder.eval()
+    return method.query_encoder.eval()
 
 
 @pytest.fixture(scope="module")

@@ -5,11 +5,12 @@ import torch
 
 from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.distributed.world import World
+from moco_dist.method.build import build_method
 from moco_dist.method.encoder import Encoder
 from moco_dist.planning.arithmetic import parameters_of, saved_bytes, sizes
-from moco_dist.train import build
+from moco_dist.run import checkpoint
 from tests.distributed.program import SIDE
-from tests.distributed.test_collectives import collectives_of_a_step
+from tests.distributed.traffic import collectives_of_a_step
 from tests.world import run
 
 
@@ -46,16 +47,16 @@ def test_a_step_with_both_views_as_queries_keeps_twice_as_much():
 
 def test_memory_and_checkpoint_are_those_of_the_state():
     config = config_of()
-    state, engine = build(config, World())
-    planned, floats = sizes(config, 1, 1), sum(p.nbytes for p in state.query_encoder.parameters())
+    method = build_method(config, World())
+    planned, floats = sizes(config, 1, 1), sum(p.nbytes for p in method.query_encoder.parameters())
     memory = planned.memory()
     assert parameters_of(config) == planned.parameters
     assert memory["query encoder's weights"] == memory["gradients"] == floats
-    assert memory["optimiser's momentum"] == sum(t.nbytes for t in engine.optimizer_tensors().values())
-    assert memory["queue shard"] == state.queue.keys.nbytes
-    tensors = sum(t.nbytes for t in state.tensors().values()) - state.queue.ptr.nbytes
-    assert planned.checkpoint_bytes() - tensors - state.queue.keys.nbytes == 2 * 4 * planned.statistics
-    assert sizes(config, 8, 8).memory()["queue shard"] == state.queue.keys.nbytes // 8
+    assert memory["optimiser's momentum"] == sum(t.nbytes for t in method.engine.optimizer_tensors().values())
+    assert memory["queue shard"] == method.queue.keys.nbytes
+    tensors = sum(t.nbytes for t in checkpoint.replicated_tensors(method).values()) - method.queue.ptr.nbytes
+    assert planned.checkpoint_bytes() - tensors - method.queue.keys.nbytes == 2 * 4 * planned.statistics
+    assert sizes(config, 8, 8).memory()["queue shard"] == method.queue.keys.nbytes // 8
 
 
 def _collectives(world, configs):

@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moco_dist import train
 from moco_dist.data import key_views as exchange
 from moco_dist.data.batch import CropBatch
 from moco_dist.data.plan import Plan
+from moco_dist.data.views import Views
 from moco_dist.distributed.world import World
 from moco_dist.method import infonce
+from moco_dist.method.build import build_method
 from tests.distributed.program import images, small_config
 
 READS_ON_THE_HOST = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "_unique2", "masked_select", "allclose")
@@ -64,13 +65,13 @@ def _devices(nest):
 
 def waits_of_a_step(config, world, is_log_step=False):
     """What `Waits` found in a second step, after one that made what is made once."""
-    state, engine = train.build(config, world)
+    method = build_method(config, world)
     plan = Plan(160, config.optim.global_batch_size, 0)
-    views = images(next(state.query_encoder.parameters()).dtype)[: config.optim.global_batch_size, 0].to(world.device)
+    views = images(next(method.query_encoder.parameters()).dtype)[: config.optim.global_batch_size, 0].to(world.device)
     order = torch.from_numpy(plan.key_permutation(0)).to(world.device)
     for seen in (Waits(), Waits()):
         with seen:
-            train.train_step(state, engine, config, views, views, order, 0.1, is_log_step, world)
+            method.train_step(Views(views, views, order), 0.1, is_log_step)
     return seen.found
 
 
@@ -135,12 +136,12 @@ def test_on_a_gpu(optimizer, precision):
     """By CUDA's own word."""
     config = small_config(optim={"optimizer": optimizer, "precision": precision})
     world = World(device="cuda:0")
-    state, engine = train.build(config, world)
+    method = build_method(config, world)
     views = images(torch.float32)[:64, 0].cuda()
     order = torch.from_numpy(Plan(160, 64, 0).key_permutation(0)).cuda()
     try:
         for mode in ("default", "error"):  # the first step chooses algorithms and compiles the kernel
             torch.cuda.set_sync_debug_mode(mode)
-            train.train_step(state, engine, config, views, views, order, 0.1, False, world)
+            method.train_step(Views(views, views, order), 0.1, False)
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -5,11 +5,12 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from moco_dist import train
 from moco_dist.config.pretrain import AugmentConfig
 from moco_dist.data.colours import COLOURS, apply_colours
 from moco_dist.data.plan import Plan
+from moco_dist.data.views import Views
 from moco_dist.distributed.world import World
+from moco_dist.method.build import build_method
 from moco_dist.method.encoder import Encoder
 from tests.distributed.program import small_config
 
@@ -49,15 +50,15 @@ def a_step(group, **optim):
     settings = {"precision": "fp32", "global_batch_size": 16, **optim}
     config = small_config(model={"arch": "resnet10", "head_hidden_dims": [24], "embedding_dim": 16,
                                  "bn_group_size": group}, optim=settings)  # fmt: skip
-    state, engine = train.build(config, World())
+    method = build_method(config, World())
     # 80 pixels leave 3 x 3 in the last stage: with one pixel all layouts are the same.
     crops = torch.zeros(16, 80, 80, 3, dtype=torch.uint8).permute(0, 3, 1, 2)  # as loaders hand them over
     colours = torch.zeros(16, len(COLOURS))
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[settings["precision"]]
     order = torch.from_numpy(Plan(160, 16, 0).key_permutation(0))
     views = apply_colours(crops, colours, AugmentConfig(), dtype)
-    shapes = {tuple(p.shape) for p in state.query_encoder.parameters()}
-    return lambda: train.train_step(state, engine, config, views, views, order, 0.1, False, World()), shapes
+    shapes = {tuple(p.shape) for p in method.query_encoder.parameters()}
+    return lambda: method.train_step(Views(views, views, order), 0.1, False), shapes
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -98,12 +99,12 @@ def test_on_a_gpu(group):
     config = small_config(model={"arch": "resnet50", "bn_group_size": group},
                           optim={"precision": "bf16", "global_batch_size": 16})  # fmt: skip
     world = World(device="cuda:0")
-    state, engine = train.build(config, world)
+    method = build_method(config, world)
     crops = torch.zeros(16, 224, 224, 3, dtype=torch.uint8, device="cuda").permute(0, 3, 1, 2)
     views = apply_colours(crops, torch.zeros(16, len(COLOURS), device="cuda"), AugmentConfig(), torch.bfloat16)
     order = torch.from_numpy(Plan(160, 16, 0).key_permutation(0)).cuda()
     for _ in range(2):
         with profile(activities=[ProfilerActivity.CUDA]) as seen:
-            train.train_step(state, engine, config, views, views, order, 0.1, False, world)
+            method.train_step(Views(views, views, order), 0.1, False)
     names = {event.key for event in seen.key_averages()}
     assert not [name for name in names if "nchwToNhwc" in name or "nhwcToNchw" in name]

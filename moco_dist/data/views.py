@@ -1,0 +1,63 @@
+"""From the loader's crops to what a step takes: both views coloured, on the device, each key view with its encoder."""
+
+import contextlib
+import time
+from collections.abc import Callable, Generator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from moco_dist.config.pretrain import PretrainConfig
+from moco_dist.data.batch import to_device
+from moco_dist.data.colours import apply_colours
+from moco_dist.data.images import ImageFolder
+from moco_dist.data.key_views import key_views
+from moco_dist.data.loaders import never, pretrain_batches
+from moco_dist.data.plan import Plan
+from moco_dist.distributed.world import World
+
+
+class Views(NamedTuple):
+    """This rank's share of a step, on the device.
+
+    Attributes:
+        query: (B/W, 3, S, S) the views of its samples that are queries, in sample order.
+        key: (B/W, 3, S, S) the key views that it encodes: of other samples (shuffled BN).
+        key_order: int64 (B,), `Plan.key_permutation`: position i of the key batch holds sample position key_order[i].
+        replaced: files that could not be read, with the reason; their successors took their places.
+    """
+
+    query: Tensor
+    key: Tensor
+    key_order: Tensor
+    replaced: tuple[str, ...] = ()
+
+
+def views_of_steps(
+    images: ImageFolder, config: PretrainConfig, plan: Plan, world: World, start: int, stop: int, dtype: torch.dtype,
+    colour: Callable[..., Tensor] = apply_colours, must_end: Callable[[], bool] = never,
+) -> Generator[tuple[Views, float], None, None]:
+    """The views of steps start .. stop-1, each with the seconds that its crops were waited for. Close it.
+
+    Args:
+        images: the training images.
+        config: augmentation, loader, exchange.
+        plan: who encodes what.
+        world: this process.
+        start: the first step.
+        stop: one past the last.
+        dtype: of the views.
+        colour: `apply_colours`, compiled or not.
+        must_end: as in `pretrain_batches`.
+    """
+    device = torch.device(world.device)
+    with contextlib.closing(pretrain_batches(images, config, plan, world, start, stop, must_end)) as loader:
+        for step in range(start, stop):
+            waiting_since = time.perf_counter()
+            batch = next(loader).to(device)
+            wait_seconds = time.perf_counter() - waiting_since
+            query = colour(batch.view_q, batch.colours_q, config.augment, dtype)
+            key = key_views(batch, config, plan, step, world, dtype, colour)
+            order = to_device(plan.key_permutation(step), device)
+            yield Views(query, key, order, batch.replaced), wait_seconds

@@ -194,7 +194,7 @@ class LogConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """The TrainState on disk."""
+    """When what a run keeps is written to disk."""
 
     every_steps: PositiveInt = setting(
         5_000, "between checkpoints; one more at the end", changes="record", unit="steps"

@@ -14,7 +14,7 @@ from moco_dist.errors import EXIT_MISTAKE, UserError
 from moco_dist.run import checkpoint, lock
 from moco_dist.run.lock import locked, require_shared
 from moco_dist.run.saver import Saver
-from moco_dist.train import build
+from moco_dist.method.build import build_method
 from tests.distributed.program import small_config
 from tests.world import run
 
@@ -99,9 +99,9 @@ def test_all_ranks_refuse_a_folder_that_one_does_not_see(tmp_path):
 def save_apart(world, run_dir):
     """Each rank into a folder of its own, as on the disks of two hosts."""
     said, own = [], run_dir / str(world.rank)
-    state, _ = build(small_config(), world)
+    method = build_method(small_config(), world)
     saver = Saver(own, 2, 0, world, said.append)
-    saver.save(state, {"config": {}})
+    saver.save(method, {"config": {}})
     with pytest.raises(UserError, match="last checkpoint was not written: .* of another rank is not here"):
         saver.finish()
     return said, checkpoint.complete_checkpoints(own)

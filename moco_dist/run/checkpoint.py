@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.storage import WriteResult
 
 from moco_dist.config.pretrain import PretrainConfig
+from moco_dist.credentials import without_credentials
 from moco_dist.data.images import ImageFolder
 from moco_dist.distributed.collectives import all_gather, as_sharded, barrier, gather_texts
 from moco_dist.distributed.world import World
@@ -38,7 +39,6 @@ from moco_dist.provenance import git_state, package_versions
 from moco_dist.run.folder import RunFolder
 from moco_dist.run.image_list import listed
 from moco_dist.run.manifest import MANIFEST, read_manifest
-from moco_dist.tracking import without_credentials
 
 CANNOT_WRITE = (Exception, CheckpointException)  # the latter is none of the former
 OPTIMIZER = "optimizer."

@@ -6,7 +6,6 @@ from typing import Any
 from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.config.section import COMPUTED
 from moco_dist.config.source import declarations, flatten, to_yaml
-from moco_dist.credentials import without_credentials
 from moco_dist.data.images import ImageFolder
 from moco_dist.distributed.collectives import barrier, gather_texts
 from moco_dist.distributed.world import World

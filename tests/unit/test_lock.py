@@ -11,10 +11,10 @@ import pytest
 from moco_dist.distributed.collectives import barrier
 from moco_dist.distributed.world import World
 from moco_dist.errors import EXIT_MISTAKE, UserError
+from moco_dist.method.build import build_method
 from moco_dist.run import checkpoint, lock
 from moco_dist.run.lock import locked, require_shared
 from moco_dist.run.saver import Saver
-from moco_dist.method.build import build_method
 from tests.distributed.program import small_config
 from tests.world import run
 

@@ -62,12 +62,14 @@ class InfrastructureError(UserError):
 
 
 class Preempted(Exception):
-    """A scheduler asked, all ranks have agreed, and the run is saved: run the same command to go on."""
+    """Somebody asked, and what was done is saved: run the same command to go on."""
 
     exit_status = EXIT_PREEMPTED
 
-    def __init__(self, step: int) -> None:
-        super().__init__(f"stopped: saved at step {step}; run the same command to go on")
+    def __init__(self, where: int | str) -> None:
+        """`where` is a step, or says what was done."""
+        saved = f"saved at step {where}" if isinstance(where, int) else where
+        super().__init__(f"stopped: {saved}; run the same command to go on")
 
 
 def cause(statuses: Iterable[int]) -> int:

@@ -33,13 +33,24 @@ class StopRequest:
         self._asked_at = 0.0
         self._word = torch.zeros(1, dtype=torch.uint8)
         self._pending: Any = None
-        reader, writer = os.pipe()
-        os.set_blocking(writer, False)
-        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-        for signum in SIGNALS:
-            if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:  # nohup has it ignored
-                signal.signal(signum, lambda *_: None)
+        reader, self._writer = os.pipe()
+        os.set_blocking(self._writer, False)
+        self._wakeup_before = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        self._before = {
+            signum: signal.signal(signum, lambda *_: None) for signum in SIGNALS
+            if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN  # nohup has it ignored
+        }  # fmt: skip
         threading.Thread(target=self._listen, args=(reader,), daemon=True).start()
+
+    def __enter__(self) -> "StopRequest":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Signals do again what they did before."""
+        signal.set_wakeup_fd(self._wakeup_before)
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler or signal.SIG_DFL)
+        os.close(self._writer)  # which ends the thread
 
     def _listen(self, reader: int) -> None:
         """The thread that hears signals: no handler of Python's runs while the main one waits in a collective."""
@@ -49,6 +60,12 @@ class StopRequest:
                 if self._asked_at and now - self._asked_at > SAME_SIGNAL_SECONDS:
                     os._exit(EXIT_TERMINATED)
                 self._asked_at = self._asked_at or now
+        os.close(reader)
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether this rank was asked to stop: for work that ranks do apart from each other."""
+        return bool(self._asked_at)
 
     def agreed(self, step: int) -> int | None:
         """SAVE, STOP or None after `step` steps: the same on all ranks. Called by all, after every step."""

@@ -26,6 +26,11 @@ def global_batches(num_samples: int, batch_size: int, seed: int, epoch: int) -> 
     return [order[i : i + batch_size] for i in range(0, num_samples - batch_size + 1, batch_size)]
 
 
+def batches_in_epoch(num_samples: int, batch_size: int) -> int:
+    """How many `global_batches` are."""
+    return num_samples // min(batch_size, num_samples)
+
+
 def crop_batches(
     evaluation: Evaluation, own: list[NDArray[np.int64]], scale: tuple[float, float], seed: int, epoch: int
 ) -> Generator[Tensor, None, None]:

@@ -22,15 +22,19 @@ from moco_dist.config.evaluate import LinearConfig
 from moco_dist.data.batch import to_device
 from moco_dist.data.images import share_of_classes
 from moco_dist.distributed.collectives import all_gather, all_reduce_sum
+from moco_dist.distributed.stop import StopRequest
 from moco_dist.distributed.world import World
 from moco_dist.engine.schedule import decay
 from moco_dist.errors import UserError
+from moco_dist.evaluate.batches import batches_in_epoch
 from moco_dist.evaluate.features import Features
-from moco_dist.evaluate.progress import load_progress, save_progress
+from moco_dist.evaluate.progress import Training
+from moco_dist.evaluate.told import Told
 
 CURVE_POINTS = 20
-# Epoch to its batches: features (B, D) on the device, the same on all ranks, and the B numbers of their images.
-Feed = Callable[[int], Iterator[tuple[Tensor, NDArray[np.int64]]]]
+# Epoch, and how many of its batches to pass over, to batches: features (B, D) on the device, the same on all ranks, and
+# the B numbers of their images.
+Feed = Callable[[int, int], Iterator[tuple[Tensor, NDArray[np.int64]]]]
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,7 @@ def held_out(labels: NDArray[np.int64], share: float, seed: int) -> NDArray[np.b
 def train_classifiers(
     feed: Feed, train_labels: NDArray[np.int64], val: Features, held_out_features: Callable[[], Features] | None,
     num_classes: int, config: LinearConfig, world: World, progress: Path | None = None,
+    stop: StopRequest | None = None,
 ) -> Outcome:
     """Train all recipes. Called by all ranks.
 
@@ -106,10 +111,12 @@ def train_classifiers(
         num_classes: C, size of the output.
         config: the recipes.
         world: this process.
-        progress: a file to keep the classifiers in after every epoch, and to go on from.
+        progress: a file to keep the classifiers in, and to go on from.
+        stop: who may ask for an end; None: nobody.
 
     Raises:
         UserError: the published recipe's loss is not finite any more.
+        Preempted: somebody asked for an end.
     """
     recipes, device = recipes_of(config), val.values.device
     classifiers = Classifiers(len(recipes), val.values.shape[1], num_classes, config.seed).to(device)
@@ -120,30 +127,28 @@ def train_classifiers(
     sgd = torch.optim.SGD(groups, lr=config.lr, momentum=config.sgd_momentum)
     is_left_out = held_out(train_labels, config.sweep.held_out_share, config.seed)
     labels = torch.from_numpy(train_labels).to(device)
-    curve = load_progress(progress, classifiers, sgd) if progress else []
+    training = Training(progress, classifiers, sgd, stop, world)
+    curve, per_epoch = training.curve, batches_in_epoch(len(labels), config.global_batch_size)
     accuracy = top_accuracies(classifiers.heads[0], val, world)
-    for epoch in range(len(curve), config.epochs):
-        for group, recipe in zip(sgd.param_groups, recipes, strict=True):
-            group["lr"] = recipe.lr * decay(config.milestones, epoch)
-        loss_sum, seen = torch.zeros(len(recipes), device=device), 0
-        for features, rows in feed(epoch):
-            losses = _losses(classifiers(features), labels[to_device(rows, device)], is_left_out[rows])
-            losses.sum().backward()  # of classifiers that share nothing
-            sgd.step()
-            sgd.zero_grad()
-            loss_sum += losses.detach() * len(rows)
-            seen += len(rows)
-        mean_loss = loss_sum[0].item() / seen
-        if not math.isfinite(mean_loss):
-            raise UserError(f"the linear classifier's loss is {mean_loss}; an lr below {config.lr:g} may be stable")
-        curve.append({"epoch": epoch + 1, "loss": mean_loss})
-        if (epoch + 1) % max(1, config.epochs // CURVE_POINTS) == 0 or epoch + 1 == config.epochs:
-            accuracy = top_accuracies(classifiers.heads[0], val, world)
-            curve[-1]["top1"] = accuracy["linear_top1"]
-        if progress and world.is_main:
-            save_progress(progress, classifiers, sgd, curve)
-    if progress and world.is_main:
-        progress.unlink(missing_ok=True)
+    with Told("linear classifier", config.epochs * per_epoch, "steps", world, training.step) as told:
+        for epoch in range(len(curve), config.epochs):
+            for group, recipe in zip(sgd.param_groups, recipes, strict=True):
+                group["lr"] = recipe.lr * decay(config.milestones, epoch)
+            for features, rows in feed(epoch, training.step - epoch * per_epoch):
+                losses = _losses(classifiers(features), labels[to_device(rows, device)], is_left_out[rows])
+                losses.sum().backward()  # of classifiers that share nothing
+                sgd.step()
+                sgd.zero_grad()
+                training.add(losses[0])
+                told.add(note=f"epoch {epoch + 1}")
+            mean_loss = training.mean_loss()
+            if not math.isfinite(mean_loss):
+                raise UserError(f"the linear classifier's loss is {mean_loss}; an lr below {config.lr:g} may be stable")
+            curve.append({"epoch": epoch + 1, "loss": mean_loss})
+            if (epoch + 1) % max(1, config.epochs // CURVE_POINTS) == 0 or epoch + 1 == config.epochs:
+                accuracy = top_accuracies(classifiers.heads[0], val, world)
+                curve[-1]["top1"] = accuracy["linear_top1"]
+    training.save()
     outcome = Outcome(accuracy, curve, per_class_accuracy(classifiers.heads[0], val, num_classes, world), [])
     if held_out_features is not None:
         _choose(outcome, classifiers, recipes, held_out_features(), val, world)

@@ -1,5 +1,7 @@
 """Features of images, encoded once: kept on disk in chunks, so that what was interrupted goes on where it was.
 
+Who is asked to stop writes the chunk that is under way as far as it is.
+
 A chunk is CHUNK_SAMPLES consecutive images whatever the number of ranks, in RUN/eval/features/KEY/. KEY is a hash of
 everything that features depend on, so another checkpoint, crop or subset has its own folder, and nothing is ever
 out of date but images that were changed under the same name. The folder has to be one that all ranks see.
@@ -7,7 +9,7 @@ out of date but images that were changed under the same name. The folder has to 
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -17,13 +19,15 @@ import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from moco_dist.data.images import ImageFolder
 from moco_dist.data.loaders import eval_batches
 from moco_dist.distributed.collectives import all_reduce_sum
+from moco_dist.distributed.stop import StopRequest
 from moco_dist.distributed.world import World
+from moco_dist.errors import Preempted
 from moco_dist.evaluate.subject import Evaluation, FrozenEncoder, digest
+from moco_dist.evaluate.told import Told
 from moco_dist.files import write_whole
 from moco_dist.provenance import hash_of_list, key_of
 from moco_dist.run.folder import RunFolder
@@ -53,7 +57,8 @@ class Features:
 
 
 def extract(
-    evaluation: Evaluation, encoder: FrozenEncoder, split: Literal["train", "val"], keep: bool = True
+    evaluation: Evaluation, encoder: FrozenEncoder, split: Literal["train", "val"], keep: bool = True,
+    stop: StopRequest | None = None,
 ) -> Features:
     """Features of a split's centre crops, on the CPU. Each rank encodes its chunks, and no image is encoded twice.
 
@@ -62,19 +67,40 @@ def extract(
         encoder: what gives the features.
         split: which images.
         keep: write chunks to RUN/eval/features, and read those that are there.
+        stop: who may ask for an end; None: nobody.
+
+    Raises:
+        Preempted: this rank was asked to stop.
     """
     folder = evaluation.train if split == "train" else evaluation.val
     chunks = own_chunks(len(folder.paths), evaluation.world)
     rows = torch.cat([torch.empty(0, dtype=torch.int64), *(torch.arange(c.start, c.stop) for c in chunks)])
     values = torch.empty(len(rows), encoder.dim)
-    places = dict(zip(chunks, values.split([len(chunk) for chunk in chunks]), strict=True))
+    places = dict(zip(chunks, values.split([len(chunk) for chunk in chunks]), strict=True)) if chunks else {}
     cache = RunFolder(evaluation.config.run_dir).features(_key(evaluation, encoder, split, folder)) if keep else None
 
-    missing = [chunk for chunk in chunks if cache is None or not _read(_path(cache, chunk), places[chunk])]
-    for chunk, encoded in zip(missing, _encode(evaluation, encoder, folder, missing), strict=True):
-        places[chunk].copy_(encoded)
-        if cache is not None:
-            write_whole(_path(cache, chunk), safetensors.torch.save({"features": encoded.contiguous()}))
+    filled = {chunk: _read(_path(cache, chunk), place) if cache else 0 for chunk, place in places.items()}
+    missing = [chunk[count:] for chunk, count in filled.items() if count < len(chunk)]
+    unfinished = [chunk for chunk, count in filled.items() if count < len(chunk)]
+    told = Told(f"{encoder.name} features, {split}", len(rows), "images", evaluation.world, sum(filled.values()))
+    with told, contextlib.closing(_encode(evaluation, encoder, folder, missing)) as batches:
+        for encoded in batches:
+            told.add(len(encoded))
+            is_asked = stop is not None and stop.is_asked
+            while len(encoded):
+                chunk = unfinished[0]
+                start = filled[chunk]
+                count = min(len(chunk) - start, len(encoded))
+                places[chunk][start : start + count] = encoded[:count]
+                filled[chunk], encoded = start + count, encoded[count:]
+                is_whole = filled[chunk] == len(chunk)
+                if cache is not None and (is_whole or (is_asked and not len(encoded))):
+                    packed = safetensors.torch.save({"features": places[chunk][: filled[chunk]].contiguous()})
+                    write_whole(_path(cache, chunk), packed)
+                if is_whole:
+                    unfinished.pop(0)
+            if is_asked and unfinished:
+                raise Preempted(f"{sum(filled.values()):,} of {len(rows):,} features of {split} are encoded")
     return Features(values, torch.from_numpy(folder.labels)[rows], rows, len(folder.paths))
 
 
@@ -102,26 +128,18 @@ def standardise(train: Features, val: Features, world: World) -> None:
 
 
 def _encode(
-    evaluation: Evaluation, encoder: FrozenEncoder, folder: ImageFolder, chunks: list[range]
-) -> Iterator[Tensor]:
-    """The features of each chunk, by one loader over all of them."""
-    if not chunks:
+    evaluation: Evaluation, encoder: FrozenEncoder, folder: ImageFolder, parts: list[range]
+) -> Generator[Tensor, None, None]:
+    """The features of the images of all parts in order, batch by batch, by one loader."""
+    if not parts:
         return
-    samples = np.concatenate([np.arange(chunk.start, chunk.stop) for chunk in chunks])
+    samples = np.concatenate([np.arange(part.start, part.stop) for part in parts])
     batches = eval_batches(
         folder, samples, evaluation.config.data, evaluation.resize, evaluation.crop, evaluation.world
     )
-    waiting = torch.empty(0, encoder.dim)
-    # On rank 0, where somebody watches.
-    bar = tqdm(total=len(samples), unit="image", disable=None if evaluation.world.is_main else True, leave=False)
-    with contextlib.closing(batches), bar:
-        for chunk in chunks:
-            while len(waiting) < len(chunk):
-                views, _ = next(batches)
-                waiting = torch.cat([waiting, encoder(views).cpu()])
-                bar.update(len(views))
-            yield waiting[: len(chunk)]
-            waiting = waiting[len(chunk) :]
+    with contextlib.closing(batches):
+        for views, _ in batches:
+            yield encoder(views).cpu()
 
 
 def _key(evaluation: Evaluation, encoder: FrozenEncoder, split: str, folder: ImageFolder) -> str:
@@ -145,13 +163,13 @@ def _path(cache: Path, chunk: range) -> Path:
     return cache / f"{chunk.start:09d}.safetensors"
 
 
-def _read(path: Path, place: Tensor) -> bool:
-    """Fill `place` with a chunk; False where it is missing or damaged."""
+def _read(path: Path, place: Tensor) -> int:
+    """Fill `place` with what there is of a chunk; returns how many rows, 0 where it is missing or damaged."""
     try:
         features = safetensors.torch.load_file(path)["features"]
     except (FileNotFoundError, KeyError, safetensors.SafetensorError):
-        return False
-    if features.shape != place.shape:
-        return False
-    place.copy_(features)
-    return True
+        return 0
+    if features.ndim != 2 or len(features) > len(place) or features.shape[1] != place.shape[1]:
+        return 0
+    place[: len(features)] = features
+    return len(features)

@@ -11,28 +11,29 @@ import contextlib
 import dataclasses
 import math
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from moco_dist.config.evaluate import FinetuneConfig
 from moco_dist.config.pretrain import EngineConfig
 from moco_dist.data.batch import to_device
-from moco_dist.distributed.collectives import all_reduce_sum
+from moco_dist.distributed.stop import StopRequest
 from moco_dist.distributed.world import World
 from moco_dist.engine.ddp import DDPEngine
 from moco_dist.engine.optimizer import make_momentum_buffers
 from moco_dist.engine.schedule import decay
 from moco_dist.engine.speed import set_backends
 from moco_dist.errors import UserError, not_a_multiple
-from moco_dist.evaluate.batches import crop_batches, global_batches
+from moco_dist.evaluate.batches import batches_in_epoch, crop_batches, global_batches
 from moco_dist.evaluate.classifiers import CURVE_POINTS, initial_classifier, per_class_accuracy, top_accuracies
 from moco_dist.evaluate.features import Features, extract
-from moco_dist.evaluate.progress import Curve, load_progress, progress_path, save_progress
+from moco_dist.evaluate.progress import SAVE_SECONDS, Curve, Training, progress_path
 from moco_dist.evaluate.subject import Evaluation, FrozenEncoder, frozen_encoder, open_evaluation, write_trained
+from moco_dist.evaluate.told import Told
 from moco_dist.method.batch_norm import running_statistics
 from moco_dist.run import checkpoint
 
@@ -60,6 +61,7 @@ def run_finetune(config: FinetuneConfig, world: World) -> list[dict[str, Any]]:
 
     Raises:
         UserError: there is no run, no checkpoint or no labelled images, or a batch is not whole BN groups on each rank.
+        Preempted: somebody asked for an end; what was done is kept.
     """
     evaluation = open_evaluation(config, world)
     batch_size = batch_of_groups(evaluation, config)
@@ -67,9 +69,11 @@ def run_finetune(config: FinetuneConfig, world: World) -> list[dict[str, Any]]:
     for name in config.encoders:
         started = time.perf_counter()
         encoder = frozen_encoder(evaluation, name)
-        accuracy, curve, per_class = finetune(evaluation, config, encoder, batch_size)
+        progress = progress_path(evaluation, "finetune", encoder, batch_size)
+        with StopRequest(SAVE_SECONDS, world) as stop:
+            accuracy, curve, per_class = finetune(evaluation, config, encoder, batch_size, progress, stop)
         seconds = time.perf_counter() - started
-        results.append(write_trained(evaluation, "finetune", encoder, accuracy, seconds, curve, per_class))
+        results.append(write_trained(evaluation, "finetune", encoder, accuracy, seconds, curve, per_class, progress))
     return results
 
 
@@ -90,15 +94,18 @@ def batch_of_groups(evaluation: Evaluation, config: FinetuneConfig) -> int:
 
 
 def finetune(
-    evaluation: Evaluation, config: FinetuneConfig, encoder: FrozenEncoder, batch_size: int
+    evaluation: Evaluation, config: FinetuneConfig, encoder: FrozenEncoder, batch_size: int,
+    progress: Path | None = None, stop: StopRequest | None = None,
 ) -> tuple[dict[str, float], Curve, list[float]]:
-    """Train the encoder's module in place, from the last epoch that an interrupted training has finished.
+    """Train the encoder's module in place, from the last step that an interrupted training has saved.
 
     Args:
         evaluation: settings and images.
         config: the recipe.
         encoder: what the training starts from.
         batch_size: over all ranks, whole BN groups on each.
+        progress: a file to keep the training in, and to go on from.
+        stop: who may ask for an end; None: nobody.
 
     Returns:
         finetune_top1 and finetune_top5 in percent; a dict an epoch, with its mean loss and after some the top-1; and
@@ -106,40 +113,38 @@ def finetune(
 
     Raises:
         UserError: the loss is not finite any more.
+        Preempted: somebody asked for an end.
     """
     world, num_classes = evaluation.world, len(evaluation.train.classes)
-    progress = progress_path(evaluation, "finetune", encoder)
     network = Network(encoder.module, initial_classifier(encoder.dim, num_classes, config.seed))
     network = network.to(world.device, next(encoder.module.parameters()).dtype).requires_grad_(True)
     set_backends(evaluation.pretrain.engine)
     sgd = _optimizer(network, config)
     engine = DDPEngine(network, sgd, encoder.dtype, EngineConfig(), world)
-    curve = load_progress(progress, network, sgd)
-    labels = torch.from_numpy(evaluation.train.labels).to(world.device)
-    epochs = tqdm(  # on rank 0, where somebody watches
-        range(len(curve), config.epochs), unit="epoch", disable=None if world.is_main else True, leave=False
-    )
-    for epoch in epochs:
-        mean_loss = _epoch(engine, evaluation, config, encoder, batch_size, labels, epoch)
-        if not math.isfinite(mean_loss):
-            raise UserError(
-                f"the loss is {mean_loss} in epoch {epoch + 1}; a backbone_lr below {config.backbone_lr:g} or a "
-                f"classifier_lr below {config.classifier_lr:g} may be stable"
-            )
-        curve.append({"epoch": epoch + 1, "loss": mean_loss})
-        _average_statistics(network, world)
-        if (epoch + 1) % max(1, config.epochs // CURVE_POINTS) == 0 and epoch + 1 < config.epochs:
-            val = _validation_features(evaluation, encoder, network)
-            curve[-1]["top1"] = top_accuracies(network.classifier, val, world, "finetune")["finetune_top1"]
-        if world.is_main:
-            save_progress(progress, network, sgd, curve)
-    val = _validation_features(evaluation, encoder, network)
+    training = Training(progress, network, sgd, stop, world, lambda: _average_statistics(network, world))
+    curve, per_epoch = training.curve, batches_in_epoch(len(evaluation.train.labels), batch_size)
+    with Told(f"fine-tuning, {encoder.name}", config.epochs * per_epoch, "steps", world, training.step) as told:
+        for epoch in range(config.epochs):
+            if epoch == len(curve):
+                _epoch(engine, evaluation, config, encoder, batch_size, training, told, epoch)
+                mean_loss = training.mean_loss()
+                if not math.isfinite(mean_loss):
+                    raise UserError(
+                        f"the loss is {mean_loss} in epoch {epoch + 1}; a backbone_lr below {config.backbone_lr:g} or "
+                        f"a classifier_lr below {config.classifier_lr:g} may be stable"
+                    )
+                curve.append({"epoch": epoch + 1, "loss": mean_loss})
+                _average_statistics(network, world)
+            is_due = (epoch + 1) % max(1, config.epochs // CURVE_POINTS) == 0 and epoch + 1 < config.epochs
+            if is_due and "top1" not in curve[epoch]:
+                training.save()
+                val = _validation_features(evaluation, encoder, network, stop)
+                curve[epoch]["top1"] = top_accuracies(network.classifier, val, world, "finetune")["finetune_top1"]
+    training.save()
+    val = _validation_features(evaluation, encoder, network, stop)
     accuracy = top_accuracies(network.classifier, val, world, "finetune")
     curve[-1]["top1"] = accuracy["finetune_top1"]
-    per_class = per_class_accuracy(network.classifier, val, num_classes, world)
-    if world.is_main:
-        progress.unlink(missing_ok=True)
-    return accuracy, curve, per_class
+    return accuracy, curve, per_class_accuracy(network.classifier, val, num_classes, world)
 
 
 def _optimizer(network: Network, config: FinetuneConfig) -> torch.optim.SGD:
@@ -155,15 +160,17 @@ def _optimizer(network: Network, config: FinetuneConfig) -> torch.optim.SGD:
 
 def _epoch(
     engine: DDPEngine, evaluation: Evaluation, config: FinetuneConfig, encoder: FrozenEncoder, batch_size: int,
-    labels: Tensor, epoch: int,
-) -> float:
-    """Train for one epoch; returns its mean loss over all ranks."""
-    world = evaluation.world
+    training: Training, told: Told, epoch: int,
+) -> None:
+    """Train for one epoch, or for what is left of it."""
+    world, labels = evaluation.world, torch.from_numpy(evaluation.train.labels).to(evaluation.world.device)
     batches = global_batches(len(labels), batch_size, config.seed, epoch)
+    batches = batches[training.step - epoch * len(batches) :]
+    if not batches:
+        return
     # Neighbours in a batch share a BN group, on whichever rank.
     own = [batch.reshape(world.world_size, -1)[world.rank] for batch in batches]
     lr = config.backbone_lr * decay(config.milestones, epoch, config.lr_decay)
-    losses = []
     engine.module.train()
     with contextlib.closing(crop_batches(evaluation, own, config.crop_scale, config.seed, epoch)) as views_of_batches:
         for views, rows in zip(views_of_batches, own, strict=True):
@@ -171,8 +178,8 @@ def _epoch(
             loss = F.cross_entropy(logits, labels[to_device(rows, labels.device)])
             engine.backward(loss)
             engine.step(lr)
-            losses.append(loss.detach())
-    return all_reduce_sum(torch.stack(losses).mean(), world).item() / world.world_size
+            training.add(loss)
+            told.add(note=f"epoch {epoch + 1}")
 
 
 def _average_statistics(network: Network, world: World) -> None:
@@ -182,8 +189,10 @@ def _average_statistics(network: Network, world: World) -> None:
         buffer.copy_(averaged[name])
 
 
-def _validation_features(evaluation: Evaluation, encoder: FrozenEncoder, network: Network) -> Features:
+def _validation_features(
+    evaluation: Evaluation, encoder: FrozenEncoder, network: Network, stop: StopRequest | None
+) -> Features:
     """This rank's share, by the module as it is now, for the network's classifier."""
     network.eval()
-    val = extract(evaluation, encoder, "val", keep=False).to(evaluation.world.device)
+    val = extract(evaluation, encoder, "val", keep=False, stop=stop).to(evaluation.world.device)
     return dataclasses.replace(val, values=val.values.to(network.classifier.weight.dtype))

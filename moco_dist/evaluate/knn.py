@@ -6,6 +6,7 @@ similar rows of its shard, and the best of all shards vote.
 
 import itertools
 import json
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,8 +19,9 @@ from torch import Tensor
 
 from moco_dist.config.evaluate import KnnConfig
 from moco_dist.distributed.collectives import all_gather, gather_uneven
+from moco_dist.distributed.stop import STOP, StopRequest
 from moco_dist.distributed.world import World
-from moco_dist.errors import UserError
+from moco_dist.errors import Preempted, UserError
 from moco_dist.evaluate.features import Features, extract
 from moco_dist.evaluate.subject import (
     Evaluation,
@@ -28,6 +30,7 @@ from moco_dist.evaluate.subject import (
     open_evaluation,
     write_result,
 )  # fmt: skip
+from moco_dist.evaluate.told import Told
 from moco_dist.files import read_json, write_whole
 from moco_dist.run.folder import RunFolder
 
@@ -60,6 +63,7 @@ def run_knn(config: KnnConfig, world: World) -> list[dict[str, Any]]:
 
     Raises:
         UserError: there is no run, no checkpoint or no labelled images, or k is larger than the memory.
+        Preempted: somebody asked for an end; the features are kept.
     """
     evaluation = open_evaluation(config, world)
     _check_k(max(config.neighbours), len(evaluation.train.paths))
@@ -67,12 +71,14 @@ def run_knn(config: KnnConfig, world: World) -> list[dict[str, Any]]:
     for name in config.encoders:
         started = time.perf_counter()
         encoder = frozen_encoder(evaluation, name)
-        with frozen(encoder):
-            train, val = (extract(evaluation, encoder, split).to(world.device) for split in ("train", "val"))
-        accuracy = knn_accuracy(
-            train.values, train.labels, val.values, val.labels, config.neighbours, config.temperature,
-            len(evaluation.train.classes), world,
-        )  # fmt: skip
+        with StopRequest(math.inf, world) as stop:
+            with frozen(encoder):
+                train, val = (extract(evaluation, encoder, split, stop=stop).to(world.device)
+                              for split in ("train", "val"))  # fmt: skip
+            accuracy = knn_accuracy(
+                train.values, train.labels, val.values, val.labels, config.neighbours, config.temperature,
+                len(evaluation.train.classes), world, stop,
+            )  # fmt: skip
         if name == "trained":
             _write_examples(evaluation, train, val)
         named = {f"knn_top1_k{k}": value for k, value in accuracy.items()}
@@ -89,6 +95,7 @@ def knn_accuracy(
     temperature: float,
     num_classes: int,
     world: World,
+    stop: StopRequest | None = None,
 ) -> dict[int, float]:
     """Share of validation samples whose neighbours vote for their class, over all ranks' samples, each counted once.
 
@@ -101,24 +108,31 @@ def knn_accuracy(
         temperature: a neighbour's vote weighs exp(cosine / temperature).
         num_classes: labels are below it.
         world: this process.
+        stop: who may ask for an end; None: nobody.
 
     Returns:
         accuracy in percent by k, the same on all ranks.
 
     Raises:
         UserError: a k is larger than the memory.
+        Preempted: somebody asked for an end.
     """
     sizes = all_gather(val_features.new_tensor([[len(train_features), len(val_features)]], dtype=torch.int64), world)
     memory_size, num_queries = sizes.sum(0).tolist()
     _check_k(max(neighbours), memory_size)
     memory, queries = F.normalize(train_features, dim=1), F.normalize(val_features, dim=1)
     correct = torch.zeros(len(neighbours), dtype=torch.int64, device=queries.device)
-    for start in range(0, int(sizes[:, 1].max()), QUERIES):
-        rows = slice(start, start + QUERIES)
-        similarity, labels = nearest(queries[rows], memory, train_labels, max(neighbours), world)
-        expected = gather_uneven(val_labels[rows], world)
-        predicted = vote(similarity, labels, neighbours, temperature, num_classes)
-        correct += (predicted == expected).sum(1)
+    starts = range(0, int(sizes[:, 1].max()), QUERIES)
+    with Told("kNN", num_queries, "queries", world) as told:
+        for number, start in enumerate(starts, 1):
+            rows = slice(start, start + QUERIES)
+            similarity, labels = nearest(queries[rows], memory, train_labels, max(neighbours), world)
+            expected = gather_uneven(val_labels[rows], world)
+            predicted = vote(similarity, labels, neighbours, temperature, num_classes)
+            correct += (predicted == expected).sum(1)
+            told.add(len(expected))
+            if stop is not None and stop.agreed(number) == STOP and number < len(starts):
+                raise Preempted("the features are kept")
     return {k: 100 * n / num_queries for k, n in zip(neighbours, correct.tolist(), strict=True)}
 
 

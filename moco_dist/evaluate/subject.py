@@ -24,6 +24,7 @@ from moco_dist.distributed.collectives import all_gather
 from moco_dist.distributed.world import World
 from moco_dist.engine.precision import autocast, compute_dtype
 from moco_dist.errors import UserError
+from moco_dist.evaluate.told import Told
 from moco_dist.files import write_whole
 from moco_dist.method.batch_norm import GroupedBatchNorm2d, running_statistics
 from moco_dist.method.encoder import build_encoder
@@ -208,11 +209,13 @@ def _calibrate(encoder: FrozenEncoder, evaluation: Evaluation) -> None:
     norms = [m for m in encoder.module.modules() if isinstance(m, GroupedBatchNorm2d)]
     encoder.module.train()
     batches = eval_batches(evaluation.train, samples, data, evaluation.resize, evaluation.crop, world)
-    with contextlib.closing(batches):
+    told = Told("BatchNorm statistics of the untrained network", num_groups, "batches", world)
+    with contextlib.closing(batches), told:
         for i, (views, _) in enumerate(batches):
             for norm in norms:
                 norm.momentum = 1 / (i + 1)
             encoder(views)
+            told.add()
     encoder.module.eval()
     for buffer in running_statistics(encoder.module).values():
         buffer.copy_(all_gather(buffer[None], world)[0])  # rank 0's, should GPUs round differently
@@ -276,9 +279,9 @@ def write_result(
 
 def write_trained(
     evaluation: Evaluation, kind: str, encoder: FrozenEncoder, accuracy: dict[str, float], seconds: float,
-    curve: list[dict[str, float]], per_class: list[float], **more: Any,
+    curve: list[dict[str, float]], per_class: list[float], progress: Path, **more: Any,
 ) -> dict[str, Any]:
-    """`write_result` of a training with labels.
+    """`write_result` of a training with labels; what was kept of it on the way goes when the result is there.
 
     Args:
         evaluation: settings.
@@ -288,6 +291,7 @@ def write_trained(
         seconds: wall-clock time of the whole evaluation.
         curve: a dict an epoch.
         per_class: top-1 in percent of each class; nan where it has no validation image.
+        progress: the file that the training went on from.
         more: further entries.
     """
     named = {
@@ -295,6 +299,9 @@ def write_trained(
         for name, top1 in zip(evaluation.train.classes, per_class, strict=True)
     }
     device_hours = round(seconds * evaluation.world.world_size / 3600, 4)
-    return write_result(
+    result = write_result(
         evaluation, kind, encoder, accuracy, seconds, curve=curve, per_class=named, device_hours=device_hours, **more
     )
+    if evaluation.world.is_main:
+        progress.unlink(missing_ok=True)
+    return result

@@ -1,6 +1,9 @@
 """`moco-dist detect` on a few generated images: a tiny backbone, a result, and no claim about accuracy."""
 
 import json
+import os
+import signal
+import time
 
 import pytest
 import torch
@@ -9,6 +12,7 @@ from moco_dist.cli.main import main
 from moco_dist.config.evaluate import DetectConfig
 from moco_dist.config.pretrain import AugmentConfig, ModelConfig
 from moco_dist.distributed.world import World
+from moco_dist.errors import Preempted
 from moco_dist.evaluate.detection import detector as detector_module
 from moco_dist.evaluate.detection import run as detection_run
 from moco_dist.evaluate.detection.detector import build_detector, weight_groups
@@ -107,41 +111,69 @@ def test_the_backbone_of_a_run(folder, tmp_path, capsys):
     assert json.loads((run_dir / "eval" / "detection.json").read_text())["config"]["steps"] == 1
 
 
-def trained(folder, monkeypatch, stop_at=None, keep=2):
-    """The curve of a training, and its detections; one that ends at `stop_at` raises."""
-    monkeypatch.setattr(detection_run, "KEEP_STEPS", keep)
-    monkeypatch.setattr(detection_run, "CURVE_STEPS", 1)
+@pytest.fixture
+def asked(monkeypatch):
+    """Asks this process to stop, as a scheduler does, when a function is called for the nth time."""
+
+    def ask(module, name, nth):
+        original, calls = getattr(module, name), []
+
+        def asking(*args, **more):
+            calls.append(args)
+            if len(calls) == nth:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(0.2)  # a thread hears it
+            return original(*args, **more)
+
+        monkeypatch.setattr(module, name, asking)
+        return calls
+
+    return ask
+
+
+def trained(folder, monkeypatch):
+    """What a training came to, and its weights at the test."""
+    monkeypatch.setattr(detection_run, "CURVE_STEPS", 2)
     seen = []
 
-    def found(detector, test, config, world):
+    def found(detector, *args):
         seen.append({name: value.clone() for name, value in detector.state_dict().items()})
-        return original(detector, test, config, world)
+        return original(detector, *args)
 
     original = detection_run._detections
     with monkeypatch.context() as patch:
         patch.setattr(detection_run, "_detections", found)
-        if stop_at is not None:
-            rate = detection_run.learning_rate
-
-            def interrupted(config, step):
-                if step == stop_at:
-                    raise KeyboardInterrupt
-                return rate(config, step)
-
-            patch.setattr(detection_run, "learning_rate", interrupted)
         result = run_detection(config_of(folder), World())
     return result, seen[0]
 
 
-def test_it_goes_on_exactly(folder, monkeypatch):
+@pytest.mark.parametrize("step", [1, 2, 3, STEPS])
+def test_it_goes_on_at_the_step_where_it_was_stopped(folder, monkeypatch, asked, step):
     whole, weights = trained(folder, monkeypatch)
-    with pytest.raises(KeyboardInterrupt):
-        trained(folder, monkeypatch, stop_at=3)
+    asked(detection_run, "_flipped", step)
+    with pytest.raises(Preempted, match=f"saved at step {step};"):
+        trained(folder, monkeypatch)
     assert len(list(folder.glob(".backbone.pth.detection.json_*.safetensors"))) == 1
+    steps = asked(detection_run, "_flipped", -1)
     resumed, weights_resumed = trained(folder, monkeypatch)
-    assert resumed["curve"] == whole["curve"]
+    assert len(steps) == STEPS - step
+    assert (resumed["curve"], resumed["accuracy"]) == (whole["curve"], whole["accuracy"])
     assert all(torch.equal(value, weights_resumed[name]) for name, value in weights.items())
-    assert whole["curve"][0]["loss"] != whole["curve"][-1]["loss"]
+    assert [point["step"] for point in whole["curve"]] == [2, 4]
+    assert not list(folder.glob(".*.safetensors"))
+
+
+def test_the_test_goes_on_at_the_image_where_it_was_stopped(folder, monkeypatch, asked):
+    """Two images at once of five; it is asked while it takes the second two."""
+    whole, _ = trained(folder, monkeypatch)
+    asked(detection_run.Told, "add", STEPS + 2)
+    with pytest.raises(Preempted, match="4 of 5 test images are done"):
+        trained(folder, monkeypatch)
+    batches = asked(detection_run.Told, "add", -1)
+    resumed, _ = trained(folder, monkeypatch)
+    assert len(batches) == 1
+    assert resumed["accuracy"] == whole["accuracy"]
+    assert not list(folder.glob(".*.safetensors"))
 
 
 def of_rank(world, folder):
@@ -190,7 +222,7 @@ def shared_gradients(world):
     layer.weight.grad = torch.full((1, 2), 2.0 + 2 * world.rank)
     layer.bias.grad = torch.tensor([float(world.rank)])
     loss = detection_run._share_gradients(layer, torch.tensor(1.0 + world.rank), world)
-    return loss, layer.weight.grad[0].tolist(), layer.bias.grad.tolist()
+    return loss.item(), layer.weight.grad[0].tolist(), layer.bias.grad.tolist()
 
 
 def test_mistakes_are_one_line(folder, tmp_path, capsys):

@@ -1,6 +1,10 @@
 """Pre-training, kNN, linear evaluation and report through the command line, on a few generated images."""
 
 import json
+import os
+import shutil
+import signal
+import time
 
 import pytest
 import torch
@@ -13,9 +17,14 @@ from moco_dist.datasets.prepare import prepare_shapes
 from moco_dist.distributed.world import World
 from moco_dist.evaluate import features as features_module
 from moco_dist.evaluate import finetune as finetune_module
+from moco_dist.evaluate import subject as subject_module
+from moco_dist.evaluate import told as told_module
 from moco_dist.evaluate.during_training import Probe
 from moco_dist.evaluate.features import extract
+from moco_dist.evaluate.progress import Training
 from moco_dist.evaluate.subject import frozen, frozen_encoder, open_evaluation
+from moco_dist.evaluate.told import Told
+from moco_dist.files import write_whole
 from moco_dist.method.encoder import build_encoder
 from moco_dist.report.page import write_report
 from moco_dist.run.logbook import read_log
@@ -130,6 +139,121 @@ def test_finetune_with_a_quarter_of_the_labels_and_a_layer_of_the_head(run_dir, 
     assert written(run_dir, "finetune_trained_labels0.25_head1")["num_train"] == 20
     assert main(["report", str(run_dir)]) == 0
     assert "fine-tuning, 25 % of labels, 1 layer(s) of the head top-1 %" in capsys.readouterr().out
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Asks this process to stop, as a scheduler does, when so much was told of; returns what is told of."""
+
+    def ask(nth):
+        original, calls = Told.add, []
+
+        def asking(self, count=1, note=""):
+            calls.append((self._what, count))
+            if len(calls) == nth:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(0.2)  # a thread hears it
+            return original(self, count, note)
+
+        monkeypatch.setattr(Told, "add", asking)
+        return calls
+
+    return ask
+
+
+TRAININGS = {
+    "finetune": [*FINETUNE, "--epochs", "3"],
+    "cached": ["--features", "cached", "--epochs", "3", "--global-batch-size", "16", *EVALUATION],
+    "augmented": ["--epochs", "3", "--global-batch-size", "16", "--sweep.lrs", "[1, 30]", *EVALUATION],
+}
+
+
+@pytest.mark.parametrize("training", TRAININGS)
+@pytest.mark.parametrize("step", [2, 5, 15])
+def test_a_training_goes_on_at_the_step_where_it_was_stopped(run_dir, capsys, monkeypatch, asked, training, step):
+    """In the middle of an epoch of five steps, at its end, and at the last one; then the same to the last bit."""
+    command = "finetune" if training == "finetune" else "linear"
+    words = [command, "--run-dir", str(run_dir), *TRAININGS[training], "--seed", "5"]
+    assert main(words) == 0
+    expected = written(run_dir, f"{command}_trained")
+    original, steps = Training.add, []
+
+    def counted(self, loss):
+        steps.append(loss)
+        if len(steps) == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.2)
+        original(self, loss)
+
+    monkeypatch.setattr(Training, "add", counted)
+    assert main(words) == 75
+    assert f"stopped: saved at step {step}; run the same command to go on" in capsys.readouterr().err
+    assert main(words) == 0
+    assert len(steps) == 15
+    found = written(run_dir, f"{command}_trained")
+    for key in ("curve", "accuracy", "per_class"):
+        assert found[key] == expected[key]
+    assert not list((run_dir / "eval").glob(f".{command}*"))
+
+
+def test_encoding_goes_on_at_the_image_where_it_was_stopped(run_dir, tmp_path, capsys, asked):
+    """Batches of 20, as 80 and 30 images: 40 are encoded when it is asked, then the rest."""
+    shutil.copytree(run_dir, tmp_path / "run", ignore=lambda *_: ["features"])
+    words = ["knn", "--run-dir", str(tmp_path / "run"), "--neighbours", "20", "--data.batch-size", "20", *EVALUATION]
+    asked(2)
+    assert main(words) == 75
+    assert "stopped: 40 of 80 features of train are encoded; run the same command" in capsys.readouterr().err
+    encoded = asked(-1)
+    assert main(words) == 0
+    assert encoded == [("trained features, train", 20)] * 2 + [("trained features, val", n) for n in (20, 10)] + [
+        ("kNN", 30)]  # fmt: skip
+    again = written(tmp_path / "run", "knn_trained")["accuracy"]
+    shutil.rmtree(tmp_path / "run" / "eval" / "features")
+    assert main(words) == 0
+    assert written(tmp_path / "run", "knn_trained")["accuracy"] == again
+
+
+def test_a_result_that_cannot_be_written_costs_no_training(run_dir, monkeypatch):
+    """A disk that is full at the end: the training is still there."""
+    words = ["finetune", "--run-dir", str(run_dir), *FINETUNE, "--seed", "9"]
+    with monkeypatch.context() as patch:
+        patch.setattr(subject_module, "write_result", lambda *args, **more: write_whole(tmp_full / "x", b""))
+        tmp_full = run_dir / "config.yaml"  # not a folder
+        assert main(words) == 74
+    assert len(list((run_dir / "eval").glob(".finetune*"))) == 1
+    epochs = []
+    original = finetune_module._epoch
+    monkeypatch.setattr(finetune_module, "_epoch", lambda *args: (epochs.append(args), original(*args)))
+    assert main(words) == 0
+    assert epochs == []
+    assert not list((run_dir / "eval").glob(".finetune*"))
+
+
+def test_a_sweep_without_an_image_to_choose_by_is_refused_at_once(run_dir, capsys):
+    """A tenth of eight images of a class is one, which trains."""
+    words = ["linear", "--run-dir", str(run_dir), "--data.label-fraction", "0.1", "--sweep.lrs", "[1, 10]"]
+    assert main([*words, "--epochs", "1", *EVALUATION]) == 2
+    assert "no class has two or more; use more labels, or leave the sweep out" in capsys.readouterr().err
+    words = ["linear", "--run-dir", str(run_dir), "--data.label-fraction", "0.1", "--epochs", "1", *EVALUATION]
+    assert main(words) == 0
+
+
+def test_long_work_says_how_far_it_is(monkeypatch, capsys):
+    monkeypatch.setattr(told_module, "TELL_SECONDS", 0.01)
+    with Told("detector", 1000, "steps", World(), 10) as told:
+        wait_for(lambda: "detector: 10 of 1,000 steps  begun 0:00:00 ago" in capsys.readouterr().err)
+        told.add(5, "loss 2.5")
+        wait_for(lambda: "detector: 15 of 1,000 steps  loss 2.5  0:0" in capsys.readouterr().err)
+    with Told("detector", 1000, "steps", World(1, 1, 2, 2)):  # rank 0 alone speaks
+        time.sleep(0.1)
+    assert capsys.readouterr().err == ""
+
+
+def wait_for(is_so):
+    deadline = time.monotonic() + 20
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_finetune_goes_on_after_the_last_whole_epoch(run_dir, monkeypatch):

@@ -5,6 +5,8 @@ from torch import nn
 
 from moco_dist.evaluate.progress import load_progress, save_progress
 
+FACTS = {"curve": [{"epoch": 1, "loss": 0.5}], "step": 7, "losses": [0.25]}
+
 
 def trained(steps):
     torch.manual_seed(0)
@@ -19,9 +21,9 @@ def trained(steps):
 
 def test_it_holds_all_that_the_next_step_needs(tmp_path):
     path = tmp_path / "eval" / "progress.safetensors"
-    save_progress(path, *trained(2), [{"epoch": 1, "loss": 0.5}])
+    save_progress(path, *trained(2), FACTS)
     module, sgd = trained(0)
-    assert load_progress(path, module, sgd) == [{"epoch": 1, "loss": 0.5}]
+    assert load_progress(path, module, sgd) == FACTS
     module(torch.ones(1, 3)).sum().backward()
     sgd.step()
     assert torch.equal(module.weight, trained(3)[0].weight)
@@ -29,11 +31,11 @@ def test_it_holds_all_that_the_next_step_needs(tmp_path):
 
 def test_what_a_power_cut_left_of_it_is_not_gone_on_from(tmp_path):
     path = tmp_path / "progress.safetensors"
-    save_progress(path, *trained(2), [{"epoch": 1, "loss": 0.5}])
+    save_progress(path, *trained(2), FACTS)
     whole = path.read_bytes()
     for size in (0, 5, len(whole) - 1):
         path.write_bytes(whole[:size])
         module, sgd = trained(0)
-        assert load_progress(path, module, sgd) == []
+        assert load_progress(path, module, sgd) == {}
         assert torch.equal(module.weight, trained(0)[0].weight)
-    assert load_progress(tmp_path / "none", module, sgd) == []
+    assert load_progress(tmp_path / "none", module, sgd) == {}

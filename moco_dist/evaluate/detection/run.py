@@ -5,19 +5,20 @@ generator, which is set anew at each step. So a training goes on as if it had no
 of sums; another number of ranks samples other boxes.
 """
 
+import contextlib
 import json
-import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors
+import safetensors.torch
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN
-from tqdm import tqdm
 
 from moco_dist.config.evaluate import DetectConfig
 from moco_dist.config.loading import worker_count
@@ -26,14 +27,16 @@ from moco_dist.config.source import what_is_computed
 from moco_dist.data.plan import Plan
 from moco_dist.data.processes import made_by_processes
 from moco_dist.distributed.collectives import all_reduce_sum, gather_uneven
+from moco_dist.distributed.stop import StopRequest
 from moco_dist.distributed.world import World
 from moco_dist.engine.schedule import decay
-from moco_dist.errors import UserError, not_a_multiple
+from moco_dist.errors import Preempted, UserError, not_a_multiple
 from moco_dist.evaluate.detection.average_precision import average_precision, require_pycocotools
 from moco_dist.evaluate.detection.detector import build_detector, weight_groups
 from moco_dist.evaluate.detection.voc import Annotated, Pictures, read_sets
-from moco_dist.evaluate.progress import Curve, load_progress, save_progress
+from moco_dist.evaluate.progress import SAVE_SECONDS, Curve, Training
 from moco_dist.evaluate.subject import digest
+from moco_dist.evaluate.told import Told
 from moco_dist.files import write_whole
 from moco_dist.provenance import hash_of_list, key_of
 from moco_dist.run.checkpoint import averaged
@@ -42,7 +45,6 @@ from moco_dist.run.weights import Backbone, backbone_of_run, read_backbone
 
 FLIP_PROBABILITY = 0.5
 CURVE_STEPS = 100  # one point of the loss's curve
-KEEP_STEPS = 1_000  # the training is written down
 WARMUP_START = 0.001  # share of the rate, as in detectron2
 
 Batch = list[tuple[int, Tensor]]  # an image's number, uint8 (3, H, W)
@@ -57,6 +59,7 @@ def run_detection(config: DetectConfig, world: World) -> dict[str, Any]:
     Raises:
         UserError: there is no run or no such weights, images and annotations are not as they should be, the batch does
             not divide, or the loss is no number any more.
+        Preempted: somebody asked for an end; what was done is kept.
     """
     require_pycocotools()
     started = time.perf_counter()
@@ -72,8 +75,12 @@ def run_detection(config: DetectConfig, world: World) -> dict[str, Any]:
     detector = build_detector(backbone, config, pixels, world)
     out = RunFolder(config.run_dir).detection if config.run_dir else _beside(config.weights)
     progress = out.with_name(f".{out.name}_{_key(config, detector, train, world)}.safetensors")
-    curve = _train(detector, train, config, progress, world)
-    accuracy, per_class = average_precision(test, _detections(detector, test, config, world), len(data.classes))
+    with StopRequest(SAVE_SECONDS, world) as stop:
+        curve = _train(detector, train, config, progress, stop, world)
+        images = key_of([str(data.root.resolve()), hash_of_list(item.image.stem for item in test)])
+        kept = progress.with_suffix(f".found_{images}_{world.rank}.safetensors")
+        found = _detections(detector, test, config, kept, stop, world)
+    accuracy, per_class = average_precision(test, found, len(data.classes))
     seconds = time.perf_counter() - started
     result = {
         "step": backbone.step, "num_train": len(train), "num_test": len(test), "accuracy": accuracy,
@@ -83,6 +90,7 @@ def run_detection(config: DetectConfig, world: World) -> dict[str, Any]:
     if world.is_main:
         write_whole(out, json.dumps(result, indent=1).encode())
         progress.unlink(missing_ok=True)
+    kept.unlink(missing_ok=True)
     return result
 
 
@@ -114,44 +122,50 @@ def _key(config: DetectConfig, detector: nn.Module, train: Sequence[Annotated], 
 
 
 def _train(
-    detector: FasterRCNN, train: Sequence[Annotated], config: DetectConfig, progress: Path, world: World
+    detector: FasterRCNN, train: Sequence[Annotated], config: DetectConfig, progress: Path, stop: StopRequest,
+    world: World,
 ) -> Curve:
     """The whole training, or what is left of it; returns the mean loss of every CURVE_STEPS steps."""
     sgd = torch.optim.SGD(weight_groups(detector, config.weight_decay), lr=config.lr, momentum=config.sgd_momentum)
-    curve = load_progress(progress, detector, sgd)
-    start = int(curve[-1]["step"]) if curve else 0
+
+    def settle() -> None:
+        detector.load_state_dict(averaged(detector, world), strict=False)  # equal already but on CPUs
+
+    training = Training(progress, detector, sgd, stop, world, settle)
     plan = Plan(len(train), config.global_batch_size, config.seed)
-    numbers = [plan.query_indices(step, world) for step in range(start, config.steps)]
+    steps = range(training.step, config.steps)
+    batches = _batches(train, [plan.query_indices(step, world) for step in steps], config, world)
     detector.train()
-    losses: list[float] = []
-    bar = tqdm(total=config.steps, initial=start, unit="step", disable=None if world.is_main else True, leave=False)
-    with bar:
-        for step, batch in enumerate(_batches(train, numbers, config, world), start):
+    with Told("detector", config.steps, "steps", world, training.step) as told, contextlib.closing(batches):
+        for step, batch in zip(steps, batches, strict=True):
             torch.manual_seed(int(np.random.SeedSequence([5, config.seed, step, world.rank]).generate_state(1)[0]))
             images, targets = _flipped(batch, train, world.device)
             loss = torch.stack(list(detector(images, targets).values())).sum()
             sgd.zero_grad()
             loss.backward()
-            losses.append(_share_gradients(detector, loss.detach(), world))
-            if not math.isfinite(losses[-1]):
-                raise UserError(f"the loss is {losses[-1]} at step {step}; a lower lr or a longer warm-up may help")
+            loss = _share_gradients(detector, loss.detach(), world)
+            if not loss.isfinite():
+                raise UserError(f"the loss is {loss.item()} at step {step}; a lower lr or a longer warm-up may help")
             for group in sgd.param_groups:
                 group["lr"] = learning_rate(config, step)
             sgd.step()
-            bar.update()
-            if (step + 1) % CURVE_STEPS == 0 or step + 1 == config.steps:
-                curve.append({"step": step + 1, "loss": round(math.fsum(losses) / len(losses), 4)})
-                losses.clear()
-            if (step + 1) % KEEP_STEPS == 0 or step + 1 == config.steps:
-                detector.load_state_dict(averaged(detector, world), strict=False)  # equal already but on CPUs
-                if world.is_main:
-                    save_progress(progress, detector, sgd, curve)
-    return curve
+            if step % CURVE_STEPS == 0 and step:
+                _add_point(training)
+            training.add(loss)
+            told.add(note=f"loss {loss.item():.3f}")
+    if not training.curve or training.curve[-1]["step"] < config.steps:
+        _add_point(training)
+    training.save()
+    return training.curve
+
+
+def _add_point(training: Training) -> None:
+    training.curve.append({"step": training.step, "loss": round(training.mean_loss(), 4)})
 
 
 def _batches(
     annotated: Sequence[Annotated], numbers: list[NDArray[np.int64]], config: DetectConfig, world: World
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     pictures, num_workers = Pictures(annotated), worker_count(config.data.num_workers, world.local_world_size)
     return made_by_processes(
         lambda i: [pictures[number] for number in numbers[i].tolist()], range(len(numbers)), num_workers, 2
@@ -173,7 +187,7 @@ def _flipped(batch: Batch, annotated: Sequence[Annotated], device: str) -> tuple
     return images, targets
 
 
-def _share_gradients(detector: nn.Module, loss: Tensor, world: World) -> float:
+def _share_gradients(detector: nn.Module, loss: Tensor, world: World) -> Tensor:
     """Average gradients over ranks, in place, and the loss with them; returns it."""
     if world.world_size > 1:
         parameters = [p for p in detector.parameters() if p.grad is not None]
@@ -184,20 +198,35 @@ def _share_gradients(detector: nn.Module, loss: Tensor, world: World) -> float:
         )
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
-    return loss.item()
+    return loss
 
 
 @torch.no_grad()
 def _detections(
-    detector: FasterRCNN, test: Sequence[Annotated], config: DetectConfig, world: World
+    detector: FasterRCNN, test: Sequence[Annotated], config: DetectConfig, kept: Path, stop: StopRequest, world: World
 ) -> NDArray[np.float64]:
-    """(n, 7) of all ranks' images: number, left, top, right, bottom, score, label."""
+    """(n, 7) of all ranks' images: number, left, top, right, bottom, score, label.
+
+    This rank's so far are in the file `kept`, if it was stopped.
+    """
     own = np.arange(world.rank, len(test), world.world_size)
     size = config.global_batch_size // world.world_size
     detector.eval()
-    found = [torch.zeros(0, 7, dtype=torch.float64, device=world.device)]
-    for batch in _batches(test, [own[i : i + size] for i in range(0, len(own), size)], config, world):
-        for (number, _), output in zip(batch, detector([p.to(world.device) / 255 for _, p in batch]), strict=True):
-            columns = [output["boxes"], output["scores"][:, None], output["labels"][:, None]]
-            found.append(torch.cat([torch.full_like(columns[1], number), *columns], 1).double())
+    try:
+        before = safetensors.torch.load_file(kept)
+    except (FileNotFoundError, safetensors.SafetensorError):
+        before = {"found": torch.zeros(0, 7, dtype=torch.float64), "images": torch.tensor(0)}
+    found, done = [before["found"].to(world.device)], int(before["images"])
+    batches = _batches(test, [own[i : i + size] for i in range(done, len(own), size)], config, world)
+    with Told("test images", len(own), "images", world, done) as told, contextlib.closing(batches):
+        for batch in batches:
+            for (number, _), output in zip(batch, detector([p.to(world.device) / 255 for _, p in batch]), strict=True):
+                columns = [output["boxes"], output["scores"][:, None], output["labels"][:, None]]
+                found.append(torch.cat([torch.full_like(columns[1], number), *columns], 1).double())
+            done += len(batch)
+            told.add(len(batch))
+            if stop.is_asked and done < len(own):
+                tensors = {"found": torch.cat(found).cpu(), "images": torch.tensor(done)}
+                write_whole(kept, safetensors.torch.save(tensors))
+                raise Preempted(f"{done:,} of {len(own):,} test images are done")
     return gather_uneven(torch.cat(found), world).cpu().numpy()

@@ -14,8 +14,7 @@ from moco_dist.errors import EXIT_MISTAKE, UserError
 from moco_dist.method.build import build_method
 from moco_dist.run import checkpoint, lock
 from moco_dist.run.lock import locked, require_shared
-from moco_dist.run.saver import Saver
-from tests.distributed.program import small_config
+from tests.distributed.program import saver_for, small_config
 from tests.world import run
 
 
@@ -100,8 +99,8 @@ def save_apart(world, run_dir):
     """Each rank into a folder of its own, as on the disks of two hosts."""
     said, own = [], run_dir / str(world.rank)
     method = build_method(small_config(), world)
-    saver = Saver(own, 2, 0, world, said.append)
-    saver.save(method, {"config": {}})
+    saver = saver_for(own, world, said.append, keep_last=2, keep_every_steps=0)
+    saver.save(method, [])
     with pytest.raises(UserError, match="last checkpoint was not written: .* of another rank is not here"):
         saver.finish()
     return said, checkpoint.complete_checkpoints(own)

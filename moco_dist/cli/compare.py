@@ -12,7 +12,7 @@ def main(words: list[str]) -> int:
     parser = Parser(
         "moco-dist compare", description="a table of what differs and what came out, overlaid curves, CSV and Markdown"
     )
-    parser.add_argument("runs", type=Path, nargs="*", help="folders of runs, two or more")
+    parser.add_argument("runs", type=Path, nargs="*", help="folders of runs, any number")
     parser.add_argument("--experiment", help="all pre-trainings of an MLflow experiment instead")
     parser.add_argument("--uri", default=os.environ.get("MLFLOW_TRACKING_URI"), help="of MLflow [MLFLOW_TRACKING_URI]")
     parser.add_argument("--out", type=Path, default=Path("comparison"), help="folder to write [default: comparison]")

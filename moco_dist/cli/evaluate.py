@@ -45,7 +45,7 @@ def _evaluate(command: str, config: KnnConfig | LinearConfig | FinetuneConfig) -
             for result in results:
                 accuracies = "  ".join(f"{name} {value:.2f} %" for name, value in result["accuracy"].items())
                 print(f"{result['encoder']}: {accuracies}")
-                with Tracker.for_evaluation(config, command, result["encoder"]) as tracker:
+                with Tracker.for_evaluation(config, command, result["encoder"], result["variant"]) as tracker:
                     # A part of the labels or of the head has names of its own, or `compare` would mix them up.
                     named = {f"{name}{result['variant']}": value for name, value in result["accuracy"].items()}
                     tracker.log_metrics(result["step"], named)

@@ -1,8 +1,10 @@
 """`moco-dist report`."""
 
+import sys
 from pathlib import Path
 
 from moco_dist.cli.arguments import Parser
+from moco_dist.errors import UserError
 from moco_dist.run.folder import RunFolder
 
 
@@ -10,15 +12,25 @@ def main(words: list[str]) -> int:
     """Accuracy table, and a page with pictures and curves."""
     parser = Parser("moco-dist report", description="accuracy table, pictures and curves of a run")
     parser.add_argument("run", type=Path, help="folder of the pre-training run")
-    run_dir = parser.parse_args(words).run
+    parser.add_argument("--data-root", type=Path, help="where its images are now [default: the run's data.root]")
+    args = parser.parse_args(words)
+    run_dir = args.run
     config = RunFolder(run_dir).settings()
+    before = config.data.root
+    if args.data_root:
+        config = config.model_copy(update={"data": config.data.model_copy(update={"root": args.data_root})})
 
     from moco_dist.evaluate.knn import nearest_examples
     from moco_dist.report.contact_sheet import view_pairs
     from moco_dist.report.page import accuracy_table, write_report
     from moco_dist.tracking import Tracker, ui_command
 
-    page = write_report(run_dir, view_pairs(config, 8), nearest_examples(run_dir))
+    pairs = None
+    try:
+        pairs = view_pairs(config, 8)
+    except (UserError, OSError) as error:
+        print(f"warning: no pairs of views: {error}; --data-root says where the images are now", file=sys.stderr)
+    page = write_report(run_dir, pairs, nearest_examples(run_dir, before, config.data.root))
     with Tracker.reopen(run_dir) as tracker:
         tracker.log_artifact(page, "report")
     print(accuracy_table(run_dir))

@@ -15,6 +15,13 @@ def compute_dtype(precision: str, device: str) -> torch.dtype:
     return names[precision]
 
 
+def slow_on_cpu(dtype: torch.dtype, device: str) -> str:
+    """A warning where fp16 is computed on a CPU, which has no instructions for it; else ""."""
+    if dtype != torch.float16 or torch.device(device).type != "cpu":
+        return ""
+    return "warning: fp16 on a CPU is many times slower than fp32 and saves nothing; precision fp32 is meant for it"
+
+
 def autocast(dtype: torch.dtype, device: str) -> contextlib.AbstractContextManager:
     """Autocast to a 16-bit dtype; nothing for the others, whose weights have that dtype themselves."""
     if dtype in (torch.float32, torch.float64):

@@ -192,13 +192,23 @@ def vote(
     return torch.stack([winners[k] for k in neighbours])
 
 
-def nearest_examples(run_dir: Path) -> list[NeighbourRow]:
-    """Validation images with their nearest training images, as the last `run_knn` of the run found them; or none."""
+def nearest_examples(run_dir: Path, before: Path, now: Path) -> list[NeighbourRow]:
+    """Validation images with their nearest training images, as the last `run_knn` of the run found them; or none.
+
+    Args:
+        run_dir: folder of the run.
+        before: where its images were.
+        now: where they are.
+    """
     path = RunFolder(run_dir).neighbours
     rows = read_json(path, list, "remove it, and run moco-dist knn again") if path.is_file() else []
+
+    def found(file: str) -> Path:
+        return now / Path(file).relative_to(before) if Path(file).is_relative_to(before) else Path(file)
+
     return [
         NeighbourRow(
-            Path(row["query"]), row["query_label"], tuple(Path(p) for p in row["neighbours"]),
+            found(row["query"]), row["query_label"], tuple(found(file) for file in row["neighbours"]),
             tuple(row["neighbour_labels"]),
         )
         for row in rows

@@ -5,6 +5,7 @@ import functools
 import hashlib
 import json
 import math
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from moco_dist.data.loaders import eval_batches
 from moco_dist.data.sources import find_images
 from moco_dist.distributed.collectives import all_gather
 from moco_dist.distributed.world import World
-from moco_dist.engine.precision import autocast, compute_dtype
+from moco_dist.engine.precision import autocast, compute_dtype, slow_on_cpu
 from moco_dist.errors import UserError
 from moco_dist.evaluate.told import Told
 from moco_dist.files import write_whole
@@ -134,6 +135,8 @@ def open_evaluation(config: EvalConfig, world: World) -> Evaluation:
         )
     crop = data.image_size or pretrain.data.image_size
     dtype = compute_dtype(config.precision, world.device)
+    if world.is_main and (slow := slow_on_cpu(dtype, world.device)):
+        print(slow, file=sys.stderr)
     return Evaluation(config, pretrain, train, val, data.resize or round(crop * 8 / 7), crop, dtype, world)
 
 

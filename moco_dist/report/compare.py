@@ -5,6 +5,7 @@ Runs come from their folders, or from an MLflow experiment when the folders are 
 
 import csv
 import io
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from moco_dist.config.source import declarations, flatten
 from moco_dist.credentials import without_credentials
 from moco_dist.errors import UnreachableError, UserError, nearest
 from moco_dist.report.charts import COLOURS, Picture, chart
+from moco_dist.report.html import rendered
 from moco_dist.report.page import EVALUATIONS, MISSING, evaluations, shown
 from moco_dist.run import checkpoint
 from moco_dist.run.folder import RunFolder
@@ -85,12 +87,14 @@ class Comparison:
         rows: a run each.
         links: a page of MLflow for each row, or "".
         curves: charts with a line a run.
+        note: which runs have a line, where not all have; or "".
     """
 
     heads: list[str]
     rows: list[list[str]]
     links: list[str]
     curves: list[Picture]
+    note: str
 
 
 def run_of_folder(run_dir: Path) -> RunRecord:
@@ -168,13 +172,11 @@ def compare(records: list[RunRecord]) -> Comparison:
     """The table and the overlaid curves.
 
     Raises:
-        UserError: two runs have the same name, or there are more than can be told apart.
+        UserError: two runs have the same name.
     """
     names = [record.name for record in records]
     if twice := {name for name in names if names.count(name) > 1}:
         raise UserError(f"two runs are called {', '.join(sorted(twice))}; compare folders of different names")
-    if len(records) > len(COLOURS):
-        raise UserError(f"{len(records)} runs are more than a chart can tell apart; at most {len(COLOURS)} can be")
     records_alone = [name for name, it in declarations(PretrainConfig).items() if it["changes"] == "record"]
     keys = [
         key for key in dict.fromkeys(key for record in records for key in record.settings)
@@ -184,22 +186,38 @@ def compare(records: list[RunRecord]) -> Comparison:
         name for name in dict.fromkeys(name for record in records for name in record.accuracy)
         if name in ("knn_top1_k20", "linear_top1", "linear_best_top1", "finetune_top1")
     ]  # fmt: skip
-    heads = ["run", *keys, "steps", "loss", *(f"{name} %" for name in accuracies), "images/s", "device hours"]
+    results = [*(f"{name} %" for name in accuracies), "loss", "steps", "images/s", "device hours"]
+    heads = ["run", *results, *keys]  # what a run came to is seen without scrolling, however much differs
     rows = []
     for record in records:
         losses = [row["loss"] for row in record.log if "loss" in row]
         numbers = [
-            (losses[-1] if losses else None, ".4f"),
             *((record.accuracy.get(name), ".2f") for name in accuracies),
+            (losses[-1] if losses else None, ".4f"),
+            (record.log[-1]["step"] if record.log else None, "d"),
             (record.images_per_second, ".0f"),
             (record.device_hours, ".3g"),
         ]
-        steps = str(record.log[-1]["step"]) if record.log else MISSING
         rows.append([
-            record.name, *(record.settings.get(key, MISSING) for key in keys), steps,
-            *(MISSING if number is None else format(number, style) for number, style in numbers),
+            record.name, *(MISSING if number is None else format(number, style) for number, style in numbers),
+            *(record.settings.get(key, MISSING) for key in keys),
         ])  # fmt: skip
-    return Comparison(heads, rows, [record.link for record in records], _curves(records))
+    drawn, by = _best(records, len(COLOURS))
+    note = f"Curves are of the {len(drawn)} runs that are best by {by}." if len(drawn) < len(records) else ""
+    return Comparison(heads, rows, [record.link for record in records], _curves(drawn), note)
+
+
+def _best(records: list[RunRecord], count: int) -> tuple[list[RunRecord], str]:
+    """The best runs, in their own order, and what they are best by: an accuracy that one has, else the last loss."""
+
+    def loss(record: RunRecord) -> float:
+        return next((row["loss"] for row in reversed(record.log) if "loss" in row), math.inf)
+
+    for name in ("linear_top1", "knn_top1_k20", ""):
+        if not name or any(name in record.accuracy for record in records):
+            ranked = sorted(records, key=lambda it: (-it.accuracy.get(name, -1.0), loss(it)))[:count]
+            return [record for record in records if record in ranked], name or "loss"
+    raise AssertionError
 
 
 def _curves(records: list[RunRecord]) -> list[Picture]:
@@ -240,13 +258,7 @@ def as_csv(comparison: Comparison) -> str:
 
 def write_comparison(comparison: Comparison, out: Path) -> Path:
     """Write OUT/index.html (self-contained), compare.md, compare.csv and curves/*.png; returns the page's path."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = environment.get_template("compare.html").render(comparison=comparison)
+    page = rendered("compare.html", comparison=comparison)
     (out / "curves").mkdir(parents=True, exist_ok=True)
     (out / "compare.md").write_text(as_markdown(comparison), encoding="utf-8")
     (out / "compare.csv").write_text(as_csv(comparison), encoding="utf-8")

@@ -1,7 +1,7 @@
 """What a run came to: an accuracy table as text, and one self-contained page with curves and pictures.
 
-Reads the run's folder and evaluates nothing: log.jsonl, config.yaml and eval/*.json are all it knows. jinja2 is
-imported where it is used, so that a training does not wait for it.
+Evaluates nothing: it shows what config.yaml, log.jsonl, eval/*.json and an imported backbone say, and the images that
+it is given.
 """
 
 import json
@@ -22,8 +22,10 @@ from moco_dist.evaluate.knn import NeighbourRow
 from moco_dist.files import read_json, write_whole
 from moco_dist.provenance import package_versions
 from moco_dist.report.charts import Picture, chart, png_uri
+from moco_dist.report.html import rendered
 from moco_dist.run.folder import RunFolder
 from moco_dist.run.logbook import read_log
+from moco_dist.run.weights import imported_from
 
 ROWS = {"pixels": "raw pixels", "untrained": "untrained", "trained": "pre-trained"}
 EVALUATIONS = {"knn": "kNN", "linear": "linear", "finetune": "fine-tuning"}
@@ -71,15 +73,10 @@ def write_report(run_dir: Path, view_pairs: Tensor | None = None, neighbours: li
     Raises:
         UserError: config.yaml is missing or does not fit this version.
     """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
     config = RunFolder(run_dir).settings()
     rows = read_log(run_dir)
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = environment.get_template("page.html").render(
+    page = rendered(
+        "page.html",
         name=run_dir.resolve().name,
         summary=_summary(config, rows),
         table=_accuracies(run_dir),
@@ -142,14 +139,14 @@ def _accuracies(run_dir: Path) -> AccuracyTable:
                                                                      strict=True)]
     rows.append((f"{ROWS['trained']} − {ROWS['untrained']}", [MISSING if g is None else f"{g:+.2f}" for g in gains]))
     heads = [f"{_title(k)} top-1 %" + (f", k = {_k(knn)}" if k.startswith("knn") else "") for k in kinds]
-    return AccuracyTable(heads, rows, _notes(found))
+    return AccuracyTable(heads, rows, _notes(found, imported_from(run_dir)))
 
 
 def _k(name: str) -> int:
     return int(re.sub(r"\D", "", name.rpartition("_k")[2]) or 0)
 
 
-def _notes(found: dict[tuple[str, str], dict[str, Any]]) -> list[str]:
+def _notes(found: dict[tuple[str, str], dict[str, Any]], imported: str) -> list[str]:
     """How many images and which step the numbers stand for, and what spoils the comparison."""
     notes = []
     for kind in _kinds(found):
@@ -163,6 +160,8 @@ def _notes(found: dict[tuple[str, str], dict[str, Any]]) -> list[str]:
         same = len(set(steps.values())) == 1
         each = [f"{_title(kind)} at step {step:,}" for kind, step in steps.items()]
         text = f"step {max(steps.values()):,}" if same else ", ".join(each)
+        if imported and not any(steps.values()):
+            text = f"imported from {imported}"
         notes.append(f"{ROWS['trained']}: {text}")
     if any((kind, encoder) not in found for kind in ALWAYS_SHOWN for encoder in ROWS):
         notes.append(f"{MISSING}: not evaluated (moco-dist knn, moco-dist linear)")

@@ -19,6 +19,7 @@ import torch
 from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.config.source import read_config
 from moco_dist.distributed.world import World
+from moco_dist.evaluate.told import Told
 from moco_dist.planning.arithmetic import sizes
 from moco_dist.planning.calibrate import Step
 
@@ -48,10 +49,12 @@ def measure(
     """
     cases = [(method, batch) for batch in local_batches for method in configs]
     readings: dict[tuple[str, int], list[tuple[int, float] | None]] = {case: [] for case in cases}
-    for _ in range(rounds):
-        for method, batch in cases:
-            if None not in readings[method, batch]:
-                readings[method, batch].append(_alone(configs[method], batch, steps, device))
+    with Told("table3", rounds * len(cases), "measurements", World()) as told:
+        for _ in range(rounds):
+            for method, batch in cases:
+                if None not in readings[method, batch]:
+                    readings[method, batch].append(_alone(configs[method], batch, steps, device))
+                told.add(note=f"{method}, {batch} samples")
     rows = []
     for method, batch in cases:
         found = [reading for reading in readings[method, batch] if reading is not None]

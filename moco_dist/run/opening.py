@@ -5,6 +5,7 @@ import torch
 from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.data.plan import Plan
 from moco_dist.distributed.world import World
+from moco_dist.engine.precision import slow_on_cpu
 from moco_dist.engine.schedule import learning_rate_formula
 from moco_dist.method.step import Method
 
@@ -27,4 +28,6 @@ def opening_lines(config: PretrainConfig, plan: Plan, method: Method, stop: int,
             f"warning: moco.queue_size {method.queue.size} is larger than the data set ({plan.num_samples}): "
             "older keys of the very same image are among its negatives, and the loss pushes them away"
         )
+    if slow := slow_on_cpu(method.dtype, world.device):
+        lines.append(slow)
     return lines

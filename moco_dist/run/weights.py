@@ -161,6 +161,15 @@ def import_backbone(path: Path, arch: str, data_root: Path, run_dir: Path, stem:
     return backbone
 
 
+def imported_from(run_dir: Path) -> str:
+    """The name of the file that `import_backbone` took; "" for a run that was trained here."""
+    try:
+        with safetensors.safe_open(RunFolder(run_dir).backbone, "pt") as file:
+            return file.metadata().get("imported_from", "")
+    except (OSError, safetensors.SafetensorError):
+        return ""
+
+
 def load_trained(encoder: nn.Module, run_dir: Path) -> int:
     """Fill a query encoder from a run's newest checkpoint, or the backbone alone where it was imported.
 

@@ -96,17 +96,21 @@ class Tracker:
         return cls(outbox, run_dir)
 
     @classmethod
-    def for_evaluation(cls, config: EvalConfig | DetectConfig, command: str, encoder: str) -> "Tracker":
+    def for_evaluation(
+        cls, config: EvalConfig | DetectConfig, command: str, encoder: str, variant: str = ""
+    ) -> "Tracker":
         """A new child of the pre-training's run; does nothing where that was not tracked.
 
         Args:
             config: its settings are the child's parameters; `run_dir` is the folder of the pre-training.
-            command: `knn`, `linear` or `detect`.
+            command: `knn`, `linear`, `finetune` or `detect`.
             encoder: what gave the features.
+            variant: which part of the labels or of the head was used, as in `RunFolder.result`.
         """
         if config.tracking == "none" or config.run_dir is None:
             return cls()
-        begin = _begin(f"{command} {encoder}", {"evaluation": command, "encoder": encoder}, config)
+        name = f"{command} {encoder}{variant.replace('_', ' ')}"
+        begin = _begin(name, {"evaluation": command, "encoder": encoder}, config)
         return cls._beside(config.run_dir, begin, ends_run=True)
 
     @classmethod

@@ -13,6 +13,7 @@ from PIL import Image
 
 from moco_dist.cli.main import main
 from moco_dist.datasets.prepare import prepare_shapes
+from moco_dist.report.compare import RunRecord, compare, write_comparison
 
 TINY = [
     "--data.image-size", "32", "--data.num-workers", "0", "--model.arch", "resnet10", "--optim.precision", "fp32",
@@ -87,6 +88,28 @@ def test_the_page_in_a_browser(runs, tmp_path):
     assert blue > 100, "no curve is seen"
     if keep := os.environ.get("MOCO_DIST_KEEP_SCREENSHOT"):
         shutil.copy(shot, keep)
+
+
+def test_accuracies_are_seen_without_scrolling(tmp_path):
+    """In a window of 1,200 pixels, whatever differs between the runs; the browser measures it."""
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("no chromium; apt-get install chromium")
+    records = [
+        RunRecord(f"run{i}", {f"section.setting{n}": f"value {n} of run {i}" for n in range(12)},
+                  [{"step": 5, "loss": 9.0}], {"knn_top1_k20": 40.0, "linear_top1": 50.0, "finetune_top1": 60.0}, 1, "")
+        for i in range(3)
+    ]  # fmt: skip
+    page = write_comparison(compare(records), tmp_path)
+    script = """<script>document.title = [...document.querySelectorAll("th")].filter(
+        cell => cell.textContent.includes("top1")).map(
+        cell => cell.getBoundingClientRect().right <= innerWidth).join()</script></body>"""
+    page.write_text(page.read_text().replace("</body>", script))
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
+             f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1200,800"]  # fmt: skip
+    words = [chromium, *flags, "--dump-dom", f"file://{page}"]
+    done = subprocess.run(words, check=True, capture_output=True, timeout=120)
+    assert b"<title>true,true,true</title>" in done.stdout
 
 
 def test_an_experiment_says_the_same(runs, tmp_path):

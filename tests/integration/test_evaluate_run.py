@@ -5,7 +5,9 @@ import os
 import shutil
 import signal
 import time
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,6 +19,7 @@ from moco_dist.datasets.prepare import prepare_shapes
 from moco_dist.distributed.world import World
 from moco_dist.evaluate import features as features_module
 from moco_dist.evaluate import finetune as finetune_module
+from moco_dist.evaluate import knn as knn_module
 from moco_dist.evaluate import subject as subject_module
 from moco_dist.evaluate import told as told_module
 from moco_dist.evaluate.during_training import Probe
@@ -78,6 +81,66 @@ def test_knn(run_dir, capsys):
         assert set(result["accuracy"]) == {"knn_top1_k1", "knn_top1_k20"}
         assert line.startswith(f"{name}: knn_top1_k1 {result['accuracy']['knn_top1_k1']:.2f} %")
     assert written(run_dir, "knn_trained")["step"] == 10
+
+
+def test_the_commands_temperature_reaches_the_vote(run_dir, monkeypatch):
+    given = []
+    original = knn_module.knn_accuracy
+    monkeypatch.setattr(knn_module, "knn_accuracy", lambda *args: (given.append(args[5]), original(*args))[1])
+    words = ["knn", "--run-dir", str(run_dir), "--neighbours", "80", *EVALUATION]
+    for temperature in ("0.07", "7"):
+        assert main([*words, "--temperature", temperature]) == 0
+    assert given == [0.07, 7.0]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("total", [1, 7, 8, 21])
+def test_every_image_is_encoded_and_counted_once(monkeypatch, world_size, total):
+    """Over all ranks: no row is there twice, none is missing, and the total is what there is."""
+    monkeypatch.setattr(features_module, "CHUNK_SAMPLES", 4)
+    images = SimpleNamespace(paths=list(range(total)), labels=np.arange(total))
+    encoder = SimpleNamespace(name="trained", dim=1)
+
+    def encode(evaluation, encoder, folder, parts):
+        for part in parts:
+            yield torch.tensor([[float(row)] for row in part])
+
+    monkeypatch.setattr(features_module, "_encode", encode)
+    shares = []
+    for rank in range(world_size):
+        evaluation = SimpleNamespace(val=images, world=World(rank, rank, world_size, world_size))
+        shares.append(extract(evaluation, encoder, "val", keep=False))
+    assert {share.total for share in shares} == {total}
+    for values in (torch.cat([share.rows for share in shares]), torch.cat([share.labels for share in shares]),
+                   torch.cat([share.values[:, 0] for share in shares])):  # fmt: skip
+        assert sorted(values.tolist()) == list(range(total))
+
+
+def test_fp16_on_a_cpu_is_warned_of(run_dir, capsys):
+    open_evaluation(KnnConfig.model_validate({"run_dir": str(run_dir), "precision": "fp16"}), World())
+    assert "warning: fp16 on a CPU is many times slower than fp32" in capsys.readouterr().err
+
+
+def test_report_of_a_run_whose_images_are_elsewhere(run_dir, tmp_path, capsys):
+    data = read_config(PretrainConfig, run_dir / "config.yaml", []).data.root
+    words = ["knn", "--run-dir", str(run_dir), "--neighbours", "20", *EVALUATION]
+    assert main(words) == 0
+    moved = data.rename(data.with_name("moved"))
+    try:
+        capsys.readouterr()
+        assert main(["report", str(run_dir)]) == 0
+        said = capsys.readouterr()
+        assert "warning: no pairs of views: " in said.err
+        assert "--data-root says where" in said.err
+        page = (run_dir / "report" / "index.html").read_text()
+        assert 'id="views"' not in page
+        assert page.count("file not found") == 8 * 6
+        assert main(["report", str(run_dir), "--data-root", str(moved)]) == 0
+        page = (run_dir / "report" / "index.html").read_text()
+        assert 'id="views"' in page
+        assert "file not found" not in page
+    finally:
+        moved.rename(data)
 
 
 @pytest.mark.parametrize("features", ["cached", "augmented"])

@@ -130,6 +130,19 @@ def test_an_evaluation_is_a_child_of_the_pretraining(runs):
     assert parent.data.metrics == {}
 
 
+def test_evaluations_of_a_part_of_the_head_have_names_of_their_own(runs):
+    with Tracker.for_pretraining(config_of(runs / "a"), World()):
+        pass
+    for variant in ("", "_head1", "_labels0.1_head2"):
+        with Tracker.for_evaluation(KnnConfig(run_dir=runs / "a"), "linear", "trained", variant):
+            pass
+    parent = run_of(runs / "a")
+    query = f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'"
+    children = client_for(runs).search_runs([parent.info.experiment_id], query)
+    names = {"linear trained", "linear trained head1", "linear trained labels0.1 head2"}
+    assert {child.info.run_name for child in children} == names
+
+
 @pytest.mark.parametrize("has_parent", [True, False])
 def test_an_evaluation_need_not_be_tracked(runs, has_parent, capsys):
     if has_parent:

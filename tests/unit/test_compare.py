@@ -1,5 +1,6 @@
 """What `compare` reads from an MLflow experiment."""
 
+import re
 from types import SimpleNamespace
 
 from moco_dist.report import compare
@@ -31,6 +32,25 @@ class Client:
 
     def get_metric_history(self, run_id, key):
         return []
+
+
+def record(number, **accuracy):
+    log = [{"step": 5, "loss": 9.0 - number / 10}]
+    settings = {"run.seed": str(number), "data.root": "x" * 200, "moco.momentum": str(number)}
+    return compare.RunRecord(f"run{number}", settings, log, accuracy, 1, "")
+
+
+def test_any_number_of_runs_is_shown_and_the_best_eight_are_drawn(tmp_path):
+    found = compare.compare([record(i, linear_top1=float(i % 7)) for i in range(12)])
+    assert [row[0] for row in found.rows] == [f"run{i}" for i in range(12)]
+    assert found.heads[:4] == ["run", "linear_top1 %", "loss", "steps"]  # what counts, before what differs
+    assert found.note == "Curves are of the 8 runs that are best by linear_top1."
+    drawn = re.findall(r"run\d+", found.curves[0].alt)
+    assert drawn == ["run2", "run3", "run4", "run5", "run6", "run9", "run10", "run11"]
+    assert found.note in compare.write_comparison(found, tmp_path).read_text()
+    by_loss = compare.compare([record(i) for i in range(9)])
+    assert "run0" not in re.findall(r"run\d+", by_loss.curves[0].alt)  # the highest loss
+    assert compare.compare([record(0)]).note == ""
 
 
 def test_runs_past_the_first_page_are_read_too(monkeypatch):

@@ -45,6 +45,15 @@ def test_equals_a_plain_loop():
     assert 30 < found[20] < 100
 
 
+def test_the_temperature_counts():
+    """Of many neighbours the near ones decide at a low temperature, at a high one the most frequent class."""
+    train, val = clusters(300, 6, 0), clusters(70, 6, 1)
+    found = {t: knn_accuracy(*train, *val, [300], t, CLASSES, World())[300] for t in (0.02, 10.0)}
+    assert found[0.02] > found[10.0] + 10
+    for temperature, accuracy in found.items():
+        assert accuracy == pytest.approx(plain_accuracy(*train, *val, 300, temperature))
+
+
 def test_more_queries_than_one_chunk():
     train, val = clusters(200, 4, 2), clusters(600, 4, 3)
     assert knn_accuracy(*train, *val, [5], 0.07, CLASSES, World())[5] == pytest.approx(

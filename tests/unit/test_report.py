@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from PIL import Image
 
@@ -143,6 +144,14 @@ def test_what_spoils_the_comparison_is_said(run_dir):
     table = accuracy_table(run_dir)
     assert "the rows differ and cannot be compared" in table
     assert "pre-trained: kNN at step 1,000, linear at step 500" in table
+
+
+def test_an_imported_backbone_is_called_so(run_dir):
+    _evaluate(run_dir, "knn", "trained", step=0, knn_top1_k20=50.0)
+    assert "pre-trained: step 0" in accuracy_table(run_dir)
+    metadata = {"imported_from": "moco_v2.pth.tar"}
+    safetensors.torch.save_file({"x": torch.zeros(1)}, run_dir / "backbone.safetensors", metadata)
+    assert "pre-trained: imported from moco_v2.pth.tar" in accuracy_table(run_dir)
 
 
 def test_the_page_needs_nothing_else(run_dir):

@@ -49,7 +49,7 @@ def require_layout(root: Path, names: list[str]) -> None:
                          if _split_of(name) == ("val", "") and "val" not in names), "")  # fmt: skip
             raise UserError(
                 f"{root} has images in {_listed(others)} beside train, which would be left out{hint}; "
-                f"if train is a class like them, move all into {root / 'train'}, "
+                f"if train is a class like them, lay out {root / 'train' / others[0]} and {root / 'train' / 'train'}, "
                 f"else move them away or name {root / 'train'}"
             )
     elif "val" not in names:

@@ -67,7 +67,7 @@ def test_linked_images_and_folders_are_found(tmp_path):
         (["set/val/a/1.jpg", "set/trian/a/1.jpg"], "set", "train", "none called train; did you mean trian?"),
         (["set/train/cat/1.jpg", "set/val/cart/1.jpg"], "set", "val", "class cart that .* lacks; did you mean cat?"),
         ([f"set/{name}/1.jpg" for name in ("bicycle", "bus", "car", "train")], "set", "train",
-         "images in bicycle, bus, car beside train, which .* if train is a class like them, move all into .*set/train"),
+         "images in bicycle, bus, car beside train, which .* if train is a class like them, lay out .*train/train,"),
         ([f"set/{name}/a/1.jpg" for name in ("train", "val", "more")], "set", "val", "images in more beside train"),
         ([f"set/{name}/a/1.jpg" for name in ("train", "validation")], "set", "train", "mean that by validation?"),
         ([f"set/{name}/a/1.jpg" for name in ("train", "Val")], "set", "val", "mean that by Val?"),

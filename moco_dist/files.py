@@ -4,7 +4,6 @@ import errno
 import fcntl
 import json
 import os
-import re
 import secrets
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,22 +13,6 @@ from moco_dist.errors import UserError
 T = TypeVar("T")
 
 
-VARIABLE = re.compile(r"(?:^|/)(\$\w+|\$\{\w+\})(?:/|$)")  # a whole part of a path
-
-
-def path_of(text: str | Path) -> Path:
-    """The path that a user means: `~` at its start is the home folder, whether or not a shell has seen it.
-
-    Raises:
-        UserError: the home folder is not known, or the path has a `$VARIABLE` that no shell has replaced.
-    """
-    if variable := VARIABLE.search(str(text)):
-        how = "which only a shell replaces; write the path, or ~ for the home folder"
-        raise UserError(f"{text} has {variable[1]}, {how}")
-    try:
-        return Path(text).expanduser()
-    except RuntimeError as error:
-        raise UserError(f"{text}: there is no such home folder; give the whole path") from error
 
 
 def write_whole(path: Path, content: bytes) -> None:

@@ -5,8 +5,8 @@ import re
 from pathlib import Path
 from typing import Any, NoReturn
 
+from moco_dist.config.section import path_of
 from moco_dist.errors import UserError, nearest
-from moco_dist.files import path_of
 
 
 class Parser(argparse.ArgumentParser):

@@ -8,9 +8,9 @@ from pydantic import BaseModel
 
 from moco_dist.config.evaluate import DetectConfig, FinetuneConfig, KnnConfig, LinearConfig
 from moco_dist.config.pretrain import PretrainConfig
+from moco_dist.config.section import path_of
 from moco_dist.config.source import help_text, leaf_fields, read_config, read_yaml
 from moco_dist.errors import UserError
-from moco_dist.files import path_of
 
 Config = TypeVar("Config", bound=BaseModel)
 # In this order a file that several would take is the first one's.

@@ -9,7 +9,7 @@ import traceback
 
 from moco_dist import __version__
 from moco_dist.cli.streams import let_lines_be_lost, open_closed_descriptors
-from moco_dist.credentials import redacted_output
+from moco_dist.config.credentials import redacted_output
 from moco_dist.errors import (
     EXIT_FAILURE,
     EXIT_INTERRUPTED,

@@ -20,9 +20,9 @@ def main(words: list[str]) -> int:
     if args.data_root:
         config = config.model_copy(update={"data": config.data.model_copy(update={"root": args.data_root})})
 
-    from moco_dist.evaluate.knn import nearest_examples
     from moco_dist.report.contact_sheet import view_pairs
     from moco_dist.report.page import accuracy_table, write_report
+    from moco_dist.run.results import nearest_examples
     from moco_dist.tracking import Tracker, ui_command
 
     pairs = None

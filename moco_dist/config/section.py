@@ -3,14 +3,16 @@
 No torch here, so that `--help` and a wrong flag answer at once.
 """
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypedDict, cast, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 
-from moco_dist.files import path_of
+from moco_dist.errors import UserError
 
+VARIABLE = re.compile(r"(?:^|/)(\$\w+|\$\{\w+\})(?:/|$)")  # a whole part of a path
 Probability = Annotated[float, Field(ge=0, le=1)]
 PositiveInt = Annotated[int, Field(gt=0)]
 Positive = Annotated[float, Field(gt=0)]
@@ -85,3 +87,18 @@ class Section(BaseModel):
     def _paths_are_those_of_this_user(cls, value: Any) -> Any:
         """`~` at the start of a path is the home folder, whether or not a shell has seen it."""
         return path_of(value) if isinstance(value, Path) else value
+
+
+def path_of(text: str | Path) -> Path:
+    """The path that a user means: `~` at its start is the home folder, whether or not a shell has seen it.
+
+    Raises:
+        UserError: the home folder is not known, or the path has a `$VARIABLE` that no shell has replaced.
+    """
+    if variable := VARIABLE.search(str(text)):
+        how = "which only a shell replaces; write the path, or ~ for the home folder"
+        raise UserError(f"{text} has {variable[1]}, {how}")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{text}: there is no such home folder; give the whole path") from error

@@ -27,10 +27,10 @@ from moco_dist.distributed.stop import StopRequest
 from moco_dist.distributed.world import World
 from moco_dist.errors import Preempted
 from moco_dist.evaluate.subject import Evaluation, FrozenEncoder, digest
-from moco_dist.evaluate.told import Told
 from moco_dist.files import write_whole
 from moco_dist.provenance import hash_of_list, key_of
 from moco_dist.run.folder import RunFolder
+from moco_dist.run.told import Told
 
 CHUNK_SAMPLES = 512
 

@@ -33,9 +33,9 @@ from moco_dist.evaluate.classifiers import CURVE_POINTS, initial_classifier, per
 from moco_dist.evaluate.features import Features, extract
 from moco_dist.evaluate.progress import SAVE_SECONDS, Curve, Training, progress_path
 from moco_dist.evaluate.subject import Evaluation, FrozenEncoder, frozen_encoder, open_evaluation, write_trained
-from moco_dist.evaluate.told import Told
 from moco_dist.method.batch_norm import running_statistics
 from moco_dist.run import checkpoint
+from moco_dist.run.told import Told
 
 
 class Network(nn.Module):

@@ -9,8 +9,6 @@ import json
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,29 +28,12 @@ from moco_dist.evaluate.subject import (
     open_evaluation,
     write_result,
 )  # fmt: skip
-from moco_dist.evaluate.told import Told
-from moco_dist.files import read_json, write_whole
+from moco_dist.files import write_whole
 from moco_dist.run.folder import RunFolder
+from moco_dist.run.told import Told
 
 QUERIES = 256  # of a rank at once: the similarities take 4 x 256 x (size of the whole memory) bytes a rank
 NUM_EXAMPLES, EXAMPLE_NEIGHBOURS = 8, 5
-
-
-@dataclass(frozen=True)
-class NeighbourRow:
-    """A test image and the training images nearest to it in the features, nearest first.
-
-    Attributes:
-        query: file of the test image.
-        query_label: its class.
-        neighbours: files of the training images.
-        neighbour_labels: their classes.
-    """
-
-    query: Path
-    query_label: str
-    neighbours: tuple[Path, ...]
-    neighbour_labels: tuple[str, ...]
 
 
 def run_knn(config: KnnConfig, world: World) -> list[dict[str, Any]]:
@@ -190,29 +171,6 @@ def vote(
         scores.scatter_add_(1, labels[:, counted:k], weights[:, counted:k])
         winners[k] = scores.argmax(1)
     return torch.stack([winners[k] for k in neighbours])
-
-
-def nearest_examples(run_dir: Path, before: Path, now: Path) -> list[NeighbourRow]:
-    """Validation images with their nearest training images, as the last `run_knn` of the run found them; or none.
-
-    Args:
-        run_dir: folder of the run.
-        before: where its images were.
-        now: where they are.
-    """
-    path = RunFolder(run_dir).neighbours
-    rows = read_json(path, list, "remove it, and run moco-dist knn again") if path.is_file() else []
-
-    def found(file: str) -> Path:
-        return now / Path(file).relative_to(before) if Path(file).is_relative_to(before) else Path(file)
-
-    return [
-        NeighbourRow(
-            found(row["query"]), row["query_label"], tuple(found(file) for file in row["neighbours"]),
-            tuple(row["neighbour_labels"]),
-        )
-        for row in rows
-    ]  # fmt: skip
 
 
 def _write_examples(evaluation: Evaluation, train: Features, val: Features) -> None:

@@ -25,12 +25,12 @@ from moco_dist.distributed.collectives import all_gather
 from moco_dist.distributed.world import World
 from moco_dist.engine.precision import autocast, compute_dtype, slow_on_cpu
 from moco_dist.errors import UserError
-from moco_dist.evaluate.told import Told
 from moco_dist.files import write_whole
 from moco_dist.method.batch_norm import GroupedBatchNorm2d, running_statistics
 from moco_dist.method.encoder import build_encoder
 from moco_dist.run import checkpoint
 from moco_dist.run.folder import RunFolder
+from moco_dist.run.told import Told
 from moco_dist.run.weights import load_trained
 
 CALIBRATION_SAMPLES = 512  # training images that give the untrained network its BatchNorm statistics

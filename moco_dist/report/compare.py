@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moco_dist.config.credentials import without_credentials
 from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.config.source import declarations, flatten
-from moco_dist.credentials import without_credentials
 from moco_dist.errors import UnreachableError, UserError, nearest
 from moco_dist.report.charts import COLOURS, Picture, chart
 from moco_dist.report.html import rendered

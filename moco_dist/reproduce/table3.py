@@ -19,9 +19,9 @@ import torch
 from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.config.source import read_config
 from moco_dist.distributed.world import World
-from moco_dist.evaluate.told import Told
 from moco_dist.planning.arithmetic import sizes
 from moco_dist.planning.calibrate import Step
+from moco_dist.run.told import Told
 
 RANKS = 8  # of the paper
 CONFIGS = {"MoCo": "mocov2_r50_200ep", "end to end": "end_to_end_r50_b256"}

@@ -26,8 +26,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.storage import WriteResult
 
+from moco_dist.config.credentials import without_credentials
 from moco_dist.config.pretrain import PretrainConfig
-from moco_dist.credentials import without_credentials
 from moco_dist.data.images import ImageFolder
 from moco_dist.distributed.collectives import all_gather, as_sharded, barrier, gather_texts
 from moco_dist.distributed.world import World

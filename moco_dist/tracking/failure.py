@@ -5,7 +5,7 @@ import os
 import re
 from urllib.parse import urlsplit
 
-from moco_dist.credentials import without_credentials
+from moco_dist.config.credentials import without_credentials
 from moco_dist.tracking.database import file_of, way_out
 
 LONGEST = 500  # letters

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moco_dist.credentials import without_credentials
+from moco_dist.config.credentials import without_credentials
 from moco_dist.files import write_whole
 from moco_dist.tracking.failure import reason
 from moco_dist.tracking.server import client_of, read_saved

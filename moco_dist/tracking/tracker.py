@@ -13,10 +13,10 @@ from typing import Any
 from pydantic import BaseModel
 from tqdm import tqdm
 
+from moco_dist.config.credentials import without_credentials
 from moco_dist.config.evaluate import DetectConfig, EvalConfig
 from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.config.source import flatten
-from moco_dist.credentials import without_credentials
 from moco_dist.distributed.world import World
 from moco_dist.errors import Preempted, UserError
 from moco_dist.files import read_record, write_whole

@@ -26,11 +26,11 @@ from moco_dist.evaluate.during_training import Probe
 from moco_dist.evaluate.features import extract
 from moco_dist.evaluate.progress import Training
 from moco_dist.evaluate.subject import frozen, frozen_encoder, open_evaluation
-from moco_dist.evaluate.told import Told
 from moco_dist.files import write_whole
 from moco_dist.method.encoder import build_encoder
 from moco_dist.report.page import write_report
 from moco_dist.run.logbook import read_log
+from moco_dist.run.told import Told
 from moco_dist.run.weights import load_trained
 
 TINY = [

@@ -6,7 +6,7 @@ import traceback
 
 import pytest
 
-from moco_dist.credentials import redacted_output, without_credentials
+from moco_dist.config.credentials import redacted_output, without_credentials
 
 TOKEN = "tok3n-first-part\nsecond-part"
 

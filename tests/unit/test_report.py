@@ -15,9 +15,9 @@ from PIL import Image
 from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.config.source import flatten, to_yaml
 from moco_dist.errors import UserError
-from moco_dist.evaluate.knn import NeighbourRow
 from moco_dist.report import page as report
 from moco_dist.report.page import accuracy_table, write_report
+from moco_dist.run.results import NeighbourRow
 
 
 @pytest.fixture

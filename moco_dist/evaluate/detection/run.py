@@ -36,11 +36,11 @@ from moco_dist.evaluate.detection.detector import build_detector, weight_groups
 from moco_dist.evaluate.detection.voc import Annotated, Pictures, read_sets
 from moco_dist.evaluate.progress import SAVE_SECONDS, Curve, Training
 from moco_dist.evaluate.subject import digest
-from moco_dist.evaluate.told import Told
 from moco_dist.files import write_whole
 from moco_dist.provenance import hash_of_list, key_of
 from moco_dist.run.checkpoint import averaged
 from moco_dist.run.folder import RunFolder
+from moco_dist.run.told import Told
 from moco_dist.run.weights import Backbone, backbone_of_run, read_backbone
 
 FLIP_PROBABILITY = 0.5

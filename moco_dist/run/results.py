@@ -1,0 +1,47 @@
+"""What evaluations left in a run's folder, read again."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from moco_dist.files import read_json
+from moco_dist.run.folder import RunFolder
+
+
+@dataclass(frozen=True)
+class NeighbourRow:
+    """A test image and the training images nearest to it in the features, nearest first.
+
+    Attributes:
+        query: file of the test image.
+        query_label: its class.
+        neighbours: files of the training images.
+        neighbour_labels: their classes.
+    """
+
+    query: Path
+    query_label: str
+    neighbours: tuple[Path, ...]
+    neighbour_labels: tuple[str, ...]
+
+
+def nearest_examples(run_dir: Path, before: Path, now: Path) -> list[NeighbourRow]:
+    """Validation images with their nearest training images, as the last `run_knn` of the run found them; or none.
+
+    Args:
+        run_dir: folder of the run.
+        before: where its images were.
+        now: where they are.
+    """
+    path = RunFolder(run_dir).neighbours
+    rows = read_json(path, list, "remove it, and run moco-dist knn again") if path.is_file() else []
+
+    def found(file: str) -> Path:
+        return now / Path(file).relative_to(before) if Path(file).is_relative_to(before) else Path(file)
+
+    return [
+        NeighbourRow(
+            found(row["query"]), row["query_label"], tuple(found(file) for file in row["neighbours"]),
+            tuple(row["neighbour_labels"]),
+        )
+        for row in rows
+    ]  # fmt: skip

@@ -1,7 +1,7 @@
 """`moco-dist detect`."""
 
 from moco_dist.cli.configured import config_or_help
-from moco_dist.cli.evaluate import PEER_TIMEOUT_SECONDS
+from moco_dist.cli.ranks import ranks
 from moco_dist.config.evaluate import DetectConfig
 
 
@@ -10,14 +10,10 @@ def main(words: list[str]) -> int:
     config = config_or_help("detect", DetectConfig, words)
     if config is None:
         return 0
-    from moco_dist.distributed.collectives import process_group
-    from moco_dist.distributed.heartbeat import Heartbeat
-    from moco_dist.distributed.world import world_from_env
     from moco_dist.evaluate.detection.run import run_detection
     from moco_dist.tracking import Tracker
 
-    world = world_from_env(config.device)
-    with process_group(world), Heartbeat(world, PEER_TIMEOUT_SECONDS):
+    with ranks(config) as world:
         result = run_detection(config, world)
         if world.is_main:
             ap50, ap, ap75 = result["accuracy"].values()

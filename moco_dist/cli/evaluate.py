@@ -1,9 +1,8 @@
 """`moco-dist knn`, `moco-dist linear` and `moco-dist finetune`."""
 
 from moco_dist.cli.configured import config_or_help
+from moco_dist.cli.ranks import ranks
 from moco_dist.config.evaluate import FinetuneConfig, KnnConfig, LinearConfig
-
-PEER_TIMEOUT_SECONDS = 60.0  # a pre-training has run.peer_timeout_seconds
 
 
 def knn(words: list[str]) -> int:
@@ -25,16 +24,12 @@ def finetune(words: list[str]) -> int:
 
 
 def _evaluate(command: str, config: KnnConfig | LinearConfig | FinetuneConfig) -> int:
-    from moco_dist.distributed.collectives import process_group
-    from moco_dist.distributed.heartbeat import Heartbeat
-    from moco_dist.distributed.world import world_from_env
     from moco_dist.evaluate.finetune import run_finetune
     from moco_dist.evaluate.knn import run_knn
     from moco_dist.evaluate.linear import run_linear
     from moco_dist.tracking import Tracker
 
-    world = world_from_env(config.device)
-    with process_group(world), Heartbeat(world, PEER_TIMEOUT_SECONDS):
+    with ranks(config) as world:
         if isinstance(config, KnnConfig):
             results = run_knn(config, world)
         elif isinstance(config, LinearConfig):

@@ -22,7 +22,7 @@ import torch
 
 from benchmarks import results
 from benchmarks.hosts import hosts, why_not
-from moco_dist.config.pretrain import PretrainConfig
+from moco_dist.config.pretrain import PretrainConfig, shuffle_block
 from moco_dist.data.plan import Plan
 from moco_dist.data.sources import find_images
 from moco_dist.data.views import views_of_steps
@@ -79,7 +79,7 @@ def rank_main(root: str, exchange: str, rate: float, steps: int) -> None:
 def take_steps(config: PretrainConfig, world: World, number: int, steps: int) -> tuple[float, float]:
     """Mean seconds and received bytes of `steps` real steps, the two before them left out."""
     folder = find_images(config.data.root, "train")
-    plan = Plan(len(folder.paths), config.optim.global_batch_size, number)
+    plan = Plan(len(folder.paths), config.optim.global_batch_size, number, shuffle_block(config))
     method = build_method(config, world)
     started, before = 0.0, 0
     feed = views_of_steps(folder, config, plan, world, 0, steps + 2, torch.bfloat16)

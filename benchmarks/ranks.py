@@ -19,13 +19,16 @@ from moco_dist.distributed.collectives import process_group
 from moco_dist.distributed.world import world_from_env
 
 
-def run_ranks(function: Callable, world_size: int, made: Hosts | None = None, **arguments: Any) -> list[Any]:
+def run_ranks(
+    function: Callable, world_size: int, made: Hosts | None = None, ranks_a_host: int = 1, **arguments: Any
+) -> list[Any]:
     """`function(world, **arguments)` on each rank.
 
     Args:
         function: at the top of its module.
         world_size: how many ranks; each has its share of the cores.
-        made: hosts to put them on; without, all are on loopback.
+        made: hosts to put them on; without, all are on loopback, which is one host.
+        ranks_a_host: of them, on each.
         arguments: plain values.
 
     Returns:
@@ -41,7 +44,7 @@ def run_ranks(function: Callable, world_size: int, made: Hosts | None = None, **
     common = {
         **os.environ,
         "WORLD_SIZE": str(world_size),
-        "LOCAL_WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(ranks_a_host if made else world_size),
         "MASTER_ADDR": made.address(0) if made else "127.0.0.1",
         "MASTER_PORT": "29400" if made else str(_free_port()),
         "OMP_NUM_THREADS": str(threads),
@@ -58,8 +61,9 @@ def run_ranks(function: Callable, world_size: int, made: Hosts | None = None, **
             for rank, path in enumerate(results):
                 words = [sys.executable, "-m", "benchmarks.ranks", module, function.__name__, json.dumps(arguments),
                          str(path)]  # fmt: skip
-                env = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-                ranks.append(subprocess.Popen(made.command(rank, words) if made else words, env=env))
+                env = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank % ranks_a_host if made else rank)}
+                words = made.command(rank // ranks_a_host, words) if made else words
+                ranks.append(subprocess.Popen(words, env=env))
             while any(rank.poll() is None for rank in ranks):
                 if any(rank.poll() for rank in ranks):
                     raise SystemExit("a rank failed")

@@ -45,14 +45,16 @@ def origin(result: Result) -> str:
 def network(result: Result) -> str:
     """Bytes and seconds between hosts."""
     rows = [
-        [str(r["hosts"]), f"{r['gigabit_per_second']:g}", r["exchange"], f"{r['received_bytes'] / 1e6:.3f}",
+        [f"{r['hosts']} × {r.get('ranks', r['hosts']) // r['hosts']}", f"{r['gigabit_per_second']:g}",
+         str(r.get("block_size", result["local_batch_size"] * r["hosts"])), r["exchange"],
+         f"{r['received_bytes'] / 1e6:.3f}",
          f"{(r['predicted_image_bytes'] + r['predicted_feature_bytes']) / 1e6:.3f}",
          f"{r['predicted_image_bytes'] / 1e6:.3f}",
          f"{(r['received_bytes_with_gradients'] - r['received_bytes']) / 1e6:.1f}", f"{r['step_seconds']:.2f}"]
         for r in result["rows"]
     ]  # fmt: skip
-    columns = ["hosts", "Gb/s", "`shuffle.exchange`", "received, MB", "predicted, MB", "of it images, MB",
-               "gradients, MB", "step, s"]  # fmt: skip
+    columns = ["hosts × ranks", "Gb/s", "block", "`shuffle.exchange`", "received, MB", "predicted, MB",
+               "of it images, MB", "gradients, MB", "step, s"]  # fmt: skip
     return markdown(columns, rows) + origin(result)
 
 
@@ -148,6 +150,17 @@ def loader(result: Result) -> str:
     return f"{markdown(columns, rows)}\n{facts}{origin(result)}"
 
 
+def exchange(result: Result) -> str:
+    """Loading by world size and `shuffle.exchange`."""
+    rows = [
+        [str(r["ranks"]), str(r["hosts"]), r["exchange"], f"{r['cpu_ms_per_image']:.2f}",
+         f"{r['decodes_per_sample']:.2f}", f"{r['received_bytes'] / 1e6:.1f}"]
+        for r in result["rows"]
+    ]  # fmt: skip
+    columns = ["ranks", "hosts", "`shuffle.exchange`", "CPU ms an image", "decodes a sample", "MB to a rank and step"]
+    return markdown(columns, rows) + origin(result)
+
+
 def augment(result: Result) -> str:
     """Colours of a view."""
     rows = [[r["way"], f"{r['milliseconds_a_view']:.2f}", f"{r['times_moco_dist']:.1f}"] for r in result["rows"]]
@@ -170,7 +183,8 @@ def headlines() -> str:
 
     for result in newest("network"):
         most = max(r["hosts"] for r in result["rows"])
-        received = {r["exchange"]: r["received_bytes"] / 1e6 for r in result["rows"] if r["hosts"] == most}
+        received = {r["exchange"]: r["received_bytes"] / 1e6 for r in result["rows"]
+                    if r["hosts"] == r.get("ranks", most) == most}  # fmt: skip
         images = result["local_batch_size"]
         what = f"received by a rank in a step, beside gradients; {most} hosts, {images} images on each"
         add(result, what, received["loader"], received["all_gather"], "all images gathered", "MB")
@@ -188,6 +202,10 @@ def headlines() -> str:
         ms = {r["name"]: r["cpu_ms_per_image"] for r in result["rows"]}
         here, usual = ms["loader torchvision"], ms["torchvision transforms, crops alone"]
         add(result, "two crops of a photograph; one core", here, usual, "torchvision's transforms", "ms")
+    for result in newest("exchange"):
+        ms = {(r["ranks"], r["hosts"], r["exchange"]): r["cpu_ms_per_image"] for r in result["rows"]}
+        what = "loading two crops of a photograph by 8 ranks of a host, the exchange included; one core"
+        add(result, what, ms[8, 1, "auto"], ms[8, 1, "loader"], "key views decoded where they are encoded", "ms")
     for result in newest("checkpoint"):
         waits = {r["kind"]: r["stall_seconds"] for r in result["rows"]}
         what = f"training waits for a checkpoint of {result['bytes'] / 1e6:.0f} MB"
@@ -195,7 +213,9 @@ def headlines() -> str:
     return markdown(["", "here", "otherwise", "ratio", "on"], rows)
 
 
-THEMES = (network, peer_step, step_parts, infonce, update, table3, plan_validation, loader, augment, checkpoint)
+THEMES = (
+    network, peer_step, step_parts, infonce, update, table3, plan_validation, loader, exchange, augment, checkpoint,
+)  # fmt: skip
 TABLES: dict[str, Callable[[Result], str]] = {table.__name__: table for table in THEMES}
 
 

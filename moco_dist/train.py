@@ -6,7 +6,7 @@ from pathlib import Path
 from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.data.colours import apply_colours
 from moco_dist.data.images import subset
-from moco_dist.data.plan import Plan
+from moco_dist.data.plan import Plan, plan_of
 from moco_dist.data.sources import find_images
 from moco_dist.data.views import views_of_steps
 from moco_dist.distributed.agreement import require_agreement
@@ -38,7 +38,7 @@ def pretrain(config: PretrainConfig, world: World, tracker: Tracker) -> Path:
     """
     stop_request = StopRequest(config.checkpoint.every_seconds, world)
     images = subset(find_images(config.data.root, "train"), config.data.max_samples)
-    plan = Plan(len(images.paths), config.optim.global_batch_size, config.run.seed)
+    plan = plan_of(config, len(images.paths))
     require_agreement(facts_to_agree_on(config, images), world)
     total_steps = config.optim.epochs * plan.steps_per_epoch
     stop = min(total_steps, config.run.stop_at_step or total_steps)

@@ -84,7 +84,7 @@ def _machine(config: PretrainConfig, has_config: bool, args: argparse.Namespace)
     found += [*machine.check(config, ranks, world_size), *network.interfaces(), network.host_name()]
     found.append(network.mlflow_server(config.tracking))
     if world.is_main:
-        found += settings.pretraining(config, world_size, num_images)
+        found += settings.pretraining(config, world_size, ranks, num_images)
     with process_group(world):
         barrier(world)
         facts = {"host": socket.gethostname(), "time": time.time(), "is_first": world.local_rank == 0,

@@ -170,12 +170,18 @@ class EngineConfig(Section):
 
 
 class ShuffleConfig(Section):
-    """How a rank gets the key views of the samples it encodes (shuffled BN)."""
+    """How keys are shuffled over BN groups, and how a rank gets the key views of the samples it encodes."""
 
-    exchange: Literal["loader", "all_to_all", "all_gather"] = setting(
-        "loader", "loader: each rank loads the key views it encodes, no image crosses the network; all_to_all: every "
-        "image is decoded once and its key crop sent as uint8 to the rank that encodes it; all_gather: every rank "
-        "gets every key view, as is usually done", changes="speed", times=("loader",)
+    block_size: int | None = setting(
+        None, "neighbouring samples of a batch among which keys are shuffled, whole BN groups; default: 256, or the "
+        "nearest below it that divides the batch", changes="result", unit="samples", times=("loader",),
+        source="v1 sec. 3.3", gt=0,
+    )
+    exchange: Literal["auto", "loader", "all_to_all", "all_gather"] = setting(
+        "auto", "where a block lies on several ranks. auto: all_to_all within a host, loader between hosts; loader: a "
+        "rank loads the key views it encodes, and no image is sent; all_to_all: every image is decoded once and its "
+        "key crop sent as uint8 to the rank that encodes it; all_gather: every rank of the block gets every key view, "
+        "as is usually done", changes="speed", times=("loader",)
     )
 
 
@@ -249,7 +255,7 @@ class PretrainConfig(Section):
 
     @model_validator(mode="after")
     def _sizes_divide(self) -> "PretrainConfig":
-        problems = size_problems(self, world_size=1) + engine_problems(self)
+        problems = size_problems(self, world_size=1) + block_problems(self) + engine_problems(self)
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -265,6 +271,39 @@ def size_problems(config: PretrainConfig, world_size: int) -> list[str]:
         what = f"{unit} = {world_size} rank(s) x optim.grad_accum_steps {accum} x model.bn_group_size {group}"
         problems.append(not_a_multiple("optim.global_batch_size", batch, unit, what))
     return problems + config.of_method.size_problems(batch, accum, world_size)
+
+
+DEFAULT_BLOCK_SIZE = 256  # samples of one host in the paper
+
+
+def shuffle_block(config: PretrainConfig) -> int:
+    """Samples among which keys are shuffled: `shuffle.block_size`, or its default."""
+    return config.shuffle.block_size or default_block(config.optim.global_batch_size, config.model.bn_group_size)
+
+
+def default_block(batch: int, group: int) -> int:
+    """The largest size that works up to DEFAULT_BLOCK_SIZE, or where two BN groups are larger the smallest that works.
+
+    A batch that is not larger is one block.
+    """
+    sizes = block_sizes(batch, group)
+    return max((size for size in sizes if size <= DEFAULT_BLOCK_SIZE), default=sizes[0])
+
+
+def block_sizes(batch: int, group: int) -> list[int]:
+    """The sizes of a block that work, ascending: two or more whole BN groups that divide the batch, and the batch."""
+    return [size for size in range(2 * group, batch, group) if batch % size == 0] + [batch]
+
+
+def block_problems(config: PretrainConfig) -> list[str]:
+    """What is wrong with shuffle.block_size, with the sizes that work."""
+    size, batch, group = config.shuffle.block_size, config.optim.global_batch_size, config.model.bn_group_size
+    if size is None or batch % group or size in (known := block_sizes(batch, group)):
+        return []
+    return [
+        f"shuffle.block_size {size} has to be two or more BN groups of {group} (model.bn_group_size) and divide "
+        f"optim.global_batch_size {batch}; these do: {', '.join(map(str, known))}"
+    ]
 
 
 def engine_problems(config: PretrainConfig) -> list[str]:

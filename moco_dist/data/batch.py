@@ -13,12 +13,13 @@ class CropBatch:
     """This rank's share of one step: cropped, flipped, not yet coloured.
 
     Attributes:
-        view_q, view_k: uint8 (n, 3, S, S), RGB, on the CPU, or on the GPU where the loader decodes there.
-            With `shuffle.exchange: loader` row i of view_k belongs to another sample than row i of view_q; otherwise
-            to the same, and the key crops are still to travel.
-        samples_q, samples_k: int64 (n,), indices into the data set, of the rows of view_q and view_k.
-        colours_q, colours_k: float32 (n, P), photometric parameters (see `augment.COLOURS`) of the views as they
-            will be coloured: after travelling with `all_to_all`, before with `all_gather`.
+        view_q: uint8 (n, 3, S, S), RGB, on the CPU, or on the GPU where the loader decodes there.
+        view_k: uint8 (m, 3, S, S), the key views that this rank makes; m is n unless crops travel within hosts and not
+            between them. Row i is of another sample than row i of view_q. `KeyExchange` makes of them the n that this
+            rank encodes, in the order of `Plan.key_indices`.
+        samples_q, samples_k: int64 (n,) and (m,), indices into the data set, of the rows of view_q and view_k.
+        colours_q, colours_k: float32 (n, P), photometric parameters (see `colours.COLOURS`) of the views as they will
+            be coloured: keys after they have travelled, with `all_gather` before.
         replaced: files that could not be read, with the reason; their successors took their places.
     """
 

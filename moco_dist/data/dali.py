@@ -202,7 +202,7 @@ class _Batches(Generic[T]):
         # Decode once where most images give two views.
         self.views_per_image = 2 if job.num_rows > 1.5 * len(job.samples) else 1
         return _pipeline(
-            next_arguments, self.size, self.views_per_image, job.num_rows, self.num_threads, self.data,
+            next_arguments, self.size, self.views_per_image, job.most_rows or job.num_rows, self.num_threads, self.data,
             torch.device(self.world.device).index if self.on_gpu else None,
         )  # fmt: skip
 

@@ -52,12 +52,14 @@ class Job(Generic[T]):
         rows: for each of them the one or two rows that it gives; over all of them 0 .. R-1.
         crop: the Crop of (row, width, height).
         finish: makes the batch out of uint8 (R, 3, S, S) and the notes on files that were replaced.
+        most_rows: that a job of the same kind may have; None: R of this one.
     """
 
     samples: NDArray[np.int64]
     rows: list[tuple[int, ...]]
     crop: Callable[[int, int, int], Crop]
     finish: Callable[[Tensor, tuple[str, ...]], T]
+    most_rows: int | None = None
 
     @property
     def num_rows(self) -> int:
@@ -73,16 +75,19 @@ JobOf = Callable[[int], Job[T]]
 
 
 def view_job(step: int, config: PretrainConfig, plan: Plan, world: World) -> Job[CropBatch]:
-    """This rank's share of a step of pre-training: rows 0 .. n-1 are the queries' views, n .. 2n-1 the keys'.
+    """This rank's share of a step of pre-training: rows 0 .. n-1 are the queries' views, the rest the keys'.
 
-    A sample whose two views are both this rank's (in a world of one, or where crops travel, all of them) is decoded
-    once.
+    The keys' views are those that this rank encodes, in their order, or where crops travel those of `Plan.key_route`.
+    A sample whose two views are both made here is decoded once.
     """
-    exchange, augment, seed = config.shuffle.exchange, config.augment, plan.seed
+    augment, seed = config.augment, plan.seed
     samples_q = plan.query_indices(step, world)
-    samples_encoded = plan.key_indices(step, world)
-    samples_k = samples_encoded if exchange == "loader" else samples_q
-    samples_coloured = samples_q if exchange == "all_gather" else samples_encoded
+    samples_k = samples_coloured = plan.key_indices(step, world)
+    mates = plan.mates(config.shuffle.exchange, world)
+    if len(mates) > 1 and config.shuffle.exchange == "all_gather":
+        samples_k = samples_coloured = samples_q
+    elif len(mates) > 1:
+        samples_k = plan.key_route(step, world, mates).samples
     draws = np.vstack([
         crop_draws(seed, step, samples_q, counter_rng.STREAM_CROP_Q),
         crop_draws(seed, step, samples_k, counter_rng.STREAM_CROP_K),
@@ -108,7 +113,7 @@ def view_job(step: int, config: PretrainConfig, plan: Plan, world: World) -> Job
             replaced=replaced,
         )
 
-    return Job(np.array(list(rows)), [tuple(r) for r in rows.values()], crop, finish)
+    return Job(np.array(list(rows)), [tuple(r) for r in rows.values()], crop, finish, most_rows=3 * n)
 
 
 def row_job(samples: NDArray[np.int64], crop: Callable[[int, int, int], Crop]) -> Job[Tensor]:

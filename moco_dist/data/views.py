@@ -12,7 +12,7 @@ from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.data.batch import to_device
 from moco_dist.data.colours import apply_colours
 from moco_dist.data.images import ImageFolder
-from moco_dist.data.key_views import key_views
+from moco_dist.data.key_views import KeyExchange
 from moco_dist.data.loaders import never, pretrain_batches
 from moco_dist.data.plan import Plan
 from moco_dist.distributed.world import World
@@ -40,6 +40,8 @@ def views_of_steps(
 ) -> Generator[tuple[Views, float], None, None]:
     """The views of steps start .. stop-1, each with the seconds that its crops were waited for. Close it.
 
+    Run by all ranks alike: those that hold a block exchange key crops.
+
     Args:
         images: the training images.
         config: augmentation, loader, exchange.
@@ -53,11 +55,13 @@ def views_of_steps(
     """
     device = torch.device(world.device)
     with contextlib.closing(pretrain_batches(images, config, plan, world, start, stop, must_end)) as loader:
+        keys = KeyExchange(config, plan, world)
+        batches = keys.exchanged((batch.to(device) for batch in loader), start)
         for step in range(start, stop):
             waiting_since = time.perf_counter()
-            batch = next(loader).to(device)
+            batch = next(batches)
             wait_seconds = time.perf_counter() - waiting_since
             query = colour(batch.view_q, batch.colours_q, config.augment, dtype)
-            key = key_views(batch, config, plan, step, world, dtype, colour)
+            key = keys.coloured(batch, step, dtype, colour)
             order = to_device(plan.key_permutation(step), device)
             yield Views(query, key, order, batch.replaced), wait_seconds

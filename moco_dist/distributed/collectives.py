@@ -8,7 +8,7 @@ import contextlib
 import datetime
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import cast
 
 import torch
@@ -83,13 +83,18 @@ def why_no_group(error: Exception, world: World) -> UserError | None:
 
 def all_gather(x: Tensor, world: World) -> Tensor:
     """The ranks' tensors of shape (n, ...) as one of (W·n, ...), in rank order. Receives (W - 1) n bytes."""
-    if world.world_size == 1:
+    return all_gather_in(x, None, world.world_size)
+
+
+def all_gather_in(x: Tensor, group: dist.ProcessGroup | None, num_ranks: int) -> Tensor:
+    """`all_gather` among the ranks of `group` (None: all)."""
+    if num_ranks == 1:
         return x
-    out = x.new_empty((world.world_size * x.shape[0], *x.shape[1:]))
+    out = x.new_empty((num_ranks * x.shape[0], *x.shape[1:]))
     # torch 2.15's name for it, with a warning for the older one, which is all that torch 2.11 knows. By the list of its
     # parts, NCCL would gather into memory of its own and then copy each of them.
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    gather(out, x.contiguous())
+    gather(out, x.contiguous(), group=group)
     return out
 
 
@@ -143,6 +148,27 @@ def all_to_all_rows(x: Tensor, send_counts: list[int], receive_counts: list[int]
     out = x.new_empty((sum(receive_counts), *x.shape[1:]))
     dist.all_to_all_single(out, x.contiguous(), receive_counts, send_counts)
     return out
+
+
+def start_all_to_all_rows(
+    x: Tensor, send_counts: list[int], receive_counts: list[int], group: dist.ProcessGroup | None
+) -> Callable[[], Tensor]:
+    """Begin `all_to_all_rows` among the ranks of `group` (counts are theirs); what is returned waits for its end."""
+    out = x.new_empty((sum(receive_counts), *x.shape[1:]))
+    work = dist.all_to_all_single(out, x.contiguous(), receive_counts, send_counts, group=group, async_op=True)
+
+    def wait() -> Tensor:
+        cast(dist.Work, work).wait()
+        return out
+
+    return wait
+
+
+def group_of(ranks: range) -> dist.ProcessGroup | None:
+    """A process group of these ranks alone, which all of them ask for; None for one rank."""
+    if len(ranks) == 1:
+        return None
+    return cast(dist.ProcessGroup, dist.new_group(list(ranks), use_local_synchronization=True))
 
 
 def gather_texts(text: str, world: World) -> list[str]:

@@ -2,7 +2,8 @@
 
 from moco_dist.config.architectures import blocks_in
 from moco_dist.config.evaluate import FinetuneConfig, LinearConfig
-from moco_dist.config.pretrain import PretrainConfig, size_problems
+from moco_dist.config.pretrain import PretrainConfig, block_sizes, size_problems
+from moco_dist.data.traffic import key_traffic
 from moco_dist.doctor.finding import Finding, fine, problem, warning
 
 SMALL_IMAGE_PIXELS = 64
@@ -11,12 +12,15 @@ LARGE_BATCH = 1024
 LINEAR_LR = 1.0  # pre-training rates are below it, those of linear evaluation above
 
 
-def pretraining(config: PretrainConfig, world_size: int, num_images: int | None) -> list[Finding]:
+def pretraining(
+    config: PretrainConfig, world_size: int, local_world_size: int, num_images: int | None
+) -> list[Finding]:
     """Findings about a pre-training on `world_size` ranks.
 
     Args:
         config: of the run.
         world_size: ranks.
+        local_world_size: ranks on a host.
         num_images: in the data set; None: not known.
     """
     found = [problem("sizes", line) for line in size_problems(config, world_size)]
@@ -24,6 +28,8 @@ def pretraining(config: PretrainConfig, world_size: int, num_images: int | None)
     if num_images is not None and num_images < batch:
         return [*found, problem("sizes", f"{num_images} images are less than one batch: --optim.global-batch-size, now "
                                 f"{batch}, and --moco.queue-size have to be smaller")]  # fmt: skip
+    if not found:
+        found += _shuffle(config, world_size, local_world_size)
     found += _batch_norm(config) + _optimiser(config)
     if config.of_method.queue_keys:
         found += _queue(config, num_images)
@@ -44,6 +50,18 @@ def _batch_norm(config: PretrainConfig) -> list[Finding]:
     if group < 8:
         return [warning("BN groups", f"statistics over {group} samples are noisy; the paper's 32 is usual")]
     return []
+
+
+def _shuffle(config: PretrainConfig, world_size: int, local_world_size: int) -> list[Finding]:
+    """Blocks of keys that lie on several hosts: images are decoded twice, or sent from host to host."""
+    batch = config.optim.global_batch_size
+    keys = key_traffic(config, batch // world_size, world_size, local_world_size)
+    if not keys.spans_hosts:
+        return []
+    of_host = batch // world_size * local_world_size
+    fitting = [size for size in block_sizes(batch, config.model.bn_group_size) if of_host % size == 0]
+    how = f"--shuffle.block-size {fitting[-1]} fits a host" if fitting else "a larger batch a host would hold one"
+    return [warning("shuffle", f"{keys.text()}; a host has {of_host} samples of a step: {how}")]
 
 
 def _queue(config: PretrainConfig, num_images: int | None) -> list[Finding]:

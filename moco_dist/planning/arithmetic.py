@@ -7,6 +7,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moco_dist.config.pretrain import PretrainConfig
+from moco_dist.data.traffic import KeyTraffic, key_traffic
 from moco_dist.method.encoder import Encoder
 
 FLOAT_BYTES = 4
@@ -52,13 +53,11 @@ class Sizes:
         """Bytes that a rank receives in a step, without headers; all-reduce as a ring."""
         others, n, w = self.world_size - 1, self.local_batch, self.world_size
         c = self.config
-        pixels = n * 3 * c.data.image_size**2
-        images = {"loader": 0, "all_to_all": others * pixels // w, "all_gather": others * pixels * FLOAT_BYTES}
         features = others * c.of_method.received_numbers(n, c.model.embedding_dim) * FLOAT_BYTES
         return {
             "gradients": 2 * others * self.parameters * FLOAT_BYTES // w,
             "features": features,
-            "images": images[c.shuffle.exchange],
+            "images": self.keys.received_bytes,
         }
 
     def into_host(self) -> dict[str, int]:
@@ -67,10 +66,12 @@ class Sizes:
         received = self.received()
         if hosts == 1:
             return dict.fromkeys(received, 0)
-        if self.config.shuffle.exchange == "all_to_all":
-            from_elsewhere = self.world_size - self.local_world_size
-            received["images"] = received["images"] * self.local_world_size * from_elsewhere // (self.world_size - 1)
-        return received
+        return {**received, "images": self.keys.into_host_bytes}
+
+    @property
+    def keys(self) -> KeyTraffic:
+        """Decodes and bytes of key views."""
+        return key_traffic(self.config, self.local_batch, self.world_size, self.local_world_size)
 
     @property
     def key_bytes(self) -> int:
@@ -86,9 +87,8 @@ class Sizes:
 
     @property
     def decodes(self) -> float:
-        """Files that a rank decodes in a step: with exchange loader, one for each view that is not both its own."""
-        per_sample = 2 - 1 / self.world_size if self.config.shuffle.exchange == "loader" else 1.0
-        return self.local_batch * per_sample
+        """Files that a rank decodes in a step."""
+        return self.local_batch * self.keys.decodes
 
     def checkpoint_bytes(self) -> int:
         """A checkpoint's tensors: encoders, momentum, queue if there is one; a row of statistics a rank and encoder."""

@@ -15,7 +15,7 @@ from moco_dist.data import counter_rng
 from moco_dist.data.colours import apply_colours, draw_colours
 from moco_dist.data.images import subset
 from moco_dist.data.loaders import pretrain_batches
-from moco_dist.data.plan import Plan
+from moco_dist.data.plan import plan_of
 from moco_dist.data.sources import find_images
 from moco_dist.data.views import Views
 from moco_dist.distributed.collectives import all_reduce_sum, barrier
@@ -168,7 +168,7 @@ def loader_core_seconds(config: PretrainConfig, world_size: int) -> float | None
     """CPU seconds of this process for one rank's batch of the planned run; None where its images are not here."""
     try:
         folder = subset(find_images(config.data.root, "train"), config.data.max_samples)
-        plan = Plan(len(folder.paths), config.optim.global_batch_size, config.run.seed)
+        plan = plan_of(config, len(folder.paths))
     except UserError:
         return None
     values = config.model_dump(mode="json")

@@ -80,8 +80,8 @@ class Forecast:
         if compute is None or network is None:
             return None
         if loading is not None and loading > compute + network:
-            return ("loading: more data.num_workers, data.loader ffcv or dali, or --shuffle.exchange all_to_all, "
-                    "which decodes each image once")  # fmt: skip
+            once = ", or --shuffle.exchange all_to_all, which decodes each image once"
+            return "loading: more data.num_workers, data.loader ffcv or dali" + once * (self.sizes.keys.decodes > 1)
         if network > compute:
             return "network: a faster link, or a larger batch a GPU"
         return "computing: more GPUs, bf16, or engine.compile" + (

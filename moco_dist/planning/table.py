@@ -146,7 +146,7 @@ def _loading(forecast: Forecast, inputs: Inputs, loading: CoreSeconds | None) ->
         per_host = sizes.decodes / (compute + network) * sizes.local_world_size
         needed = f"{decodes}; {per_host:,.0f} a second and host, or the GPUs wait"
     lines = [Line("files to decode", needed if compute and network is not None else f"{decodes}; rate {needed}",
-                  ARITHMETIC + "; step as above")]  # fmt: skip
+                  ARITHMETIC + "; step as above"), Line("key views", sizes.keys.text(), ARITHMETIC)]  # fmt: skip
     if loading is None:
         missing = f"benchmarks/loader.py for {data.loader} at {data.image_size} px in {inputs.places}"
         return [*lines, Line("cores to decode", "not measured: run with --calibrate where data.root is (no "

@@ -27,10 +27,7 @@ def view_pairs(config: PretrainConfig, count: int, step: int = 0) -> Tensor:
     """
     folder = subset(find_images(config.data.root, "train"), config.data.max_samples)
     plan = Plan(len(folder.paths), min(count, len(folder.paths)), config.run.seed)
-    alone = config.model_copy(update={
-        "data": config.data.model_copy(update={"num_workers": 0}),
-        "shuffle": config.shuffle.model_copy(update={"exchange": "loader"}),
-    })  # fmt: skip
+    alone = config.model_copy(update={"data": config.data.model_copy(update={"num_workers": 0})})
     with contextlib.closing(pretrain_batches(folder, alone, plan, World(), step, step + 1)) as batches:
         batch = next(batches)
     home = torch.from_numpy(np.argsort(plan.key_permutation(step)))

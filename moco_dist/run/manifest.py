@@ -65,12 +65,18 @@ def read_manifest(folder: Path) -> Manifest:
 def saved_config(folder: Path) -> PretrainConfig:
     """The settings that a checkpoint was made with; a setting that its version did not have has its default.
 
+    Before there was a shuffle.block_size, keys were shuffled over the whole batch.
+
     Raises:
         UserError: they are those of another version, which has other settings; the version and the settings are named.
     """
     manifest = read_manifest(folder)
     try:
-        return PretrainConfig.model_validate(manifest["config"])
+        config = PretrainConfig.model_validate(manifest["config"])
+        if "block_size" in manifest["config"].get("shuffle", {}):
+            return config
+        whole = config.shuffle.model_copy(update={"block_size": config.optim.global_batch_size})
+        return config.model_copy(update={"shuffle": whole})
     except ValidationError as error:
         its, ours = manifest["versions"].get("moco_dist", "unknown"), package_versions()["moco_dist"]
         found = "; ".join(mistakes(error, PretrainConfig))

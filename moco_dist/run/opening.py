@@ -4,6 +4,7 @@ import torch
 
 from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.data.plan import Plan
+from moco_dist.data.traffic import key_traffic
 from moco_dist.distributed.world import World
 from moco_dist.engine.precision import slow_on_cpu
 from moco_dist.engine.schedule import learning_rate_formula
@@ -11,7 +12,7 @@ from moco_dist.method.step import Method
 
 
 def opening_lines(config: PretrainConfig, plan: Plan, method: Method, stop: int, world: World) -> list[str]:
-    """What is trained on what, and how; and what to be warned of."""
+    """What is trained on what, how, and how keys are shuffled; and what to be warned of."""
     model, optim = config.model, config.optim
     going_on = f"goes on at step {method.step}" if method.step else "starts"
     if method.step >= stop:
@@ -22,6 +23,9 @@ def opening_lines(config: PretrainConfig, plan: Plan, method: Method, stop: int,
         f"{torch.device(world.device).type}, {method.dtype}",
         f"{going_on}: {learning_rate_formula(optim)}, {config.of_method.described()}, BN over {model.bn_group_size}; "
         f"run folder {config.run.dir}",
+        key_traffic(
+            config, optim.global_batch_size // world.world_size, world.world_size, world.local_world_size
+        ).text(),
     ]
     if method.queue is not None and method.queue.size > plan.num_samples:
         lines.append(

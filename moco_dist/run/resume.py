@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from moco_dist.config.pretrain import PretrainConfig
+from moco_dist.config.pretrain import PretrainConfig, shuffle_block
 from moco_dist.config.section import COMPUTED
 from moco_dist.config.source import declarations, flatten, to_yaml
 from moco_dist.data.images import ImageFolder
@@ -82,11 +82,13 @@ def refuse_changes(config: PretrainConfig, folder: Path) -> None:
     Raises:
         UserError: some that change what is computed differ; each is named.
     """
-    saved = flatten(saved_config(folder))
+    saved, now = (
+        {**flatten(c), "shuffle.block_size": shuffle_block(c)} for c in (saved_config(folder), config)
+    )  # fmt: skip
     settings = declarations(PretrainConfig)
     changed = [
         f"{name}: {saved[name]} in {folder.name}, now {value}"
-        for name, value in flatten(config).items()
+        for name, value in now.items()
         if settings[name]["changes"] in COMPUTED and value != saved[name]
     ]
     has_other_shapes = any(settings[line.partition(":")[0]]["changes"] == "shapes" for line in changed)

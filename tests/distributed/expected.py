@@ -4,7 +4,7 @@ import functools
 
 import torch
 
-from moco_dist.data.plan import Plan
+from moco_dist.data.plan import plan_of
 from tests.distributed.program import NUM_SAMPLES, images, largest_difference, run_program, small_config
 from tests.reference import Reference, rate_of_epoch
 from tests.world import run
@@ -27,9 +27,10 @@ VERSIONS = {
 
 
 @functools.cache
-def reference(steps=STEPS, queue_size=152, version=None):
+def reference(steps=STEPS, queue_size=152, version=None, block=None):
     """What plain PyTorch computes with the settings of `small_config`, or of one of VERSIONS over them."""
-    config = small_config(**VERSIONS[version]) if version else small_config(moco={"queue_size": queue_size})
+    config = small_config(moco={"queue_size": queue_size}, shuffle={"block_size": block})
+    config = small_config(**VERSIONS[version]) if version else config
     hidden, optim = config.model.head_hidden_dims, config.optim
     milestones = optim.milestones if optim.schedule == "step" else None
     peak = optim.base_lr * optim.global_batch_size / 256
@@ -39,7 +40,7 @@ def reference(steps=STEPS, queue_size=152, version=None):
         group=config.model.bn_group_size, momentum=config.moco.momentum, temperature=config.moco.temperature,
         sgd_momentum=optim.sgd_momentum, weight_decay=optim.weight_decay,
     )
-    plan, table = Plan(NUM_SAMPLES, optim.global_batch_size, config.run.seed), images()
+    plan, table = plan_of(config, NUM_SAMPLES), images()
     losses, gradients = [], []
     for step in range(steps):
         batch = table[torch.from_numpy(plan.global_indices(step))]

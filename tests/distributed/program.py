@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from moco_dist.config.pretrain import PretrainConfig
-from moco_dist.data.plan import Plan
+from moco_dist.data.plan import plan_of
 from moco_dist.data.views import Views
 from moco_dist.distributed.collectives import gather_uneven
 from moco_dist.engine.schedule import learning_rate
@@ -59,7 +59,7 @@ def run_program(world, config, steps, mutate=None):
     if mutate is not None:
         mutate()
     method = build_method(config, world)
-    plan = Plan(NUM_SAMPLES, config.optim.global_batch_size, config.run.seed)
+    plan = plan_of(config, NUM_SAMPLES)
     initial = {
         "weights": {name: p.detach().clone() for name, p in method.query_encoder.named_parameters()},
         "queue": gather_uneven(method.queue.keys, world).clone(),

@@ -8,10 +8,11 @@ from tests.reference import rate_of_epoch
 from tests.world import run
 
 
-@pytest.mark.parametrize(("world_size", "accum"), [(2, 1), (2, 2)])
-def test_equals_the_reference(world_size, accum):
-    config = small_config(optim={"grad_accum_steps": accum})
-    found = differences(run(run_program, world_size, config, STEPS), reference())
+@pytest.mark.parametrize(("world_size", "accum", "block"), [(2, 1, None), (2, 2, None), (2, 2, 16), (4, 1, 32)])
+def test_equals_the_reference(world_size, accum, block):
+    """With a block on one rank, on two, and the whole batch as one."""
+    config = small_config(optim={"grad_accum_steps": accum}, shuffle={"block_size": block})
+    found = differences(run(run_program, world_size, config, STEPS), reference(block=block))
     assert max(found.values()) < 1e-10, found
 
 

@@ -80,10 +80,11 @@ def test_a_step_is_two_small_collectives_and_the_gradients(optimizer):
 def test_other_exchanges_send_what_they_say():
     """`data/key_views.py`: uint8 crops once, or every rank's float32 views to all."""
     world_size = 4
-    for way, name, bytes_a_value in (("all_to_all", "alltoall_base", 1), ("all_gather", "allgather_base", 4)):
+    ways = [("auto", "alltoall_base", 1), ("all_to_all", "alltoall_base", 1), ("all_gather", "allgather_base", 4)]
+    for way, name, bytes_a_value in ways:
         config = config_of(way)
         for seen, _ in run(collectives_of_a_step, world_size, config):
-            views = config.optim.global_batch_size // (world_size if way == "all_to_all" else 1)
+            views = config.optim.global_batch_size // (1 if way == "all_gather" else world_size)
             assert seen[0] == (name, views * 3 * SIDE * SIDE * bytes_a_value)
             assert [kind for kind, _ in seen if kind != "allreduce"] == [name, "allgather_base", "alltoall_base"]
 

@@ -1,4 +1,6 @@
-"""`shuffle.exchange`: three ways to the same key views, bit for bit; and ranks that disagree."""
+"""`shuffle.exchange`: four ways to the same key views, bit for bit; and ranks that disagree."""
+
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -6,9 +8,9 @@ import torch
 from PIL import Image
 
 from moco_dist.config.pretrain import PretrainConfig
-from moco_dist.data.key_views import key_views
+from moco_dist.data.key_views import KeyExchange
 from moco_dist.data.loaders import pretrain_batches
-from moco_dist.data.plan import Plan
+from moco_dist.data.plan import plan_of
 from moco_dist.data.sources import find_images
 from moco_dist.distributed.agreement import require_agreement
 from moco_dist.distributed.world import World
@@ -29,40 +31,55 @@ def photos(tmp_path_factory):
     return root
 
 
-def config_of(root, exchange="loader", num_workers=0):
+WAYS = ["auto", "loader", "all_to_all", "all_gather"]
+FIRST, LAST = 2, 5
+
+
+def config_of(root, exchange="auto", num_workers=0, batch=16, block=None):
     return PretrainConfig.model_validate({
         "run": {"dir": "unused"},
-        "data": {"root": str(root), "image_size": 24, "num_workers": num_workers},
+        "data": {"root": str(root), "image_size": 32, "num_workers": num_workers},
         "model": {"bn_group_size": 2},
-        "optim": {"global_batch_size": 8},
-        "shuffle": {"exchange": exchange},
+        "optim": {"global_batch_size": batch},
+        "shuffle": {"exchange": exchange, "block_size": block},
     })
 
 
-def views_of(world, root, exchange, num_workers=0):
-    config = config_of(root, exchange, num_workers)
-    folder = find_images(root, "train")
-    plan = Plan(len(folder.paths), 8, 0)
-    batches = list(pretrain_batches(folder, config, plan, world, 2, 5))
-    keys = [key_views(b, config, plan, 2 + i, world, torch.float32) for i, b in enumerate(batches)]
-    return [b.view_q for b in batches], keys, [plan.key_indices(2 + i, world).tolist() for i in range(3)]
+def views_of(world, config):
+    """Query views, key views and the keys' samples of steps FIRST to LAST - 1."""
+    folder = find_images(config.data.root, "train")
+    plan = plan_of(config, len(folder.paths))
+    keys = KeyExchange(config, plan, world)
+    batches = list(keys.exchanged(pretrain_batches(folder, config, plan, world, FIRST, LAST), FIRST))
+    key_views = [keys.coloured(b, FIRST + i, torch.float32) for i, b in enumerate(batches)]
+    samples = [torch.from_numpy(plan.key_indices(step, world)) for step in range(FIRST, LAST)]
+    return [b.view_q for b in batches], key_views, samples
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_all_ways_give_the_same_keys(photos, world_size):
-    expected = run(views_of, world_size, photos, "loader")
-    alone_q, alone_k, _ = views_of(World(), photos, "loader")
-    for step in range(3):  # the ranks' views together are those of one process
-        assert torch.equal(torch.cat([queries[step] for queries, _, _ in expected]), alone_q[step])
-        assert torch.equal(torch.cat([keys[step] for _, keys, _ in expected]), alone_k[step])
-    for exchange in ("all_to_all", "all_gather"):
-        for ours, theirs in zip(run(views_of, world_size, photos, exchange), expected, strict=True):
-            assert all(torch.equal(a, b) for a, b in zip(ours[0] + ours[1], theirs[0] + theirs[1], strict=True))
-            assert ours[2] == theirs[2]
+def by_every_way(world, ranks_a_host, root, batch, block):
+    world = replace(world, local_world_size=ranks_a_host, local_rank=world.rank % ranks_a_host)
+    return {way: views_of(world, config_of(root, way, batch=batch, block=block)) for way in WAYS}
+
+
+@pytest.mark.parametrize(
+    ("world_size", "ranks_a_host", "batch", "block"),
+    [
+        (1, 1, 16, 8), (2, 2, 16, 16), (2, 1, 16, 16), (2, 2, 16, 4), (4, 2, 16, 16), (4, 2, 16, 8), (4, 2, 24, 8),
+        (4, 4, 24, 8), (8, 4, 16, 16), (8, 8, 16, 8), (8, 2, 16, 4),
+    ],
+)  # fmt: skip
+def test_all_ways_give_the_same_keys(photos, world_size, ranks_a_host, batch, block):
+    """Whatever lies where: blocks on a rank, on ranks of a host or of several, and beside the ranks' bounds."""
+    ranks = run(by_every_way, world_size, ranks_a_host, photos, batch, block)
+    alone = views_of(World(), config_of(photos, batch=batch, block=block))
+    for way in WAYS:
+        for part, expected in enumerate(alone):  # the ranks' views together are those of one process
+            for step in range(LAST - FIRST):
+                assert torch.equal(torch.cat([of_rank[way][part][step] for of_rank in ranks]), expected[step]), way
 
 
 def test_workers_change_no_pixel(photos):
-    inline, with_workers = views_of(World(), photos, "loader", 0), views_of(World(), photos, "loader", 2)
+    inline, with_workers = (views_of(World(), config_of(photos, num_workers=n)) for n in (0, 2))
     assert all(torch.equal(a, b) for a, b in zip(inline[0] + inline[1], with_workers[0] + with_workers[1], strict=True))
 
 

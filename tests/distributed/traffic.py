@@ -5,8 +5,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moco_dist.data.batch import CropBatch
 from moco_dist.data.colours import COLOURS
-from moco_dist.data.key_views import key_views
-from moco_dist.data.plan import Plan
+from moco_dist.data.key_views import KeyExchange
+from moco_dist.data.plan import plan_of
 from moco_dist.data.views import Views
 from moco_dist.method.build import build_method
 from tests.distributed.program import NUM_SAMPLES, SIDE
@@ -35,15 +35,17 @@ def _tensors(nest):
 def collectives_of_a_step(world, config):
     """Of the third step, key views and all: DDP arranges its buckets anew in the second, with a broadcast."""
     method = build_method(config, world)
-    plan = Plan(NUM_SAMPLES, config.optim.global_batch_size, config.run.seed)
+    plan = plan_of(config, NUM_SAMPLES)
     per_rank = config.optim.global_batch_size // world.world_size
     crops = torch.zeros(per_rank, 3, SIDE, SIDE, dtype=torch.uint8).to(memory_format=torch.channels_last)
     samples, colours = torch.zeros(per_rank, dtype=torch.int64), torch.zeros(per_rank, len(COLOURS))
     batch = CropBatch(crops, crops, samples, samples, colours, colours)
     view_q = torch.randn(per_rank, 3, SIDE, SIDE)
+    keys = KeyExchange(config, plan, world)
     for step in range(3):
         with Collectives() as both:
-            view_k = key_views(batch, config, plan, step, world, torch.float32)
+            (exchanged,) = keys.exchanged(iter([batch]), step)
+            view_k = keys.coloured(exchanged, step, torch.float32)
             order = torch.from_numpy(plan.key_permutation(step))
             method.train_step(Views(view_q, view_k, order), 0.1, False)
     return both.seen, sum(p.nbytes for p in method.query_encoder.parameters())

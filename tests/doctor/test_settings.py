@@ -10,8 +10,9 @@ from moco_dist.doctor.settings import finetune, linear, pretraining
 NEEDED = ["--run.dir", "r", "--data.root", "d"]
 
 
-def findings(*flags, world_size=1, num_images=1_281_167):
-    found = pretraining(read_config(PretrainConfig, None, [*NEEDED, *flags]), world_size, num_images)
+def findings(*flags, world_size=1, local_world_size=None, num_images=1_281_167):
+    config = read_config(PretrainConfig, None, [*NEEDED, *flags])
+    found = pretraining(config, world_size, local_world_size or world_size, num_images)
     return [(f.level, f"{f.about}: {f.text}") for f in found]
 
 
@@ -33,6 +34,9 @@ def test_the_published_recipe_has_nothing_unusual():
         (["--optim.global-batch-size", "4096"], {}, "warning", "no warm-up"),
         (["--optim.schedule", "step", "--optim.epochs", "150"], {}, "warning", "[160] lie past the end"),
         (["--data.image-size", "32"], {}, "warning", "--model.stem cifar"),
+        (["--optim.global-batch-size", "512"], {"world_size": 16, "local_world_size": 4}, "warning",
+         "within 256 samples, on 8 ranks of several hosts; shuffle.exchange auto: 1.50 decodes a sample, 1.8 MB of key "
+         "views to a rank and step, 0.0 MB into a host; a host has 128 samples of a step: --shuffle.block-size 128"),
     ],
 )  # fmt: skip
 def test_unusual_settings(flags, facts, level, expected):

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from moco_dist.cli.main import main
+from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.data.images import ImageFolder
 from moco_dist.errors import UserError
 from moco_dist.provenance import package_versions
@@ -16,6 +17,7 @@ from moco_dist.run.folder import RunFolder
 from moco_dist.run.image_list import difference, keep_list, listed
 from moco_dist.run.logbook import read_log
 from moco_dist.run.manifest import read_manifest
+from moco_dist.run.resume import refuse_changes
 
 TINY = [
     "--model.arch", "resnet10", "--model.stem", "cifar", "--model.head-hidden-dims", "[64]",
@@ -91,6 +93,31 @@ def test_an_older_checkpoint_goes_on_with_defaults(run, capsys):
     rewrite(run, config=config, loss_scale=None, images=None, versions=None, pending_losses=None, files=None, git=None)
     assert pretrain(run, "--run.stop-at-step", "7") == 0
     assert "goes on at step 6" in capsys.readouterr().out
+
+
+def test_a_run_from_before_there_were_blocks_goes_on_unchanged_or_is_told(tmp_path):
+    """Its keys were shuffled over the whole batch, which is also today's default up to 256 samples."""
+    def config_of(batch, block=None):
+        return PretrainConfig.model_validate({
+            "run": {"dir": tmp_path}, "data": {"root": "d"}, "optim": {"global_batch_size": batch},
+            "shuffle": {"block_size": block},
+        })  # fmt: skip
+
+    def checkpoint_of(batch, block, was_known=True):
+        config = config_of(batch, block).model_dump(mode="json")
+        if not was_known:
+            del config["shuffle"]["block_size"]
+        (tmp_path / "checkpoint.json").write_text(json.dumps({"step": 1, "world_size": 1, "config": config}))
+
+    for batch in (128, 256):
+        checkpoint_of(batch, None, was_known=False)
+        refuse_changes(config_of(batch), tmp_path)
+    checkpoint_of(1024, None, was_known=False)
+    refuse_changes(config_of(1024, 1024), tmp_path)
+    with pytest.raises(UserError, match=r"these settings again, .*\nshuffle.block_size: 1024 in .*, now 256$"):
+        refuse_changes(config_of(1024), tmp_path)
+    checkpoint_of(1024, 256)
+    refuse_changes(config_of(1024), tmp_path)  # written down or by default, it is the same size
 
 
 def test_a_newer_checkpoint_is_refused_with_its_version_and_setting(run, capsys):

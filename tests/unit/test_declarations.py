@@ -16,7 +16,7 @@ from moco_dist.run.resume import facts_to_agree_on
 MAY_CHANGE = [
     "run.dir", "run.device", "run.stop_at_step", "run.resume", "run.peer_timeout_seconds", "data.loader",
     "data.num_workers", "data.prefetch_batches", "data.dali.*", "data.root", "log.*", "checkpoint.*", "tracking.*",
-    "optim.grad_accum_steps", "engine.*", "shuffle.*",
+    "optim.grad_accum_steps", "engine.*", "shuffle.exchange",
 ]  # fmt: skip
 SHAPES = ["method", "model.arch", "model.stem", "model.head_hidden_dims", "model.embedding_dim", "moco.queue_size"]
 NOT_COMPARED = ["run.dir", "run.resume", "run.stop_at_step", "tracking.*", "log.*", "checkpoint.*"]
@@ -25,7 +25,7 @@ STEP = [
     "method", "data.image_size", "augment.*", "model.*", "moco.queue_size", "moco.symmetric", "optim.optimizer",
     "optim.grad_accum_steps", "optim.precision", "engine.*",
 ]  # fmt: skip
-LOADER = ["data.loader", "data.root", "data.image_size", "data.dali.*", "augment.crop_scale", "shuffle.exchange"]
+LOADER = ["data.loader", "data.root", "data.image_size", "data.dali.*", "augment.crop_scale", "shuffle.*"]
 EVALUATION = [
     "run_dir", "encoders", "device", "tracking", "data.root", "data.num_workers", "data.prefetch_batches",
     "data.dali.*", "data.batch_size",

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moco_dist.data import key_views as exchange
 from moco_dist.data.batch import CropBatch
+from moco_dist.data.key_views import KeyExchange
 from moco_dist.data.plan import Plan
 from moco_dist.data.views import Views
 from moco_dist.distributed.world import World
@@ -106,8 +106,8 @@ def test_key_views_wait_for_nothing(monkeypatch, way):
     colours, samples = torch.empty(64, 10, device="meta"), torch.empty(64, dtype=torch.int64, device="meta")
     batch = CropBatch(views, views, samples, samples, colours, colours)
     with Waits() as seen:
-        keys = exchange.key_views(
-            batch, config, Plan(160, 64, 0), 0, World(device="meta"), torch.bfloat16,
+        keys = KeyExchange(config, Plan(160, 64, 0), World(device="meta")).coloured(
+            batch, 0, torch.bfloat16,
             colour=lambda views, *_: views.to(torch.bfloat16),  # tests/unit/test_augment.py looks at colours
         )  # fmt: skip
     assert keys.shape == views.shape

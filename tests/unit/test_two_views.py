@@ -8,7 +8,7 @@ from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.data import counter_rng
 from moco_dist.data.colours import COLOURS, apply_colours
 from moco_dist.data.jobs import view_job
-from moco_dist.data.key_views import key_views
+from moco_dist.data.key_views import KeyExchange
 from moco_dist.data.loaders import pretrain_batches
 from moco_dist.data.plan import Plan
 from moco_dist.data.sources import find_images
@@ -56,7 +56,7 @@ def test_a_key_that_is_drawn_from_the_query_s_stream_is_noticed(monkeypatch, str
     assert set(related(*draws_of())) == alike
 
 
-@pytest.mark.parametrize("exchange", ["loader", "all_to_all", "all_gather"])
+@pytest.mark.parametrize("exchange", ["auto", "all_gather"])
 @pytest.mark.parametrize("colours", [False, True], ids=["crops alone", "colours alone"])
 def test_the_pixels_of_a_pair_differ(tiny_data, exchange, colours):
     """As the encoders get them, whoever moves crops and colours about on the way."""
@@ -69,7 +69,7 @@ def test_the_pixels_of_a_pair_differ(tiny_data, exchange, colours):
     plan, world = Plan(80, 64, 0), World()
     (batch,) = pretrain_batches(find_images(tiny_data, "train"), config, plan, world, 0, 1)
     query = apply_colours(batch.view_q, batch.colours_q, config.augment)
-    key = key_views(batch, config, plan, 0, world, torch.float32)
+    key = KeyExchange(config, plan, world).coloured(batch, 0, torch.float32)
     query_of = np.argsort(plan.query_indices(0, world))
     key_of = np.argsort(plan.key_indices(0, world))
     different = (query[query_of] - key[key_of]).abs().mean((1, 2, 3)) > 0.01

@@ -14,7 +14,7 @@ from moco_dist.evaluate.during_training import ridge_accuracy
 from moco_dist.evaluate.features import Features, standardise
 from moco_dist.evaluate.knn import knn_accuracy
 from moco_dist.evaluate.linear import _part, cached_batches
-from tests.unit.test_knn import CLASSES, clusters
+from tests.unit.clusters import CLASSES, clusters
 from tests.world import run
 
 NUM_TRAIN, NUM_VAL, DIM = 230, 61, 8

@@ -13,7 +13,7 @@ import pytest
 
 from moco_dist.cli.main import main
 from tests.faults.processes import wait_for_step
-from tests.integration.test_mlflow_server import Server
+from tests.integration.mlflow_server import Server
 
 pytest.importorskip("mlflow")
 psycopg2 = pytest.importorskip("psycopg2", reason="psycopg2 is not installed: pip install psycopg2-binary")

@@ -11,15 +11,8 @@ from moco_dist.planning.arithmetic import parameters_of, saved_bytes, sizes
 from moco_dist.run import checkpoint
 from tests.distributed.program import SIDE
 from tests.distributed.traffic import collectives_of_a_step
+from tests.planning.config import config_of
 from tests.world import run
-
-
-def config_of(**sections):
-    return PretrainConfig.model_validate({
-        "run": {"dir": "r", "device": "cpu"}, "data": {"root": "d", "image_size": 32},
-        "model": {"arch": "resnet10", "head_hidden_dims": [64], "bn_group_size": 8},
-        "moco": {"queue_size": 512}, "optim": {"global_batch_size": 64}, **sections,
-    })  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from moco_dist.planning import measurements
 from moco_dist.planning.arithmetic import sizes
 from moco_dist.planning.forecast import Forecast, weak_scaling
 from moco_dist.planning.measurements import Measurement
-from tests.planning.test_arithmetic import config_of
+from tests.planning.config import config_of
 
 FLAGS = ["--model.arch", "resnet10", "--data.image-size", "32", "--moco.queue-size", "512", "--run.dir", "r",
          "--model.head-hidden-dims", "[64]", "--optim.global-batch-size", "64", "--model.bn-group-size", "8",

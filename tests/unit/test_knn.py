@@ -9,16 +9,7 @@ import torch.nn.functional as F
 from moco_dist.distributed.world import World
 from moco_dist.errors import UserError
 from moco_dist.evaluate.knn import knn_accuracy, vote
-
-CLASSES = 5
-
-
-def clusters(num, dim, seed):
-    """Features around one centre a class, overlapping, and their labels."""
-    generator = torch.Generator().manual_seed(seed)
-    centres = torch.randn(CLASSES, dim, generator=torch.Generator().manual_seed(99))
-    labels = torch.randint(0, CLASSES, (num,), generator=generator)
-    return centres[labels] + 1.5 * torch.randn(num, dim, generator=generator), labels
+from tests.unit.clusters import CLASSES, clusters
 
 
 def plain_accuracy(train, train_labels, val, val_labels, k, temperature):

@@ -8,7 +8,7 @@ from moco_dist.distributed.world import World
 from moco_dist.evaluate import during_training
 from moco_dist.evaluate.during_training import ridge_accuracy
 from moco_dist.evaluate.features import Features, standardise
-from tests.unit.test_knn import CLASSES, clusters
+from tests.unit.clusters import CLASSES, clusters
 
 
 def features(num, dim, seed):

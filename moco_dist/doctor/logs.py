@@ -26,7 +26,12 @@ def run(run_dir: Path) -> list[Finding]:
         UserError: it is not the folder of a run.
     """
     config = RunFolder(run_dir).settings()
-    rows = [row for row in read_log(run_dir) if "loss" in row]
+    everything = read_log(run_dir)
+    if everything and "not_finite" in everything[-1] and "loss" not in everything[-1]:
+        loss, step = everything[-1]["not_finite"], everything[-1]["step"] - 1
+        return [problem("loss", f"{loss} at step {step}, which ended the run: a lower optim.base_lr, or a warm-up "
+                        "(optim.warmup_epochs)")]  # fmt: skip
+    rows = [row for row in everything if "loss" in row]
     if not rows:
         return [warning("log", "no step is logged yet (log.every_steps "
                         f"{config.log.every_steps}); if it stays so, look at what the ranks print")]  # fmt: skip
@@ -35,10 +40,6 @@ def run(run_dir: Path) -> list[Finding]:
 
 
 def _loss(rows: list[dict[str, Any]], config: PretrainConfig) -> list[Finding]:
-    bad = next((row for row in rows if not math.isfinite(row["loss"])), None)
-    if bad:
-        return [problem("loss", f"{bad['loss']} at step {bad['step']}: a lower optim.base_lr, or a warm-up "
-                        "(optim.warmup_epochs)")]  # fmt: skip
     batch, method = config.optim.global_batch_size, config.of_method
     fill_steps = -(-method.queue_keys // batch)
     last, chance = rows[-1], math.log(method.num_negatives(batch) + 1)

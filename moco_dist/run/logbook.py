@@ -87,10 +87,13 @@ class Logbook:
     def first_not_finite(self) -> tuple[int, float] | None:
         """The first step (from 0) since the last `write` whose loss on any rank is not finite; and that loss.
 
-        Called by all ranks; the same answer on all of them.
+        Called by all ranks; the same answer on all of them. The log gets a line of it, for `moco-dist doctor`.
         """
         bad = ((i, loss) for i, loss in enumerate(self.pending_losses()) if not math.isfinite(loss))
-        return next(((self._step + i, loss) for i, loss in bad), None)
+        found = next(((self._step + i, loss) for i, loss in bad), None)
+        if found and self._file is not None:
+            self._file.append(json.dumps({"step": found[0] + 1, "not_finite": str(found[1])}))
+        return found
 
     def write(self, step: int, epoch: float, lr: float, scalars: dict[str, Tensor]) -> None:
         """Close the interval at `step` (steps done so far). Called by all ranks.

@@ -2,16 +2,26 @@
 
 import json
 import math
+import re
 
 import pytest
 
+from moco_dist.cli.main import main
 from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.config.source import to_yaml
+from moco_dist.doctor.finding import text
 from moco_dist.doctor.logs import run
-from moco_dist.errors import UserError
+from moco_dist.errors import EXIT_MISTAKE, UserError
+from moco_dist.run.logbook import read_log
+from tests.faults.processes import TINY
 
 QUEUE, BATCH = 1024, 64  # full of real keys after 16 steps
 CHANCE = math.log(QUEUE + 1)
+
+
+HEALTHY = {"lr": 0.03, "contrastive_top1": 30.0, "embedding_std": 0.8, "images_per_second": 200.0,
+           "data_wait_share": 0.01}  # fmt: skip
+REAL = [*TINY, "--checkpoint.every-steps", "2"]
 
 
 @pytest.fixture
@@ -25,9 +35,7 @@ def diagnose(tmp_path):
         checkpoint = tmp_path / "checkpoints" / "step_00000100"
         checkpoint.mkdir(parents=True, exist_ok=True)
         (checkpoint / "checkpoint.json").write_text("{}")
-        healthy = {"lr": 0.03, "contrastive_top1": 30.0, "embedding_std": 0.8, "images_per_second": 200.0,
-                   "data_wait_share": 0.01}  # fmt: skip
-        lines = [json.dumps({**healthy, "step": 10 * (i + 1), **row}) for i, row in enumerate(rows)]
+        lines = [json.dumps({**HEALTHY, "step": 10 * (i + 1), **row}) for i, row in enumerate(rows)]
         (tmp_path / "log.jsonl").write_text("\n".join(lines))
         return [(f.level, f.about, f.text) for f in run(tmp_path)]
 
@@ -35,6 +43,31 @@ def diagnose(tmp_path):
 
 
 FALLING = [{"loss": 6 - 0.05 * i} for i in range(40)]
+
+
+def test_rows_are_those_that_a_run_writes_and_one_that_diverged_is_an_error(tmp_path, tiny_data, capsys):
+    def pretrain(*flags):
+        return main(["pretrain", "--data.root", str(tiny_data), "--run.dir", str(tmp_path / "run"), *REAL, *flags])
+
+    assert pretrain("--run.stop-at-step", "2") == 0
+    (row,) = read_log(tmp_path / "run")
+    assert row.keys() >= {"step", "loss", *HEALTHY}
+    assert [f.level for f in run(tmp_path / "run")] == ["ok"]
+    words = ["--optim.base-lr", "1e20", "--run.resume", "changed"]
+    assert pretrain(*words) == EXIT_MISTAKE
+    told = re.search(r"loss is (\w+) at step (\d+)", capsys.readouterr().err)
+    (found,) = run(tmp_path / "run")
+    assert (found.level, found.about) == ("error", "loss")
+    assert f"{told[1]} at step {told[2]}, which ended the run" in found.text
+    assert main(["doctor", "--run", str(tmp_path / "run")]) == 1
+    assert pretrain("--run.stop-at-step", "6") == 0  # it goes on from the checkpoint
+    assert "which ended the run" not in text(run(tmp_path / "run"))
+
+
+def test_a_run_that_diverged_at_its_first_step(tmp_path, tiny_data):
+    words = ["--data.root", str(tiny_data), "--run.dir", str(tmp_path / "run"), *TINY, "--log.every-steps", "50"]
+    assert main(["pretrain", *words, "--optim.base-lr", "1e20"]) == EXIT_MISTAKE
+    assert run(tmp_path / "run")[0].text.startswith("nan at step ")
 
 
 def test_a_healthy_run(diagnose):
@@ -73,7 +106,6 @@ def test_waiting_for_data(diagnose, share, level):
 
 
 def test_other_things_that_go_wrong(diagnose, tmp_path):
-    assert diagnose(*FALLING, {"loss": float("nan")})[0][:2] == ("error", "loss")
     slow = [{**row, "images_per_second": 90.0 if i >= 35 else 200.0} for i, row in enumerate(FALLING)]
     assert diagnose(*slow)[0][:2] == ("warning", "speed")
     cheating = [{**row, "contrastive_top1": 99.0} for row in FALLING]

@@ -13,7 +13,7 @@ from moco_dist.config.evaluate import LinearConfig
 from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.config.section import setting
 from moco_dist.config.source import flatten
-from moco_dist.errors import UserError, nearest
+from moco_dist.errors import EXIT_IN_USE, EXIT_MISTAKE, EXIT_PREEMPTED, UserError, nearest
 
 DATA, RUNS = "/data", "/runs"  # where the claims are, in a container
 CONFIG = "/etc/moco-dist/config.yaml"
@@ -75,6 +75,9 @@ def manifest(job: Job, config: PretrainConfig | LinearConfig, options: Kubernete
         cpus_per_node=cpus_per_gpu * size.ranks_per_node,
         memory_gib=options.memory_gib_per_gpu * size.ranks_per_node,
         shm_gib=SHM_GIB_PER_GPU * size.ranks_per_node,
+        mistake=EXIT_MISTAKE,
+        in_use=EXIT_IN_USE,
+        preempted=EXIT_PREEMPTED,
         **options.model_dump(include={"namespace", "image", "queue", "data_claim", "runs_claim", "mlflow_secret"}),
     )
 

@@ -11,7 +11,18 @@ from pathlib import Path
 from launchers.job import Job, Size, refuse_credentials
 from launchers.render import render
 from moco_dist.config.section import setting
-from moco_dist.errors import UserError, nearest
+from moco_dist.errors import (
+    CAUSES,
+    EXIT_ABORTED,
+    EXIT_IN_USE,
+    EXIT_IO,
+    EXIT_KILLED,
+    EXIT_MISTAKE,
+    EXIT_PREEMPTED,
+    EXIT_UNREACHABLE,
+    UserError,
+    nearest,
+)
 
 
 class SlurmOptions(Size):
@@ -61,6 +72,13 @@ def script(jobs: list[Job], options: SlurmOptions) -> str:
         output=log_pattern(jobs),
         jobs=jobs,
         python=options.python,
+        causes=CAUSES,
+        mistake=EXIT_MISTAKE,
+        lost=EXIT_UNREACHABLE,
+        io=EXIT_IO,
+        preempted=EXIT_PREEMPTED,
+        in_use=EXIT_IN_USE,
+        killed=(EXIT_ABORTED, EXIT_KILLED),
     )
 
 

@@ -1,6 +1,7 @@
 """One living process writes into a run's folder, and all ranks have the same one."""
 
 import contextlib
+import errno
 import fcntl
 import os
 import secrets
@@ -15,13 +16,16 @@ from typing import TextIO
 
 from moco_dist.distributed.collectives import gather_texts
 from moco_dist.distributed.world import World
-from moco_dist.errors import EXIT_MISTAKE, UserError
+from moco_dist.errors import EXIT_IN_USE, InfrastructureError, InUseError, UserError
 from moco_dist.files import is_held
 from moco_dist.run.folder import RunFolder
 
 LOST_HOST_SECONDS = 120.0  # an NFS server keeps the locks of a host that is gone for its lease, 90 s by default
 SEEN_SECONDS = 15.0  # a shared file system may show a new folder to some hosts a little later
 WATCH_SECONDS = 2.0
+# A path or rights that another attempt would find the same; anything else is the disk's or the file server's.
+CANNOT_BE_WRITTEN = {errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG,
+                     errno.ELOOP, errno.EROFS, errno.EINVAL}  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -36,7 +40,9 @@ def locked(run_dir: Path, world: World) -> Iterator[None]:
     what it has learned is saved there. Where another run has begun there before that, this process ends at once.
 
     Raises:
-        UserError: another living process holds it, the folder cannot be written, or it is not one folder for all ranks.
+        InUseError: another living process holds it.
+        UserError: the folder cannot be written (InfrastructureError where its disk is the reason), or it is not one
+            folder for all ranks.
     """
     if not world.is_main:
         require_shared(run_dir, world)
@@ -47,7 +53,8 @@ def locked(run_dir: Path, world: World) -> Iterator[None]:
         run_dir.mkdir(parents=True, exist_ok=True)
         file = run.lock.open("a+", encoding="utf-8")
     except OSError as error:
-        raise UserError(f"run.dir {run_dir} cannot be written: {error.strerror}") from error
+        kind = UserError if error.errno in CANNOT_BE_WRITTEN else InfrastructureError
+        raise kind(f"run.dir {run_dir} cannot be written: {error.strerror}") from error
     quit = threading.Event()
     with contextlib.ExitStack() as held:
         held.enter_context(file)
@@ -131,7 +138,7 @@ def _watch(file: TextIO, run: RunFolder, held: contextlib.ExitStack, quit: threa
         except OSError as error:
             if is_held(error):
                 _say(f"error: run.dir {run.root} was removed or replaced, and another run is there; this one ends")
-                os._exit(EXIT_MISTAKE)
+                os._exit(EXIT_IN_USE)
         file.seek(0)
         if file.read() == _signature():  # a file system that numbers its files anew
             continue
@@ -157,7 +164,7 @@ def _take(file: TextIO, run_dir: Path) -> None:
         file.seek(0)
         holder = file.read().strip()
         if holder.endswith(f" on host {host}") or time.monotonic() > deadline:
-            raise UserError(f"run.dir {run_dir} is in use by {holder}; give another --run.dir")
+            raise InUseError(f"run.dir {run_dir} is in use by {holder}; give another --run.dir")
         if not is_told:
             _say(f"note: run.dir {run_dir} is in use by {holder}; waiting up to {LOST_HOST_SECONDS:g} s, in case that "
                  "host is gone")  # fmt: skip

@@ -7,7 +7,7 @@ from typing import Any
 from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.distributed.collectives import cpu_group, gather_texts
 from moco_dist.distributed.world import World
-from moco_dist.errors import UserError
+from moco_dist.errors import InfrastructureError
 from moco_dist.method.step import Method
 from moco_dist.run import checkpoint
 from moco_dist.run.checkpoint import Snapshot
@@ -56,12 +56,12 @@ class Saver:
         """Wait for the last checkpoint, on all ranks.
 
         Raises:
-            UserError: it could not be written.
+            InfrastructureError: it could not be written.
         """
         self._join()
         problem = next((text for text in gather_texts(self._problem, self._world) if text), "")  # and all have ended
         if problem:
-            raise UserError(f"the last checkpoint was not written: {problem}")
+            raise InfrastructureError(f"the last checkpoint was not written: {problem}")
 
     def _write(self, taken: Snapshot) -> None:
         self._problem = ""

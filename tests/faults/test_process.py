@@ -106,7 +106,7 @@ def test_a_living_run_is_not_disturbed(start, tmp_path):
     output = second.communicate()[0]
     first.kill()
     first.communicate()
-    assert second.returncode == 2
+    assert second.returncode == 73
     assert f"run.dir {run_dir} is in use by process {first.pid} on host" in output
 
 

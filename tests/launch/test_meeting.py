@@ -8,7 +8,7 @@ from argparse import Namespace
 import pytest
 
 from launchers.hosts import endpoint
-from launchers.torchrun import head_of, interface_problem, reach_problem
+from launchers.torchrun import head_of, interface_problem, rank_status, reach_problem
 from moco_dist.errors import UserError
 from tests.launch.machines import machines, why_not
 from tests.launch.small import last_step, wait_for_step, write_configs
@@ -88,6 +88,46 @@ def test_an_interface_that_is_not_there(two):
 
 
 @on_hosts
+@pytest.mark.parametrize("host", ["node1", "node2"])
+def test_a_port_that_belongs_to_another_program(two, host, tmp_path):
+    """It takes connections, and never answers."""
+    program = "import socket, time; s = socket.create_server(('', 29500)); print(flush=True); time.sleep(600)"
+    two.start("node1", [sys.executable, "-c", program], tmp_path / "program.log")
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "program.log").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    status, lines = meet(two, host, seconds=600)
+    assert status == 69
+    assert len(lines) == 1, lines
+    which = r" \(python.*, process \d+\)" if host == "node1" else ""
+    assert re.search(rf"host {host}\] error: port 29500 of node1 belongs to another program{which}; give another port",
+                     lines[0])  # fmt: skip
+
+
+@on_hosts
+def test_one_machine_needs_no_address_of_its_name(two, tmp_path):
+    config = write_configs(tmp_path)
+    two.run("node1", ["hostname", "no-such-host"])
+    words = [sys.executable, "-m", "moco_dist", "launch", "local", str(config), "--gpus-per-node", "2",
+             "--run.device", "cpu", "--run.stop-at-step", "2"]  # fmt: skip
+    done = two.run("node1", words)
+    assert done.returncode == 0, done.stderr
+    assert last_step(tmp_path / "runs" / "small") == 2
+
+
+@on_hosts
+def test_a_rank_that_is_killed_is_named_with_what_usually_kills_it(two, tmp_path):
+    program = "import os, time; (time.sleep(100) if os.environ['RANK'] == '0' else os.kill(os.getpid(), 9))"
+    words = [*TORCHRUN[:3], "--nproc-per-node", "2", "--standalone", "--no-python", sys.executable, "-c", program]
+    done = two.run("node1", [*words[:3], "--status-folder", str(tmp_path), *words[3:]])
+    assert done.returncode == 69
+    (line,) = done.stderr.splitlines()
+    assert re.search(r"host node1\] error: rank 1 \(process \d+\) was killed by SIGKILL, usually by the", line)
+    assert (tmp_path / "node1").read_text() == "69\n"
+
+
+@on_hosts
 def test_two_hosts_by_the_docs(two, tmp_path):
     """Started ten seconds apart, the second first; a host that loses its network is named, and they go on together."""
     config, run_dir = write_configs(tmp_path), tmp_path / "runs" / "small"
@@ -109,6 +149,13 @@ def test_two_hosts_by_the_docs(two, tmp_path):
     done = two.run("node1", alone)
     assert done.returncode == 0, done.stderr
     assert re.search(r"goes on at step \d+", done.stdout + done.stderr)
+
+
+@pytest.mark.parametrize(
+    ("exit_code", "status"), [(2, 2), (75, 75), (-9, 69), (-6, 69), (-11, 69), (-15, 143), (-2, 130)]
+)
+def test_a_rank_that_a_signal_ended_is_a_lost_one(exit_code, status):
+    assert rank_status(exit_code) == status
 
 
 @pytest.mark.parametrize(

@@ -50,29 +50,68 @@ def test_examples_are_what_is_rendered(name, capsys):
 
 COMMANDS = {  # of Slurm, for a script alone: a host is lost once the run has got as far as $REACHES
     "scontrol": """case $1$2 in showjob) echo JobState=RUNNING;; requeue*) touch "$PWD/requeued"; exit 1;; esac""",
-    "srun": """[ -z "$REACHES" ] || mkdir -p "runs/mine/checkpoints/$REACHES"; exit 69""",
+    "srun": """[ -z "$REACHES" ] || mkdir -p "runs/mine/checkpoints/$REACHES"
+        for word in "$@"; do case $word in --status-folder=*) folder=${word#*=};; esac; done
+        for status in $STATUSES; do echo "$status" > "$folder/host$((count += 1))"; done
+        exit "$SRUN" """,
 }
 
 
-@pytest.mark.parametrize(
-    ("restarts", "reaches", "is_queued"),
-    [(3, "", True), (12, "", False), (12, "step_00000100", False), (12, "step_00000200", True)],
-)
-def test_a_run_that_lost_a_host_is_queued_again_as_long_as_it_gets_on(tmp_path, capsys, restarts, reaches, is_queued):
-    """Time limits and preemptions count as restarts too, and a long run has many of them."""
+@pytest.fixture
+def ran(tmp_path, capsys):
+    """A function that runs the script where Slurm's commands are those above; returns status, output, if queued."""
     _, text, _ = launch(capsys, "slurm", CONFIG, "--run.dir", "runs/mine", "--dry-run")
     for name, body in COMMANDS.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
         (tmp_path / name).chmod(0o755)
     (tmp_path / "runs" / "mine" / "checkpoints" / "step_00000100").mkdir(parents=True)
-    environment = {
-        "PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "1", "SLURM_RESTART_COUNT": str(restarts),
-        "REACHES": reaches,
-    }  # fmt: skip
-    done = subprocess.run(["bash", "-c", text], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 69, done.stderr
-    assert (tmp_path / "requeued").exists() is is_queued, done.stderr
-    assert ("a host was lost: queued again" in done.stdout) is is_queued
+
+    def run(srun, statuses="", restarts=0, reaches=""):
+        environment = {
+            "PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "1", "SLURM_RESTART_COUNT": str(restarts),
+            "REACHES": reaches, "STATUSES": statuses, "SRUN": str(srun),
+        }  # fmt: skip
+        done = subprocess.run(["bash", "-c", text], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert [path.name for path in (tmp_path / "runs").iterdir()] == ["mine"]
+        return done.returncode, done.stdout, (tmp_path / "requeued").exists()
+
+    return run
+
+
+@pytest.mark.parametrize("status", [69, 74])
+@pytest.mark.parametrize(
+    ("restarts", "reaches", "is_queued"),
+    [(3, "", True), (12, "", False), (12, "step_00000100", False), (12, "step_00000200", True)],
+)
+def test_a_run_that_lost_a_host_is_queued_again_as_long_as_it_gets_on(ran, restarts, reaches, is_queued, status):
+    """Time limits and preemptions count as restarts too, and a long run has many of them."""
+    ended, said, was_queued = ran(status, restarts=restarts, reaches=reaches)
+    assert ended == status
+    assert was_queued is is_queued
+    why = {69: "a rank or a host was lost", 74: "a file could not be read or written"}[status]
+    assert (f"{why}: queued again" in said) is is_queued
+
+
+@pytest.mark.parametrize(
+    ("srun", "statuses", "status", "is_queued"),
+    [
+        (69, "2 69", 2, False),  # an image that one host cannot read
+        (73, "73 69", 73, False),  # another job writes into the folder, and its checkpoints are not this one's progress
+        (73, "69 73", 73, False),
+        (137, "69", 69, True),  # the launcher itself was killed on the other host
+        (137, "", 69, True),
+        (134, "", 69, True),
+        (143, "143 69", 143, False),
+        (1, "1 69", 1, False),
+        (74, "69 74", 74, True),
+        (0, "0 0", 0, False),
+        (75, "75 75", 75, True),
+        (127, "", 127, False),  # nothing was started
+    ],
+)
+def test_the_cause_decides_whether_a_job_is_queued_again(ran, srun, statuses, status, is_queued):
+    ended, _, was_queued = ran(srun, statuses, reaches="step_00000200")
+    assert (ended, was_queued) == (status, is_queued)
 
 
 def test_the_docs_name_every_example_and_its_command():

@@ -113,6 +113,33 @@ def test_requeued_it_goes_on_and_cancelled_it_stays(slurm, config, submitted):
     assert (run_dir / "preempted.json").is_file(), output(folder)  # it saved, and was not queued again
 
 
+def test_a_mistake_that_one_host_sees_is_not_queued_again(slurm, config, submitted):
+    """There it is a mistake (2), on the other host a lost rank (69), which srun returns."""
+    folder = config.parent
+    image = next(path for path in sorted((folder / "data" / "shapes" / "train").rglob("*")) if path.is_file())
+    image.write_bytes(b"no image")
+    number = re.search(r"job (\d+)", launch(slurm, config, *TWO))[1]
+    submitted.append(number)
+    job = slurm.wait(number, lambda job: job["JobState"] not in ("PENDING", "RUNNING", "COMPLETING"))
+    assert (job["JobState"], job["Restarts"], job["ExitCode"]) == ("FAILED", "0", "2:0"), output(folder)
+    assert re.search(r"rank \d on host node\d ended: cannot read image", output(folder))
+    assert "queued again" not in output(folder)
+    assert not list((folder / "runs").glob(".statuses*"))
+
+
+def test_a_job_that_is_given_twice_is_refused_once(slurm, config, submitted):
+    folder, run_dir = config.parent, config.parent / "runs" / "small"
+    number = re.search(r"job (\d+)", launch(slurm, config, *TWO, "--sbatch=--nodelist=node[1-2]"))[1]
+    submitted.append(number)
+    wait_for_step(run_dir, 4, tell=lambda: output(folder))
+    second = re.search(r"job (\d+)", launch(slurm, config, *TWO, "--sbatch=--nodelist=node[1-2]"))[1]
+    submitted.append(second)
+    job = slurm.wait(second, lambda job: job["JobState"] not in ("PENDING", "RUNNING", "COMPLETING"))
+    assert (job["JobState"], job["Restarts"], job["ExitCode"]) == ("FAILED", "0", "73:0"), output(folder)
+    assert f"run.dir {run_dir} is in use by process" in output(folder)
+    assert slurm.job(number)["JobState"] == "RUNNING"
+
+
 def test_a_host_that_dies(slurm, config, submitted):
     """The last test: node2 stays dead."""
     folder, run_dir = config.parent, config.parent / "runs" / "small"

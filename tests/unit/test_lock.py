@@ -10,7 +10,7 @@ import pytest
 
 from moco_dist.distributed.collectives import barrier
 from moco_dist.distributed.world import World
-from moco_dist.errors import EXIT_MISTAKE, UserError
+from moco_dist.errors import EXIT_IN_USE, UserError
 from moco_dist.method.build import build_method
 from moco_dist.run import checkpoint, lock
 from moco_dist.run.lock import locked, require_shared
@@ -73,7 +73,7 @@ def test_a_run_ends_where_another_has_taken_its_place(tmp_path, stops):
     os.read(reader, 1)
     with locked(tmp_path / "other", World()):
         (tmp_path / "other" / ".lock").replace(tmp_path / "run" / ".lock")
-        assert os.waitstatus_to_exitcode(os.waitpid(first, 0)[1]) == EXIT_MISTAKE
+        assert os.waitstatus_to_exitcode(os.waitpid(first, 0)[1]) == EXIT_IN_USE
 
 
 def look(world, folders):

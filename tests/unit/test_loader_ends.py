@@ -13,7 +13,7 @@ from moco_dist.data.loaders import pretrain_batches
 from moco_dist.data.plan import Plan
 from moco_dist.data.sources import find_images
 from moco_dist.distributed.world import World
-from tests.unit.test_loaders import batches_of, config_of, damaged, sizes_known_already, undamaged
+from tests.unit.loaders import batches_of, config_of, damaged, sizes_known_already, undamaged
 
 pytest.importorskip("nvidia.dali", reason="needs pip install 'moco_dist[dali]'")
 

@@ -14,7 +14,7 @@ from moco_dist.data.plan import Plan
 from moco_dist.data.sources import find_images
 from moco_dist.datasets.pack import pack
 from moco_dist.distributed.world import World
-from tests.unit.test_loaders import assert_same, batches_of, config_of, undamaged
+from tests.unit.loaders import assert_same, batches_of, config_of, undamaged
 
 BAD = "3.jpg"
 

@@ -13,10 +13,7 @@ import torch
 from PIL import Image
 
 from moco_dist.config.evaluate import EvalDataConfig
-from moco_dist.config.pretrain import PretrainConfig
-from moco_dist.data import dali as dali_loader
 from moco_dist.data.beton import read_beton
-from moco_dist.data.decode import decode_image
 from moco_dist.data.images import ImageError
 from moco_dist.data.jobs import view_job
 from moco_dist.data.loaders import eval_batches, pretrain_batches
@@ -27,8 +24,17 @@ from moco_dist.data.workers import Files
 from moco_dist.datasets.pack import pack
 from moco_dist.distributed.world import World
 from moco_dist.errors import UserError
-
-BATCH, SIZE = 8, 64
+from tests.unit.loaders import (
+    BATCH,
+    SIZE,
+    assert_same,
+    batches_of,
+    config_of,
+    damaged,
+    picture,
+    sizes_known_already,
+    undamaged,
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -40,13 +46,6 @@ def photos(tmp_path_factory):
         path.parent.mkdir(parents=True, exist_ok=True)
         picture(i, 100 + 3 * i, 150 - 2 * i).save(path, quality=92)
     return root
-
-
-def picture(seed, width, height):
-    rng = np.random.default_rng(seed)
-    small = Image.fromarray(rng.integers(0, 256, (5, 6, 3), dtype=np.uint8))
-    pixels = np.asarray(small.resize((width, height), Image.Resampling.BICUBIC)) + rng.normal(0, 5, (height, width, 3))
-    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
 @pytest.fixture
@@ -62,34 +61,8 @@ def root_for(tmp_path):
     return root
 
 
-def config_of(root, loader, exchange="loader", **data):
-    return PretrainConfig.model_validate({
-        "run": {"dir": "unused"},
-        "data": {"root": str(root), "loader": loader, "image_size": SIZE, "num_workers": 0, **data},
-        "model": {"bn_group_size": 2},
-        "optim": {"global_batch_size": BATCH},
-        "shuffle": {"exchange": exchange},
-    })
-
-
-def batches_of(config, start=0, stop=3, world=None):
-    folder = find_images(config.data.root, "train")
-    plan = Plan(len(folder.paths), min(BATCH, len(folder.paths)), config.run.seed)
-    return list(pretrain_batches(folder, config, plan, world or World(), start, stop))
-
-
 def rank_of(world_size):
     return [World(rank=r, local_rank=r % 2, world_size=world_size, local_world_size=2) for r in range(world_size)]
-
-
-def assert_same(ours, theirs, mean=0.0, most=0):
-    for a, b in zip(ours, theirs, strict=True):
-        assert torch.equal(a.samples_q, b.samples_q) and torch.equal(a.samples_k, b.samples_k)
-        assert torch.equal(a.colours_q, b.colours_q) and torch.equal(a.colours_k, b.colours_k)
-        for x, y in ((a.view_q, b.view_q), (a.view_k, b.view_k)):
-            difference = (x.int() - y.int()).abs()
-            assert difference.max() <= most
-            assert difference.float().mean() <= mean
 
 
 def test_all_loaders_give_the_reference_s_views(photos, loader, root_for):
@@ -206,40 +179,6 @@ def test_odd_images_look_alike_to_all_loaders(odd_photos, loader, root_for, capf
         assert_same(ours, reference, 3.0, 255)
 
 
-def undamaged(root):
-    """A set of eight images."""
-    root.mkdir(exist_ok=True)
-    for i in range(8):
-        picture(i, 90 + i, 110).save(root / f"{i}.jpg")
-
-
-def damaged(root, name):
-    """The same, with something else in the place of one; its path."""
-    undamaged(root)
-    bad = root / "3.jpg"
-    content = bad.read_bytes()
-    if name == "missing":
-        bad.unlink()
-    elif name == "directory":
-        bad.unlink()
-        bad.mkdir()
-    elif name == "pipe":
-        bad.unlink()
-        os.mkfifo(bad)
-    else:
-        at = len(content) // 2
-        bad.write_bytes({
-            "empty": b"",
-            "one byte": b"\xff",
-            "text": b"<html>404</html>",
-            "truncated": content[:at],
-            "no end": content[:-2],
-            "header only": content[:300],
-            "random": np.random.default_rng(0).bytes(4000),
-        }[name])
-    return bad
-
-
 REASONS = {
     "missing": "no such file", "directory": "is a directory", "pipe": "and no file", "empty": "the file is empty",
     "one byte": "not an image", "text": "not an image", "truncated": "truncated", "no end": "truncated",
@@ -272,12 +211,6 @@ def test_successors_take_the_places_of_files_that_cannot_be_read(tmp_path, folde
     assert_same(ours, reference, *tolerance)
     (tmp_path / "3.jpg").write_bytes((tmp_path / "4.jpg").read_bytes())
     assert_same(ours, batches_of(config_of(tmp_path, folder_loader), 0, 2), *tolerance)
-
-
-def sizes_known_already(monkeypatch, root):
-    """DALI's loader has seen all headers, as in a run's second epoch: it finds out about damage by decoding."""
-    sizes = [decode_image(path.read_bytes(), "").size for path in sorted(root.glob("*.jpg"))]
-    monkeypatch.setattr(dali_loader._Batches, "_size_of", lambda self, sample: sizes[sample])
 
 
 @pytest.mark.parametrize("name", ["missing", "empty", "random"])

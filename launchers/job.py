@@ -3,6 +3,7 @@
 import itertools
 import os
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,3 +158,16 @@ def path_problems(config: PretrainConfig) -> list[str]:
     if not (parent.is_dir() and os.access(parent, os.W_OK)):
         problems.append(f"run.dir {config.run.dir} cannot be made: {parent} cannot be written")
     return problems
+
+
+def check_paths(config: PretrainConfig, dry_run: bool) -> None:
+    """A file system that only the hosts see is no mistake in a dry run: there it is a warning.
+
+    Raises:
+        UserError: a path is not there, and this is no dry run.
+    """
+    problems = path_problems(config)
+    if problems and not dry_run:
+        raise UserError("\n".join(problems))
+    for problem in problems:
+        print(f"warning: {problem}", file=sys.stderr)

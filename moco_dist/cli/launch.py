@@ -2,13 +2,13 @@
 
 import itertools
 import shlex
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
 from launchers import kubernetes, slurm
-from launchers.hosts import LocalOptions, TorchrunOptions, torchrun_words
-from launchers.job import Job, Size, linear_evaluation, path_problems, refuse_credentials, sweep
+from launchers.hosts import torchrun_words
+from launchers.job import Job, Size, check_paths, linear_evaluation, refuse_credentials, sweep
+from launchers.options import OPTIONS
 from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.config.source import help_text, read_config
 from moco_dist.errors import UserError, nearest
@@ -25,12 +25,6 @@ resume it. Flags with a dot are the pre-training's settings.
   --then linear CONFIG.yaml
         slurm: when the pre-training has ended well, its linear evaluation on one host
 """
-OPTIONS = {
-    "local": LocalOptions,
-    "torchrun": TorchrunOptions,
-    "slurm": slurm.SlurmOptions,
-    "kubernetes": kubernetes.KubernetesOptions,
-}
 
 
 class Request(NamedTuple):
@@ -101,15 +95,6 @@ def take_apart(words: list[str]) -> Request:
             if word.startswith("--") and "=" not in word and rest:
                 target.append(rest.pop())
     return Request(files, options, settings, axes, then, dry_run)
-
-
-def check_paths(config: PretrainConfig, dry_run: bool) -> None:
-    """A file system that only the hosts see is no mistake in a dry run: there it is a warning."""
-    problems = path_problems(config)
-    if problems and not dry_run:
-        raise UserError("\n".join(problems))
-    for problem in problems:
-        print(f"warning: {problem}", file=sys.stderr)
 
 
 def _here(job: Job, options: Size, dry_run: bool) -> int:

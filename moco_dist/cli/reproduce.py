@@ -11,7 +11,7 @@ from moco_dist.errors import UserError, nearest
 
 def main(words: list[str]) -> int:
     """A table of the paper: every row pre-trained, evaluated, and set beside the published number."""
-    from moco_dist.cli.submission import submit, submitted
+    from moco_dist.reproduce.submission import submit, submitted
     from moco_dist.reproduce.tables import SMALL_EPOCHS, TABLES, as_markdown, jobs_of, on_this_machine, run_jobs
 
     parser = Parser(

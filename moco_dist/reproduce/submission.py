@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 from launchers import kubernetes, slurm
 from launchers.hosts import TorchrunOptions, torchrun_words
-from launchers.job import Job, Size, linear_evaluation, pretraining
-from moco_dist.cli.launch import OPTIONS, check_paths
+from launchers.job import Job, Size, check_paths, linear_evaluation, pretraining
+from launchers.options import OPTIONS
 from moco_dist.config.evaluate import LinearConfig
 from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.config.source import read_config

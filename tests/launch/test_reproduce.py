@@ -132,7 +132,7 @@ def test_kubernetes_gets_the_evaluation_when_the_pretraining_has_ended(tmp_path,
 
 
 def test_kubernetes_is_asked_before_it_gets_a_job_again(tmp_path, stub, capsys, monkeypatch):
-    monkeypatch.setattr("moco_dist.cli.submission._note", lambda *_: None)  # /runs is not here
+    monkeypatch.setattr("moco_dist.reproduce.submission._note", lambda *_: None)  # /runs is not here
     monkeypatch.setattr("moco_dist.cli.reproduce._write", lambda *_: None)
     words = ["reproduce", "table1", "--out", "/runs/table1", "--data-root", "/data/x", "--launcher", "kubernetes",
              "--image", "x", *EIGHT]  # fmt: skip

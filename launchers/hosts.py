@@ -1,23 +1,23 @@
 """Hosts without a scheduler: torchrun on this machine, or on each of several."""
 
-from launchers.job import Job, Size
+from launchers.job import Hosts, Job
 from moco_dist.config.section import setting
 from moco_dist.errors import UserError
 
 DEFAULT_PORT = 29500
 
 
-class LocalOptions(Size):
+class LocalOptions(Hosts):
     """`moco-dist launch local`: this machine."""
 
 
-class TorchrunOptions(Size):
+class TorchrunOptions(Hosts):
     """`moco-dist launch torchrun`: the same command on every host."""
 
     head: str = setting("localhost", "the host where all meet, as HOST or HOST:PORT", changes="place")
 
 
-def torchrun_words(job: Job, options: Size) -> list[str]:
+def torchrun_words(job: Job, options: Hosts) -> list[str]:
     """What `python -m launchers.torchrun`, or torchrun itself, is given on every host.
 
     Raises:

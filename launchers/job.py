@@ -19,7 +19,7 @@ from moco_dist.errors import UserError, nearest
 MAX_NAME_LENGTH = 40  # Kubernetes puts it into host names, with a suffix
 
 
-class Size(Section):
+class Hosts(Section):
     """How many hosts and GPUs. 0 GPUs a host: one rank a host, on its CPU."""
 
     nodes: int = setting(1, "hosts", changes="place", ge=1)
@@ -50,7 +50,7 @@ class Job:
     words: tuple[str, ...]
     run_dir: Path
     num_workers: int
-    size: Size
+    size: Hosts
 
     @property
     def name(self) -> str:
@@ -65,7 +65,7 @@ class Job:
         return self.num_workers + 1
 
 
-def pretraining(config_files: Sequence[Path], flags: list[str], size: Size) -> tuple[Job, PretrainConfig]:
+def pretraining(config_files: Sequence[Path], flags: list[str], size: Hosts) -> tuple[Job, PretrainConfig]:
     """A pre-training; later files go over earlier ones, and flags over all.
 
     Raises:
@@ -78,7 +78,7 @@ def pretraining(config_files: Sequence[Path], flags: list[str], size: Size) -> t
     return Job(words, config.run.dir, worker_count(config.data.num_workers, None), size), config
 
 
-def linear_evaluation(config_file: Path, run_dir: Path, size: Size) -> tuple[Job, LinearConfig]:
+def linear_evaluation(config_file: Path, run_dir: Path, size: Hosts) -> tuple[Job, LinearConfig]:
     """The linear evaluation of the run in `run_dir`, on one host.
 
     Raises:
@@ -86,7 +86,7 @@ def linear_evaluation(config_file: Path, run_dir: Path, size: Size) -> tuple[Job
     """
     flags = ["--run-dir", str(run_dir)]
     config = read_config(LinearConfig, config_file, flags)
-    one_node = Size(nodes=1, gpus_per_node=size.gpus_per_node)
+    one_node = Hosts(nodes=1, gpus_per_node=size.gpus_per_node)
     if config.global_batch_size < one_node.world_size:
         raise UserError(f"{config_file}: global_batch_size {config.global_batch_size} is less than one sample a GPU")
     words, num_workers = ("linear", str(config_file), *flags), worker_count(config.data.num_workers, None)
@@ -94,7 +94,7 @@ def linear_evaluation(config_file: Path, run_dir: Path, size: Size) -> tuple[Job
 
 
 def sweep(
-    config_files: Sequence[Path], flags: list[str], axes: list[str], size: Size
+    config_files: Sequence[Path], flags: list[str], axes: list[str], size: Hosts
 ) -> list[tuple[Job, PretrainConfig]]:
     """A pre-training for every combination of `axes`, each with a folder of its own beside run.dir.
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 import yaml
 
-from launchers.job import Job, Size, refuse_credentials
+from launchers.job import Hosts, Job, refuse_credentials
 from launchers.render import render
 from moco_dist.config.evaluate import LinearConfig
 from moco_dist.config.pretrain import PretrainConfig
@@ -21,7 +21,7 @@ RUNTIME_SECONDS = 10  # until Trainer's webhook has heard of a runtime that was 
 SHM_GIB_PER_GPU = 2  # 8 loaders, two prefetched batches each, of 32 samples with two views of 224 px: 0.2 GB; x 10
 
 
-class KubernetesOptions(Size):
+class KubernetesOptions(Hosts):
     """`moco-dist launch kubernetes`: what a pod is made of."""
 
     image: str = setting(..., "container image, built from the Dockerfile", changes="place", min_length=1)

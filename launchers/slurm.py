@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from launchers.job import Job, Size, refuse_credentials
+from launchers.job import Hosts, Job, refuse_credentials
 from launchers.render import render
 from moco_dist.config.section import setting
 from moco_dist.errors import (
@@ -25,7 +25,7 @@ from moco_dist.errors import (
 )
 
 
-class SlurmOptions(Size):
+class SlurmOptions(Hosts):
     """`moco-dist launch slurm`: what sbatch is told."""
 
     partition: str | None = setting(None, "queue of the cluster; default: Slurm's", changes="place")

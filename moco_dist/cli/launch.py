@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from launchers import kubernetes, slurm
 from launchers.hosts import torchrun_words
-from launchers.job import Job, Size, check_paths, linear_evaluation, refuse_credentials, sweep
+from launchers.job import Hosts, Job, check_paths, linear_evaluation, refuse_credentials, sweep
 from launchers.options import OPTIONS
 from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.config.source import help_text, read_config
@@ -97,7 +97,7 @@ def take_apart(words: list[str]) -> Request:
     return Request(files, options, settings, axes, then, dry_run)
 
 
-def _here(job: Job, options: Size, dry_run: bool) -> int:
+def _here(job: Job, options: Hosts, dry_run: bool) -> int:
     words = torchrun_words(job, options)
     if dry_run:
         refuse_credentials(words, "a command that is shown; export MLFLOW_TRACKING_URI instead")

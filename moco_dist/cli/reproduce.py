@@ -12,7 +12,7 @@ from moco_dist.errors import UserError, nearest
 def main(words: list[str]) -> int:
     """A table of the paper: every row pre-trained, evaluated, and set beside the published number."""
     from moco_dist.reproduce.submission import submit, submitted
-    from moco_dist.reproduce.tables import SMALL_EPOCHS, TABLES, as_markdown, jobs_of, on_this_machine, run_jobs
+    from moco_dist.reproduce.tables import SMALL_EPOCHS, TABLES, as_markdown, on_this_machine, run_trials, trials_of
 
     parser = Parser(
         "moco-dist reproduce", description="every row of a table of MoCo v2 (arXiv 2003.04297) beside the published",
@@ -48,28 +48,28 @@ def main(words: list[str]) -> int:
     if args.table == "table3":
         _write(_table3(args), out / "table3.md")
         return 0
-    jobs = jobs_of(
+    trials = trials_of(
         args.table, args.scale, [int(seed) for seed in seeds], out, args.configs, args.data_root, args.small_epochs
     )
     if args.launcher is not None:
-        submit(jobs, args.launcher, options, out, args.dry_run)
+        submit(trials, args.launcher, options, out, args.dry_run)
         if not args.dry_run:
-            _write(as_markdown(jobs, args.scale), out / f"{args.table}.md")
+            _write(as_markdown(trials, args.scale), out / f"{args.table}.md")
         return 0
     if args.dry_run:
-        for job in jobs:
-            for command in job.commands:
+        for trial in trials:
+            for command in trial.commands:
                 print(f"moco-dist {shlex.join(command)}")
         return 0
     elsewhere = submitted(out)
-    for job in jobs:
-        if job.result is None and (by := elsewhere.get(job.run_dir.name)):
-            print(f"{job.row.label}, seed {job.seed}: left to {by[0]}, job {', '.join(by[1:])}")
+    for trial in trials:
+        if trial.result is None and (by := elsewhere.get(trial.run_dir.name)):
+            print(f"{trial.row.label}, seed {trial.seed}: left to {by[0]}, job {', '.join(by[1:])}")
     try:
-        here = [job for job in jobs if job.run_dir.name not in elsewhere]
-        run_jobs(here, functools.partial(on_this_machine, num_ranks=args.ranks))
+        here = [trial for trial in trials if trial.run_dir.name not in elsewhere]
+        run_trials(here, functools.partial(on_this_machine, num_ranks=args.ranks))
     finally:
-        _write(as_markdown(jobs, args.scale), out / f"{args.table}.md")
+        _write(as_markdown(trials, args.scale), out / f"{args.table}.md")
     return 0
 
 

@@ -27,7 +27,7 @@ from moco_dist.distributed.world import World
 _BLOCK_ROWS = 16_384  # queue rows at a time where there is no flash kernel
 
 
-def exchange(q: Tensor, keys: Tensor, key_order: Tensor, world: World) -> tuple[Tensor, Tensor]:
+def gather_and_unshuffle(q: Tensor, keys: Tensor, key_order: Tensor, world: World) -> tuple[Tensor, Tensor]:
     """All ranks' q, and all ranks' keys in sample order, in one all-gather.
 
     Args:

@@ -14,7 +14,7 @@ from moco_dist.engine.precision import autocast, compute_dtype
 from moco_dist.engine.speed import compile_options
 from moco_dist.method.batch_norm import set_micro_batch
 from moco_dist.method.encoder import build_encoder
-from moco_dist.method.infonce import contrastive_accuracy, exchange, info_nce
+from moco_dist.method.infonce import contrastive_accuracy, gather_and_unshuffle, info_nce
 from moco_dist.method.queue import Queue
 from moco_dist.method.step import StepResult, spread
 
@@ -62,7 +62,7 @@ class MoCo:
             set_micro_batch(self.query_encoder, i, accum)
             q = self.engine(parts[0] if len(parts) == 1 else torch.cat(parts), synchronise=i == accum - 1)
             if i == 0:
-                q_all, k_all = exchange(q, keys, views.key_order, self._world)
+                q_all, k_all = gather_and_unshuffle(q, keys, views.key_order, self._world)
                 positives = self._positives(k_all, views.key_order)
             else:
                 q_all = all_gather(q.detach(), self._world)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from launchers import kubernetes, slurm
 from launchers.hosts import TorchrunOptions, torchrun_words
-from launchers.job import Job, Size, check_paths, linear_evaluation, pretraining
+from launchers.job import Hosts, Job, check_paths, linear_evaluation, pretraining
 from launchers.options import OPTIONS
 from moco_dist.config.evaluate import LinearConfig
 from moco_dist.config.pretrain import PretrainConfig
@@ -28,7 +28,7 @@ LAUNCHERS = ("slurm", "kubernetes", "torchrun")
 class Step(NamedTuple):
     """A row with one seed: its two commands, checked, as the launchers know jobs."""
 
-    row: reproduce.Job
+    row: reproduce.Trial
     pretraining: Job
     config: PretrainConfig
     evaluation: Job
@@ -44,11 +44,11 @@ class Step(NamedTuple):
         return (self.evaluation, None) if self.row.is_pretrained else (self.pretraining, self.evaluation)
 
 
-def submit(jobs: list[reproduce.Job], launcher: str, words: list[str], out: Path, dry_run: bool) -> None:
+def submit(trials: list[reproduce.Trial], launcher: str, words: list[str], out: Path, dry_run: bool) -> None:
     """Submit, or by torchrun run, what has no result yet; all rows are checked before the first is submitted.
 
     Args:
-        jobs: of the table.
+        trials: of the table.
         launcher: one of LAUNCHERS.
         words: the launcher's options.
         out: folder of the table.
@@ -63,7 +63,7 @@ def submit(jobs: list[reproduce.Job], launcher: str, words: list[str], out: Path
             "machine alone there is --ranks"
         )
     options = read_config(OPTIONS[launcher], None, words)
-    steps = [_step(job, options) for job in jobs]
+    steps = [_step(trial, options) for trial in trials]
     if isinstance(options, kubernetes.KubernetesOptions):
         _to_kubernetes(steps, options, out, dry_run)
         return
@@ -86,11 +86,11 @@ def _note(out: Path, step: Step, launcher: str, jobs: list[str]) -> None:
     write_whole(out / "submitted.json", json.dumps(known, indent=1).encode())
 
 
-def _step(job: reproduce.Job, options: Size) -> Step:
-    first, (_, linear, *_) = job.commands
+def _step(trial: reproduce.Trial, options: Hosts) -> Step:
+    first, (_, linear, *_) = trial.commands
     files = list(itertools.takewhile(lambda word: not word.startswith("-"), first[1:]))
     pretrain, config = pretraining([Path(file) for file in files], first[1 + len(files) :], options)
-    return Step(job, pretrain, config, *linear_evaluation(Path(linear), job.run_dir, options))
+    return Step(trial, pretrain, config, *linear_evaluation(Path(linear), trial.run_dir, options))
 
 
 def _unfinished(steps: list[Step], dry_run: bool) -> list[Step]:
@@ -148,4 +148,4 @@ def _by_torchrun(steps: list[Step], options: TorchrunOptions, dry_run: bool) -> 
         for command in itertools.chain.from_iterable(step.row.commands for step in steps):
             print(shlex.join(["python", *launched(command)[1:]]))
         return
-    reproduce.run_jobs([step.row for step in steps], launched)
+    reproduce.run_trials([step.row for step in steps], launched)

@@ -75,7 +75,7 @@ TABLES = {
 
 
 @dataclass(frozen=True)
-class Job:
+class Trial:
     """One row with one seed: two commands for `python -m moco_dist`.
 
     Attributes:
@@ -104,10 +104,10 @@ class Job:
         return RunFolder(self.run_dir).backbone.is_file()
 
 
-def jobs_of(
+def trials_of(
     table: str, scale: str, seeds: list[int], out: Path, configs: Path, data_root: Path | None, small_epochs: int
-) -> list[Job]:
-    """A table's jobs, in its order.
+) -> list[Trial]:
+    """A table's trials, in its order.
 
     Args:
         table: one of TABLES.
@@ -121,7 +121,7 @@ def jobs_of(
     Raises:
         UserError: a config is missing or does not fit.
     """
-    jobs = []
+    trials = []
     for row in TABLES[table]:
         config = configs / f"{row.config}.yaml"
         optim = read_config(PretrainConfig, config, []).optim
@@ -140,29 +140,29 @@ def jobs_of(
             if data_root is not None:
                 flags += ["--data.root", str(data_root)]
             evaluation = ["linear", str(configs / f"{linear}.yaml"), "--run-dir", str(run_dir)]
-            jobs.append(Job(row, seed, run_dir, (["pretrain", *files, *flags], evaluation)))
-    return jobs
+            trials.append(Trial(row, seed, run_dir, (["pretrain", *files, *flags], evaluation)))
+    return trials
 
 
-def run_jobs(jobs: list[Job], launched: Callable[[list[str]], list[str]]) -> None:
+def run_trials(trials: list[Trial], launched: Callable[[list[str]], list[str]]) -> None:
     """Run what has no result yet, one command after the other.
 
     Args:
-        jobs: of a table.
+        trials: of a table.
         launched: the words of a command as those of a process.
 
     Raises:
         UserError: a command failed; what it said stands above.
     """
-    for number, job in enumerate(jobs, 1):
-        print(f"\n== {number} of {len(jobs)}: {job.row.label}, seed {job.seed}", flush=True)
-        if job.result is not None:
-            print(f"already done: {job.result:.2f} %")
+    for number, trial in enumerate(trials, 1):
+        print(f"\n== {number} of {len(trials)}: {trial.row.label}, seed {trial.seed}", flush=True)
+        if trial.result is not None:
+            print(f"already done: {trial.result:.2f} %")
             continue
-        for command in job.commands:
+        for command in trial.commands:
             status = subprocess.run(launched(command)).returncode
             if status:
-                raise UserError(f"{command[0]} of {job.row.label} ended with {status}; run this again to go on")
+                raise UserError(f"{command[0]} of {trial.row.label} ended with {status}; run this again to go on")
 
 
 def on_this_machine(command: list[str], num_ranks: int) -> list[str]:
@@ -173,21 +173,21 @@ def on_this_machine(command: list[str], num_ranks: int) -> list[str]:
     return [sys.executable, *torchrun, "-m", "moco_dist", *command]
 
 
-def as_markdown(jobs: list[Job], scale: str) -> str:
+def as_markdown(trials: list[Trial], scale: str) -> str:
     """The table: published, ours (mean ± standard deviation over seeds), their difference, and the runs."""
     lines = [
         "| row | published, % | ours, % | difference | MLflow |", "| --- | --- | --- | --- | --- |"
     ]  # fmt: skip
-    for row in dict.fromkeys(job.row for job in jobs):
-        done = [(job, job.result) for job in jobs if job.row == row and job.result is not None]
+    for row in dict.fromkeys(trial.row for trial in trials):
+        done = [(trial, trial.result) for trial in trials if trial.row == row and trial.result is not None]
         results = [result for _, result in done]
         ours = f"{statistics.mean(results):.2f}" if results else MISSING
         if len(results) > 1:
             ours += f" ± {statistics.stdev(results):.2f} ({len(results)} seeds)"
         difference = f"{statistics.mean(results) - row.published:+.2f}" if results and scale == "full" else MISSING
-        pages = [(job, page_of(job.run_dir)) for job, _ in done]
-        links = ", ".join(f"[seed {job.seed}]({page})" if page else str(job.run_dir) for job, page in pages) or MISSING
-        lines.append(f"| {row.label} | {row.published} | {ours} | {difference} | {links} |")
+        pages = [(trial, page_of(trial.run_dir)) for trial, _ in done]
+        links = [f"[seed {trial.seed}]({page})" if page else str(trial.run_dir) for trial, page in pages]
+        lines.append(f"| {row.label} | {row.published} | {ours} | {difference} | {', '.join(links) or MISSING} |")
     if scale == "small":
         lines += [
             "",

@@ -29,19 +29,19 @@ def keys_not_brought_home():
 
 def enqueue_before_the_loss():
     queues = []
-    make, enqueue, exchange = Queue.__init__, Queue.enqueue, moco.exchange
+    make, enqueue, gather = Queue.__init__, Queue.enqueue, moco.gather_and_unshuffle
 
     def remember(self, *args):
         make(self, *args)
         queues.append(self)
 
     def exchange_and_enqueue(*args):
-        q_all, k_all = exchange(*args)
+        q_all, k_all = gather(*args)
         enqueue(queues[0], k_all.flatten(0, 1))
         return q_all, k_all
 
     Queue.__init__, Queue.enqueue = remember, lambda self, keys: None
-    moco.exchange = exchange_and_enqueue
+    moco.gather_and_unshuffle = exchange_and_enqueue
 
 
 def queue_not_persistent():

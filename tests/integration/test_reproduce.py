@@ -11,7 +11,7 @@ from moco_dist.config.source import read_config
 from moco_dist.datasets.prepare import prepare_shapes
 from moco_dist.reproduce import table3
 from moco_dist.reproduce import tables as reproduce
-from moco_dist.reproduce.tables import TABLES, as_markdown, jobs_of
+from moco_dist.reproduce.tables import TABLES, as_markdown, trials_of
 
 SMALL = ["--scale", "small", "--small-epochs", "1"]
 
@@ -24,7 +24,7 @@ def planned(table, capsys, *flags):
 @pytest.mark.parametrize("scale", ["full", "small"])
 @pytest.mark.parametrize("table", TABLES)
 def test_every_row_is_a_config_that_loads(table, scale, tmp_path):
-    for job in jobs_of(table, scale, [0, 1], tmp_path, Path("configs"), None, 8):
+    for job in trials_of(table, scale, [0, 1], tmp_path, Path("configs"), None, 8):
         words = job.commands[0][1:]
         files = [Path(word) for word in words if word.endswith(".yaml")]
         config = read_config(PretrainConfig, files[0], words[len(files) :], files[1:])
@@ -66,7 +66,7 @@ def test_a_table_is_run_and_gone_on_with(tmp_path, monkeypatch, capfd):
 
 
 def test_seeds_are_averaged(tmp_path):
-    jobs = jobs_of("table1", "full", [0, 1, 2], tmp_path, Path("configs"), None, 8)
+    jobs = trials_of("table1", "full", [0, 1, 2], tmp_path, Path("configs"), None, 8)
     for job, accuracy in zip(jobs[:3], (60.0, 61.0, 62.0), strict=True):
         (job.run_dir / "eval").mkdir(parents=True)
         (job.run_dir / "eval" / "linear_trained.json").write_text(json.dumps({"accuracy": {"linear_top1": accuracy}}))

@@ -26,8 +26,8 @@ WORK = [  # where a command's own work begins, once it has understood what it wa
     "moco_dist.doctor.logs.run", "moco_dist.report.contact_sheet.view_pairs",
     "moco_dist.report.contact_sheet.write_contact_sheet",
     "moco_dist.datasets.pack.pack", "moco_dist.datasets.prepare.verify", "moco_dist.tracking.sync",
-    "moco_dist.run.weights.export_run", "moco_dist.run.weights.import_backbone", "moco_dist.reproduce.tables.run_jobs",
-    "moco_dist.reproduce.table3.measure",
+    "moco_dist.run.weights.export_run", "moco_dist.run.weights.import_backbone",
+    "moco_dist.reproduce.tables.run_trials", "moco_dist.reproduce.table3.measure",
     *(f"moco_dist.datasets.prepare.prepare_{name}" for name in
       ("shapes", "fashion_mnist", "cifar10", "imagenette", "imagenet", "imagefolder")),
 ]  # fmt: skip

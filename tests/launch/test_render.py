@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launchers.job import Job, Size, pretraining
+from launchers.job import Hosts, Job, pretraining
 from launchers.kubernetes import KubernetesOptions, how_to
 from launchers.slurm import SlurmOptions, limit_hours, script
 from launchers.slurm import how_to as slurm_how_to
@@ -122,7 +122,7 @@ def test_the_docs_name_every_example_and_its_command():
 
 
 def test_the_docs_show_what_slurm_users_are_told():
-    job, _ = pretraining([Path(CONFIG)], [], Size(nodes=2, gpus_per_node=4))
+    job, _ = pretraining([Path(CONFIG)], [], Hosts(nodes=2, gpus_per_node=4))
     assert "\n".join(slurm_how_to([job], "1")) in Path("docs/launch.md").read_text()
 
 
@@ -166,7 +166,7 @@ NASTY = "a b';$(touch pwned) `x` \"q\" %j \\ é"
 
 def test_no_value_of_a_user_is_read_by_the_shell(tmp_path):
     words = ("pretrain", f"{NASTY}.yaml", "--data.root", NASTY, "--run.dir", "$HOME/*")
-    job = Job(words, tmp_path / NASTY, 0, Size(nodes=2, gpus_per_node=4))
+    job = Job(words, tmp_path / NASTY, 0, Hosts(nodes=2, gpus_per_node=4))
     text = script([job], SlurmOptions(nodes=2, gpus_per_node=4, account="me; rm -rf /"))
     lines = [line for line in text.splitlines() if line.startswith(("run_dir=", "command="))]
     shown = "printf '%s\\n' \"$run_dir\" \"${command[@]}\""
@@ -286,6 +286,6 @@ def test_time_limits_of_partitions(text, hours):
 
 @pytest.mark.parametrize("folder", ["runs/A_b.c", "/x/123", "runs/ÄÖ", "runs/" + "y" * 80])
 def test_names_are_such_that_every_scheduler_takes_them(folder):
-    job = Job(("pretrain",), Path(folder), 0, Size())
+    job = Job(("pretrain",), Path(folder), 0, Hosts())
     assert re.fullmatch(r"[a-z]([-a-z0-9]{0,43}[a-z0-9])?", job.name), job.name
     assert any(job.name in line for line in how_to(job, KubernetesOptions(image="x")))

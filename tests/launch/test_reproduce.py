@@ -109,7 +109,7 @@ def test_a_dry_run_shows_the_scripts_and_submits_nothing(tmp_path, stub, capsys)
 
 
 def test_kubernetes_gets_the_evaluation_when_the_pretraining_has_ended(tmp_path, stub, capsys, monkeypatch):
-    monkeypatch.setattr(reproduce.Job, "is_pretrained", False)
+    monkeypatch.setattr(reproduce.Trial, "is_pretrained", False)
     words = ["reproduce", "table1", "--out", "/runs/table1", "--data-root", "/data/imagenet", "--launcher",
              "kubernetes", "--image", "registry.example/moco-dist:0.1.0", *EIGHT, "--dry-run"]  # fmt: skip
     assert main(words) == 0
@@ -120,7 +120,7 @@ def test_kubernetes_gets_the_evaluation_when_the_pretraining_has_ended(tmp_path,
     assert jobs[0]["spec"]["trainer"]["args"][-2:] == ["pretrain", "/etc/moco-dist/config.yaml"]
     PretrainConfig.model_validate(yaml.safe_load(documents[0]["data"]["config.yaml"]))
 
-    monkeypatch.setattr(reproduce.Job, "is_pretrained", True)
+    monkeypatch.setattr(reproduce.Trial, "is_pretrained", True)
     assert main(words) == 0
     documents = list(yaml.safe_load_all(capsys.readouterr().out))
     assert [problem for document in documents for problem in problems(document)] == []

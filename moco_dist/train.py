@@ -5,9 +5,7 @@ from pathlib import Path
 
 from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.data.colours import apply_colours
-from moco_dist.data.images import subset
 from moco_dist.data.plan import Plan, plan_of
-from moco_dist.data.sources import find_images
 from moco_dist.data.views import views_of_steps
 from moco_dist.distributed.agreement import require_agreement
 from moco_dist.distributed.stop import STOP, StopRequest
@@ -21,7 +19,7 @@ from moco_dist.run import checkpoint
 from moco_dist.run.folder import RunFolder
 from moco_dist.run.logbook import Logbook
 from moco_dist.run.opening import opening_lines
-from moco_dist.run.resume import facts_to_agree_on, resume
+from moco_dist.run.resume import facts_to_agree_on, resume, training_images
 from moco_dist.run.saver import Saver
 from moco_dist.tracking import Tracker
 
@@ -37,7 +35,7 @@ def pretrain(config: PretrainConfig, world: World, tracker: Tracker) -> Path:
         Preempted: a scheduler, or a person, asked to stop, and the run is saved.
     """
     stop_request = StopRequest(config.checkpoint.every_seconds, world)
-    images = subset(find_images(config.data.root, "train"), config.data.max_samples)
+    images = training_images(config)
     plan = plan_of(config, len(images.paths))
     require_agreement(facts_to_agree_on(config, images), world)
     total_steps = config.optim.epochs * plan.steps_per_epoch

@@ -172,7 +172,9 @@ class _Batches(Generic[T]):
                     return [Entry(str(path), size, crops, rows)], []
                 return [Entry(str(path), size, [crop], (row,)) for crop, row in zip(crops, rows, strict=True)], []
 
-            return with_successors(int(job.samples[i]), len(self.files), self.data.on_error, attempt, notes[i])
+            return with_successors(
+                int(job.samples[i]), len(self.files), self.files.root, self.data.on_error, attempt, notes[i]
+            )
 
         parts = list(self.pool.map(one, images))
         return Prepared(

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
@@ -17,7 +18,9 @@ from moco_dist.data.colours import draw_colours
 from moco_dist.data.crops import crop_box, crop_draws, is_flipped, smallest_side
 from moco_dist.data.images import ImageError
 from moco_dist.data.plan import Plan
+from moco_dist.data.storage import is_gone
 from moco_dist.distributed.world import World
+from moco_dist.errors import InfrastructureError
 
 MAX_SUCCESSORS = 100  # unreadable files in a row before giving up
 
@@ -122,18 +125,21 @@ def row_job(samples: NDArray[np.int64], crop: Callable[[int, int, int], Crop]) -
 
 
 def with_successors(
-    sample: int, total: int, on_error: OnError, attempt: Callable[[int], T],
+    sample: int, total: int, root: Path, on_error: OnError, attempt: Callable[[int], T],
     replaced: list[str],
 ) -> T:
     """`attempt(sample)`; under `skip-and-report`, of the first readable image after it, and a note in `replaced`.
 
     Raises:
         ImageError: `attempt`'s, or 100 images in a row cannot be read.
+        InfrastructureError: `root`, which holds all the images, is gone itself.
     """
     for candidate in range(sample, sample + MAX_SUCCESSORS):
         try:
             return attempt(candidate % total)
         except ImageError as error:
+            if is_gone(root):
+                raise InfrastructureError(f"{root} is gone, or its storage does not answer: {error}") from error
             if on_error == "fail":
                 raise
             replaced.append(str(error))

@@ -82,7 +82,7 @@ def load(
 
     Raises:
         UserError: the loader is not installed, or does not read this kind of data; while batches are taken, an
-            ImageError names a file that cannot be read.
+            ImageError names a file that cannot be read, and an InfrastructureError a folder that is gone.
     """
     is_packed = folder.root.parent.suffix == PACKED_SUFFIX
     if is_packed and data.loader != "ffcv":

@@ -57,8 +57,8 @@ class PackedFile:
     """The images of `folder`, which `packed_images` found, as a source of the reference loader's workers."""
 
     def __init__(self, folder: ImageFolder) -> None:
-        self.path, self.folder = folder.root.parent, folder
-        self._beton: Beton | None = opened(self.path)
+        self.root, self.folder = folder.root.parent, folder
+        self._beton: Beton | None = opened(self.root)
         self._fd: int | None = None
         row_of = {name: row for row, name in enumerate(self._beton.names)}
         self._rows = np.array([row_of[f"{folder.root.name}/{path}"] for path in folder.paths])
@@ -120,13 +120,13 @@ class PackedFile:
 
     def _file(self) -> int:
         if self._fd is None:
-            self._fd = os.open(self.path, os.O_RDONLY)
+            self._fd = os.open(self.root, os.O_RDONLY)
             weakref.finalize(self, os.close, self._fd)
         return self._fd
 
     def _open(self) -> Beton:
         if self._beton is None:
-            self._beton = opened(self.path)
+            self._beton = opened(self.root)
         return self._beton
 
 

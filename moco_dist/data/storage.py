@@ -82,6 +82,20 @@ def patiently(read: Callable[[], T], name: str) -> T:
     raise AssertionError("the last try returns or raises")
 
 
+def is_gone(root: Path) -> bool:
+    """Whether nothing is left of a folder or file that was there: removed, renamed, or its server does not answer.
+
+    An empty folder is what unmounting leaves.
+    """
+    try:
+        if not root.is_dir():
+            return not root.exists()
+        with os.scandir(root) as entries:
+            return next(entries, None) is None
+    except OSError:
+        return True
+
+
 def _reason(error: OSError) -> str:
     return (error.strerror or str(error)).lower()
 

@@ -6,6 +6,7 @@ number of workers gives the same pixels, and resuming is starting at `step`.
 
 import contextlib
 from collections.abc import Callable, Generator
+from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
@@ -27,7 +28,13 @@ T = TypeVar("T")
 
 
 class Source(Protocol):
-    """Where images come from."""
+    """Where images come from.
+
+    Attributes:
+        root: the folder or the file that holds them all.
+    """
+
+    root: Path
 
     def __len__(self) -> int:
         """How many there are."""
@@ -45,7 +52,7 @@ class Files:
     """The images of a folder."""
 
     def __init__(self, folder: ImageFolder) -> None:
-        self.folder = folder
+        self.folder, self.root = folder, folder.root
 
     def __len__(self) -> int:
         return len(self.folder.paths)
@@ -76,7 +83,9 @@ class Batches(Generic[T]):
             def attempt(candidate: int, i: int = i) -> list[Tensor]:
                 return self.source.cut(candidate, self.size, lambda width, height: job.crops(i, width, height))
 
-            cropped = with_successors(int(sample), len(self.source), self.on_error, attempt, replaced)
+            cropped = with_successors(
+                int(sample), len(self.source), self.source.root, self.on_error, attempt, replaced
+            )
             for row, view in zip(job.rows[i], cropped, strict=True):
                 views[row] = view
         return job.finish(views, tuple(replaced))

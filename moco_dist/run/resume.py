@@ -1,16 +1,19 @@
 """Going on with a run: from which checkpoint, under which settings, and whether all ranks mean the same."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
 from moco_dist.config.pretrain import PretrainConfig, shuffle_block
 from moco_dist.config.section import COMPUTED
 from moco_dist.config.source import declarations, flatten, to_yaml
-from moco_dist.data.images import ImageFolder
+from moco_dist.data.images import ImageFolder, subset
+from moco_dist.data.sources import find_images
+from moco_dist.data.storage import is_gone
 from moco_dist.distributed.collectives import barrier, gather_texts
 from moco_dist.distributed.world import World
 from moco_dist.engine.schedule import learning_rate
-from moco_dist.errors import UserError
+from moco_dist.errors import InfrastructureError, UserError
 from moco_dist.files import write_whole
 from moco_dist.method.step import Method
 from moco_dist.provenance import hash_of_list, package_versions, source_hash
@@ -19,6 +22,31 @@ from moco_dist.run.checkpoint import without_secrets
 from moco_dist.run.folder import RunFolder
 from moco_dist.run.image_list import difference, keep_list
 from moco_dist.run.manifest import read_manifest, saved_config
+
+
+def training_images(config: PretrainConfig) -> ImageFolder:
+    """The images that a run goes over, all or `data.max_samples` of them.
+
+    Raises:
+        InfrastructureError: data.root is gone, from which the run of this folder has a checkpoint.
+        UserError: there is no such data set, or no image in it.
+    """
+    root = config.data.root
+    try:
+        return subset(find_images(root, "train"), config.data.max_samples)
+    except UserError as error:
+        if is_gone(root) and _has_worked_with(root, config.run.dir):
+            raise InfrastructureError(
+                f"{error}; it had images when {config.run.dir} was started last: is its disk mounted?"
+            ) from error
+        raise
+
+
+def _has_worked_with(root: Path, run_dir: Path) -> bool:
+    """Whether the run has a checkpoint, and had its images from there when it was last started."""
+    with contextlib.suppress(UserError):
+        return bool(checkpoint.complete_checkpoints(run_dir)) and RunFolder(run_dir).settings().data.root == root
+    return False
 
 
 def resume(

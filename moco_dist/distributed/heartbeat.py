@@ -226,10 +226,14 @@ os.register_at_fork(after_in_child=lambda: hold_aborts(0))  # a loader's worker 
 
 
 def is_aborting() -> bool:
-    """Whether a thread of this process is in the handler of SIGABRT: the kernel blocks a signal while it is handled."""
+    """Whether a thread of this process is in the handler of SIGABRT: the kernel blocks a signal while it is handled.
+
+    Memory allocators and other libraries have threads that block all signals for good; those are none.
+    """
     for status in Path("/proc/self/task").glob("*/status"):
         with contextlib.suppress(OSError):
-            blocked = next(line for line in status.read_text().splitlines() if line.startswith("SigBlk"))
-            if int(blocked.split()[1], 16) >> (signal.SIGABRT - 1) & 1:
+            line = next(line for line in status.read_text().splitlines() if line.startswith("SigBlk"))
+            blocked = int(line.split()[1], 16)
+            if blocked >> (signal.SIGABRT - 1) & 1 and not blocked >> (signal.SIGSEGV - 1) & 1:
                 return True
     return False

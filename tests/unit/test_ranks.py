@@ -1,10 +1,13 @@
 """Why ranks end, as a status and in words, without starting any."""
 
+import signal
+import threading
+
 import pytest
 import torch.distributed as dist
 
 from moco_dist.distributed.collectives import why_no_group
-from moco_dist.distributed.heartbeat import is_lost_connection
+from moco_dist.distributed.heartbeat import is_aborting, is_lost_connection
 from moco_dist.distributed.world import World, world_from_env
 from moco_dist.errors import UserError, cause
 
@@ -82,3 +85,27 @@ def test_processes_that_know_nothing_of_each_other_are_told_of_the_launcher(vari
         world_from_env("cpu", {variable: "8"})
     assert world_from_env("cpu", {variable: "1"}) == World()
     assert world_from_env("cpu", {variable: "8", "WORLD_SIZE": "2", "RANK": "1"}).world_size == 2
+
+
+@pytest.mark.parametrize(
+    ("blocked", "aborts"),
+    [({signal.SIGABRT}, True), (signal.valid_signals(), False), ({signal.SIGTERM}, False), (set(), False)],
+    ids=["in its handler", "a library's thread that blocks all", "another", "none"],
+)
+def test_an_abort_is_told_from_threads_that_block_signals_for_good(blocked, aborts):
+    """As the allocator does that MLflow's packages bring along; it would end every run of several ranks."""
+    is_blocked, is_seen = threading.Event(), threading.Event()
+
+    def block():
+        signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
+        is_blocked.set()
+        is_seen.wait()
+
+    thread = threading.Thread(target=block)
+    thread.start()
+    is_blocked.wait()
+    try:
+        assert is_aborting() == aborts
+    finally:
+        is_seen.set()
+        thread.join()

@@ -15,7 +15,11 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
+DESCRIPTION = "mlflow.note.content"  # in Markdown
 KEY_TAG = "moco_dist.key"  # a run that was made just before a crash is found by it, and not made twice
+
+
+EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # or its page asks what it is
 
 
 class Refused(Exception):
@@ -109,7 +113,7 @@ class RemoteRun:
         metrics: list[Metric] = []
         try:
             for record in records:
-                if "metrics" in record:
+                if "metrics" in record and "to_parent" not in record:
                     step, time_ms = record["step"], record["time_ms"]
                     metrics += [Metric(name, value, time_ms, step) for name, value in record["metrics"].items()]
                     continue
@@ -129,6 +133,9 @@ class RemoteRun:
             self._watch_system()
 
     def _tell(self, client: "MlflowClient", record: dict[str, Any]) -> None:
+        if "to_parent" in record and self._parent_file is not None:
+            self._tell_parent(client, record)
+            return
         for name, value in record.get("set_tags", {}).items():
             client.set_tag(self._run_id, name, value)
         if "artifact" in record and os.path.exists(record["artifact"]):
@@ -137,6 +144,20 @@ class RemoteRun:
             client.update_run(self._run_id, status="RUNNING")
         elif "status" in record:
             client.set_terminated(self._run_id, record["status"], record["time_ms"])
+
+    def _tell_parent(self, client: "MlflowClient", record: dict[str, Any]) -> None:
+        """An accuracy on the pre-training's own run: MLflow sorts and draws runs by their own metrics alone."""
+        from mlflow.entities import Metric
+
+        saved = read_saved(self._parent_file) if self._parent_file else None
+        if saved is None or not saved["run_id"]:
+            return
+        step, time_ms = record["step"], record["time_ms"]
+        metrics = [Metric(name, value, time_ms, step) for name, value in record["metrics"].items()]
+        client.log_batch(saved["run_id"], metrics=metrics)
+        description = client.get_run(saved["run_id"]).data.tags.get(DESCRIPTION, "")
+        if record["note"] not in description:  # else it was told just before a crash
+            client.set_tag(saved["run_id"], DESCRIPTION, f"{description}\n{record['note']}")
 
     def _watch_system(self) -> None:
         """CPU, memory, disk, network and, with nvidia-ml-py installed, GPU, every 30 s; nothing without psutil.
@@ -181,7 +202,7 @@ def _experiment(client: "MlflowClient", name: str, artifacts: str | None) -> str
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
         with contextlib.suppress(MlflowException):  # another run may have made it just now
-            client.create_experiment(name, artifact_location=artifacts)
+            client.create_experiment(name, artifact_location=artifacts, tags=EXPERIMENT_TAGS)
         experiment = client.get_experiment_by_name(name)
     if experiment is None or experiment.lifecycle_stage == "deleted":
         raise RuntimeError(

@@ -1,5 +1,7 @@
 """What the program tells MLflow, as records of a journal."""
 
+import contextlib
+import getpass
 import importlib.util
 import json
 import os
@@ -20,10 +22,10 @@ from moco_dist.config.source import flatten
 from moco_dist.distributed.world import World
 from moco_dist.errors import Preempted, UserError
 from moco_dist.files import read_record, write_whole
-from moco_dist.provenance import package_versions
+from moco_dist.provenance import git_state, package_versions
 from moco_dist.tracking.failure import reason
 from moco_dist.tracking.outbox import Outbox
-from moco_dist.tracking.remote import RemoteRun
+from moco_dist.tracking.remote import DESCRIPTION, RemoteRun
 from moco_dist.tracking.server import (
     absolute,
     default_uri,
@@ -38,6 +40,7 @@ from moco_dist.tracking.server import (
 )
 
 PRETRAIN = "pretrain.jsonl"
+HEADLINES = ("linear_top1", "knn_top1_k20")  # an evaluation's numbers that the pre-training's run has too
 
 
 class Tracker:
@@ -50,6 +53,7 @@ class Tracker:
     def __init__(self, outbox: Outbox | None = None, run_dir: Path = Path(), ends_run: bool = True) -> None:
         self._outbox, self._run_dir, self._ends_run = outbox, run_dir, ends_run
         self._last_step: dict[str, int] = {}
+        self._tells_parent = False
         if outbox is not None:
             for record in outbox.records():
                 self._remember(record)
@@ -89,9 +93,11 @@ class Tracker:
             artifacts = None if is_server else (run_dir.resolve().parent / "mlflow-artifacts").as_uri()
             name = run_dir.resolve().name
             experiment = experiment_of(config.tracking)
-            begin = _begin(name, {}, config) | {"experiment": experiment, "artifacts": artifacts}
+            begin = _begin(name, {DESCRIPTION: _description(config)}, config)
+            begin |= {"experiment": experiment, "artifacts": artifacts}
             begin["params"]["tracking.experiment"] = experiment
             outbox.put(begin)
+        tags |= _origin()
         outbox.put({"set_tags": {**tags, "preempted": "false"}, "status": "RUNNING"})
         return cls(outbox, run_dir)
 
@@ -111,7 +117,9 @@ class Tracker:
             return cls()
         name = f"{command} {encoder}{variant.replace('_', ' ')}"
         begin = _begin(name, {"evaluation": command, "encoder": encoder}, config)
-        return cls._beside(config.run_dir, begin, ends_run=True)
+        tracker = cls._beside(config.run_dir, begin, ends_run=True)
+        tracker._tells_parent = encoder == "trained" and not variant
+        return tracker
 
     @classmethod
     def reopen(cls, run_dir: Path) -> "Tracker":
@@ -154,6 +162,10 @@ class Tracker:
             record = {"metrics": new, "step": step, "time_ms": _now_ms()}
             self._remember(record)
             self._outbox.put(record)
+        above = {name: value for name, value in new.items() if self._tells_parent and name in HEADLINES}
+        if above:
+            note = "\n".join(f"- {name}: {value:.2f} % at step {step}" for name, value in above.items())
+            self._outbox.put({"to_parent": True, "metrics": above, "step": step, "time_ms": _now_ms(), "note": note})
 
     def log_artifact(self, path: Path, folder: str) -> None:
         """A copy of a file into `folder` of the run's artifacts; returns at once."""
@@ -221,6 +233,27 @@ def _outbox(run_dir: Path, name: str, uri: str) -> Outbox:
     path, record = journal_path(run_dir, name), record_path(run_dir)
     remote = RemoteRun(record, uri) if name == PRETRAIN else RemoteRun(path.with_suffix(".json"), uri, record)
     return Outbox(path, remote, _say_of(uri))
+
+
+def _origin() -> dict[str, str]:
+    """Who started the run, by what, from which commit: the tags that MLflow's pages have columns for."""
+    tags = {"mlflow.source.name": "moco-dist pretrain", "mlflow.source.type": "LOCAL"}
+    with contextlib.suppress(OSError, KeyError):  # a container's user without a name
+        tags["mlflow.user"] = getpass.getuser()
+    if commit := git_state():
+        tags["mlflow.source.git.commit"] = commit.removesuffix("-dirty")
+        tags["source.has_changes"] = str(commit.endswith("-dirty")).lower()
+    return tags
+
+
+def _description(config: PretrainConfig) -> str:
+    """What the run is, in Markdown; evaluations add their accuracies to it."""
+    method = "SimCLR" if config.method == "simclr" else "MoCo"
+    return without_credentials(
+        f"{method}, {config.model.arch}, {config.optim.epochs} epochs of `{config.data.root}` in batches of "
+        f"{config.optim.global_batch_size}. Folder: `{config.run.dir}`; the same command goes on from its last "
+        "checkpoint.\n"
+    )
 
 
 def _part_from_original(run_dir: Path, uri: str) -> None:

@@ -24,6 +24,7 @@ class MocoConfig(Section):
     )
     temperature: float = setting(0.2, "tau", changes="result", source="v2 Table 2; v1 uses 0.07", ge=0.01, le=10)
 
+    title: ClassVar = "MoCo"
     chance_formula: ClassVar = "ln(K + 1)"
     num_encoders: ClassVar = 2
 
@@ -73,6 +74,7 @@ class SimclrConfig(Section):
         0.1, "tau of NT-Xent", changes="result", source="arXiv 2002.05709, sec. 5.1", ge=0.01, le=10
     )
 
+    title: ClassVar = "SimCLR"
     chance_formula: ClassVar = "ln(2B − 1)"
     num_encoders: ClassVar = 1
     queue_keys: ClassVar = 0

@@ -248,11 +248,10 @@ def _origin() -> dict[str, str]:
 
 def _description(config: PretrainConfig) -> str:
     """What the run is, in Markdown; evaluations add their accuracies to it."""
-    method = "SimCLR" if config.method == "simclr" else "MoCo"
     return without_credentials(
-        f"{method}, {config.model.arch}, {config.optim.epochs} epochs of `{config.data.root}` in batches of "
-        f"{config.optim.global_batch_size}. Folder: `{config.run.dir}`; the same command goes on from its last "
-        "checkpoint.\n"
+        f"{config.of_method.title}, {config.model.arch}, {config.optim.epochs} epochs of `{config.data.root}` in "
+        f"batches of {config.optim.global_batch_size}. Folder: `{config.run.dir}`; the same command goes on from its "
+        "last checkpoint.\n"
     )
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,16 +20,24 @@ class Parser(argparse.ArgumentParser):
         """An argument; of one that is a path, `~` at its start is the home folder."""
         return super().add_argument(*names, **{**how, "type": _path} if how.get("type") is Path else how)
 
-    def parse_own(self, words: list[str]) -> tuple[argparse.Namespace, list[str]]:
-        """The arguments, and the words that are a config's; those are `section.key`, but for `--method`.
+    def parse_own(self, words: list[str], settings: Iterable[str] = ()) -> tuple[argparse.Namespace, list[str]]:
+        """The arguments, and the words that are a config's; those are `section.key`, but for `--method` and `settings`.
+
+        Args:
+            words: of the command line.
+            settings: names of settings that have no section.
 
         Raises:
-            UserError: a flag is neither, and resembles one of these arguments.
+            UserError: a flag is neither, and resembles one of these arguments more than one of `settings`.
         """
         args, rest = self.parse_known_args(words)
+        flags = {f"--{name.replace('_', '-')}" for name in settings}
         for word in rest:
             name = word.partition("=")[0]
-            if name.startswith("--") and "." not in name and nearest(name, self._option_string_actions):
+            if not name.startswith("--") or "." in name or name.replace("_", "-") in flags:
+                continue
+            hint = nearest(name, self._option_string_actions)
+            if hint and hint == nearest(name, [*self._option_string_actions, *flags]):
                 self.error(f"unrecognized arguments: {name}")
         return args, rest
 

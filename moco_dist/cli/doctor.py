@@ -10,7 +10,7 @@ from pathlib import Path
 from moco_dist.cli.arguments import Parser, require_positive
 from moco_dist.cli.configured import SCHEMAS, command_of, files_and_flags
 from moco_dist.config.pretrain import PretrainConfig
-from moco_dist.config.source import read_config, read_yaml
+from moco_dist.config.source import leaf_fields, read_config, read_yaml
 from moco_dist.errors import UserError
 
 EXIT_ERRORS = 1
@@ -28,7 +28,8 @@ def main(words: list[str]) -> int:
     parser.add_argument("--run", type=Path, metavar="DIR", help="read the log of this run instead")
     parser.add_argument("--nodes", type=int, help="this is one of so many hosts of the run; default: those here")
     parser.add_argument("--gpus-per-node", type=int, help="ranks on each of them; default: this host's GPUs")
-    args, rest = parser.parse_own(words)
+    # Which command the config is of shows only when the words are parsed; settings of an evaluation have no section.
+    args, rest = parser.parse_own(words, [name for command in EVALUATIONS for name in leaf_fields(SCHEMAS[command])])
     require_positive(args, "nodes", "gpus_per_node")
     is_planned = args.nodes is not None or args.gpus_per_node is not None
 

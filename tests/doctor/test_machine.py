@@ -97,6 +97,25 @@ def test_sizes_are_those_of_the_planned_hosts(tmp_path, capsys):
         assert err.count("\n") == 1
 
 
+def test_settings_of_an_evaluation_have_no_section(tmp_path, capsys):
+    """They are told from this command's own arguments, and a misspelt one has the nearest of both as its hint."""
+    linear, finetune = tmp_path / "linear.yaml", tmp_path / "finetune.yaml"
+    linear.write_text("run_dir: r\nlr: 30\nmilestones: [60]\n")
+    finetune.write_text("run_dir: r\nbackbone_lr: 0.01\nclassifier_lr: 1\n")
+    assert main(["doctor", str(linear), "--lr", "0.1"]) == 0
+    assert "warning" in capsys.readouterr().out
+    assert main(["doctor", str(finetune), "--run-dir=s", "--classifier_lr", "0.001"]) == 0
+    assert "warning" in capsys.readouterr().out
+    for words, hint in [
+        ([linear, "--epoch", "3"], "did you mean --epochs?"),
+        ([linear, "--nodse", "2"], "did you mean --nodes?"),
+        (["--run-dir", "s"], "did you mean --run.dir?"),
+    ]:
+        assert main(["doctor", *map(str, words)]) in (1, 2)
+        told = "".join(capsys.readouterr())
+        assert hint in told, told
+
+
 def test_missing_packages(monkeypatch):
     for name in ("nvidia.dali", "deepspeed", "psycopg2"):
         monkeypatch.setitem(sys.modules, name, None)
@@ -110,11 +129,11 @@ def test_missing_packages(monkeypatch):
 
 def test_disk_and_run_folder(monkeypatch, tmp_path):
     config = config_of("--run.dir", str(tmp_path / "new" / "run"))
-    assert machine.disk(config).level == "ok"
+    assert machine.disk(config, 1).level == "ok"
     usage = shutil.disk_usage(tmp_path)._replace(free=10**6)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    assert machine.disk(config).level == "error"
-    assert "checkpoints take 1.1 GB" in machine.disk(config).text
+    assert machine.disk(config, 1).level == "error"
+    assert "checkpoints take 1.1 GB" in machine.disk(config, 1).text
 
 
 def test_mlflow_that_does_not_answer_or_is_something_else():

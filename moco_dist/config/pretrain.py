@@ -256,6 +256,7 @@ class PretrainConfig(Section):
     @model_validator(mode="after")
     def _sizes_divide(self) -> "PretrainConfig":
         problems = size_problems(self, world_size=1) + block_problems(self) + engine_problems(self)
+        problems += batch_norm_problems(self)
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -303,6 +304,17 @@ def block_problems(config: PretrainConfig) -> list[str]:
     return [
         f"shuffle.block_size {size} has to be two or more BN groups of {group} (model.bn_group_size) and divide "
         f"optim.global_batch_size {batch}; these do: {', '.join(map(str, known))}"
+    ]
+
+
+def batch_norm_problems(config: PretrainConfig) -> list[str]:
+    """Whether BatchNorm of the last stage has one value a group, which has no variance."""
+    shrinks = {"imagenet": 32, "cifar": 8}[config.model.stem]  # each halving rounds up
+    if config.model.bn_group_size > 1 or config.data.image_size > shrinks:
+        return []
+    return [
+        f"model.bn_group_size 1: images of {config.data.image_size} pixels (data.image_size) end as 1 x 1 with "
+        f"model.stem {config.model.stem}, one value a group, which has no variance; 2 is the smallest that works"
     ]
 
 

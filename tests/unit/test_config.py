@@ -3,14 +3,16 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from moco_dist.cli.configured import config_or_help
 from moco_dist.cli.main import main
 from moco_dist.config.evaluate import DetectConfig, FinetuneConfig, KnnConfig, LinearConfig
 from moco_dist.config.loading import worker_count
-from moco_dist.config.pretrain import AugmentConfig, PretrainConfig, size_problems
+from moco_dist.config.pretrain import AugmentConfig, ModelConfig, PretrainConfig, size_problems
 from moco_dist.config.source import flatten, help_text, leaf_fields, read_config, to_yaml
 from moco_dist.errors import EXIT_MISTAKE, UserError
+from moco_dist.method.encoder import Encoder
 
 SMALL = Path("configs/reproduce_small.yaml")  # over every row of the paper's tables
 OVERLAYS = sorted([*Path("configs").glob("*_dali.yaml"), *Path("configs").glob("*_ffcv.yaml")])
@@ -151,6 +153,8 @@ def test_the_resolved_config_reads_back_equal(tmp_path):
         (["--optim.global-batch-size", "100"], "96 and 128 are"),
         (["--optim.global-batch-size", "16"], "32 is the smallest that is"),
         (["--moco.queue-size", "64"], "256 is the smallest that works"),
+        (["--model.bn-group-size", "1", "--data.image-size", "32"], "end as 1 x 1 with model.stem imagenet"),
+        (["--model.bn-group-size", "1", "--data.image-size", "8", "--model.stem", "cifar"], "2 is the smallest that"),
         (["--optim.epochs", "true"], "optim.epochs: true is not a value for it"),
         (["stray"], "unexpected argument 'stray'"),
         (["--optim.base-lr"], "--optim.base-lr: expected one argument"),
@@ -161,6 +165,17 @@ def test_a_wrong_flag_is_one_clear_line(flags, expected):
     lines = problems(*flags)
     assert len(lines) == 1
     assert expected in lines[0]
+
+
+@pytest.mark.parametrize(("stem", "side"), [("imagenet", 33), ("cifar", 9)])
+def test_a_bn_group_of_one_sample_works_where_pixels_are_left(stem, side):
+    """One pixel more than what is refused, through the real network in training."""
+    flags = ["--model.bn-group-size", "1", "--data.image-size", str(side), "--model.stem", stem]
+    read(*flags)
+    model = ModelConfig.model_validate({"arch": "resnet10", "stem": stem, "bn_group_size": 1})
+    assert Encoder(model)(torch.zeros(2, 3, side, side)).isfinite().all()
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        Encoder(model)(torch.zeros(2, 3, side - 1, side - 1))
 
 
 def test_all_mistakes_are_reported_at_once():

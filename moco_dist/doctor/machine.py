@@ -32,7 +32,7 @@ def check(config: PretrainConfig, ranks_per_host: int, world_size: int) -> list[
         cores(config, ranks_per_host),
         *packages(config),
         gpus(config, ranks_per_host),
-        disk(config),
+        disk(config, world_size),
     ]
 
 
@@ -129,17 +129,17 @@ def gpus(config: PretrainConfig, ranks: int) -> Finding:
     return fine("GPUs", f"{count} x {torch.cuda.get_device_name()}")
 
 
-def disk(config: PretrainConfig) -> Finding:
+def disk(config: PretrainConfig, world_size: int) -> Finding:
     """Room for the checkpoints that are kept, and the one being written."""
-    from moco_dist.planning.arithmetic import parameters_of
+    from moco_dist.planning.arithmetic import checkpoint_bytes
 
     folder = config.run.dir.absolute()
     while not folder.exists():
         folder = folder.parent
     if not os.access(folder, os.W_OK):
         return problem("run folder", f"{config.run.dir} cannot be written: another --run.dir")
-    one = 3 * 4 * parameters_of(config) + config.moco.queue_size * config.model.embedding_dim * 4
-    needed, free = one * (config.checkpoint.keep_last + 1), shutil.disk_usage(folder).free
+    needed = checkpoint_bytes(config, world_size) * (config.checkpoint.keep_last + 1)
+    free = shutil.disk_usage(folder).free
     if free < needed:
         return problem("disk", f"{folder} has {free / 1e9:,.1f} GB free, checkpoints take {needed / 1e9:,.1f} GB: "
                        "another --run.dir, or fewer checkpoint.keep_last")  # fmt: skip

@@ -20,7 +20,6 @@ class Sizes:
 
     Attributes:
         parameters: of one encoder.
-        statistics: floating-point numbers among its buffers.
         activation_bytes: saved for the backward pass of one micro-batch.
         local_batch: samples of a rank in a step.
     """
@@ -29,7 +28,6 @@ class Sizes:
     world_size: int
     local_world_size: int
     parameters: int
-    statistics: int
     activation_bytes: int
     local_batch: int
 
@@ -90,13 +88,6 @@ class Sizes:
         """Files that a rank decodes in a step."""
         return self.local_batch * self.keys.decodes
 
-    def checkpoint_bytes(self) -> int:
-        """A checkpoint's tensors: encoders, momentum, queue if there is one; a row of statistics a rank and encoder."""
-        method = self.config.of_method
-        weights = (method.num_encoders + 1) * self.parameters * FLOAT_BYTES  # and the momentum
-        rows = method.num_encoders * self.world_size * self.statistics * FLOAT_BYTES
-        return weights + rows + method.queue_keys * self.key_bytes
-
 
 def sizes(config: PretrainConfig, world_size: int, local_world_size: int) -> Sizes:
     """Count by building the encoder and running it forward on tensors that have a shape and no memory."""
@@ -110,7 +101,6 @@ def sizes(config: PretrainConfig, world_size: int, local_world_size: int) -> Siz
     return Sizes(
         config, world_size, local_world_size,
         parameters=sum(p.numel() for p in encoder.parameters()),
-        statistics=sum(b.numel() for b in encoder.buffers() if b.is_floating_point()),
         activation_bytes=activations, local_batch=local_batch,
     )  # fmt: skip
 
@@ -119,6 +109,18 @@ def parameters_of(config: PretrainConfig) -> int:
     """Of one encoder."""
     with torch.device("meta"):
         return sum(p.numel() for p in Encoder(config.model).parameters())
+
+
+def checkpoint_bytes(config: PretrainConfig, world_size: int) -> int:
+    """A checkpoint's tensors: encoders, momentum, queue if there is one; a row of statistics a rank and encoder."""
+    method = config.of_method
+    with torch.device("meta"):
+        encoder = Encoder(config.model)
+    parameters = sum(p.numel() for p in encoder.parameters())
+    statistics = sum(b.numel() for b in encoder.buffers() if b.is_floating_point())
+    queue = method.queue_keys * config.model.embedding_dim
+    weights = (method.num_encoders + 1) * parameters  # and the momentum
+    return (weights + method.num_encoders * world_size * statistics + queue) * FLOAT_BYTES
 
 
 def saved_bytes(encoder: nn.Module, images: torch.Tensor, dtype: torch.dtype) -> int:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from moco_dist.config.loading import worker_count
 from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.planning import measurements
-from moco_dist.planning.arithmetic import Sizes
+from moco_dist.planning.arithmetic import Sizes, checkpoint_bytes
 from moco_dist.planning.forecast import Forecast, weak_scaling
 from moco_dist.planning.measurements import CoreSeconds, Measurement
 
@@ -89,7 +89,7 @@ def _memory(sizes: Sizes, step: Measurement | None) -> list[Line]:
     lines += [Line(f"  {name}", megabytes(count), ARITHMETIC) for name, count in parts.items() if count]
     if step and step.peak_bytes:
         lines.append(Line("  peak, with the whole queue", megabytes(step.peak_bytes), step.source))
-    return [*lines, Line("checkpoint", megabytes(sizes.checkpoint_bytes()), ARITHMETIC)]
+    return [*lines, Line("checkpoint", megabytes(checkpoint_bytes(sizes.config, sizes.world_size)), ARITHMETIC)]
 
 
 def _network(sizes: Sizes, forecast: Forecast, source: str) -> list[Line]:

@@ -79,6 +79,8 @@ def test_two_ranks_of_torchrun_say_everything_once(tmp_path):
 def test_sizes_are_those_of_the_planned_hosts(tmp_path, capsys):
     flags = ["--run.dir", str(tmp_path / "r"), "--data.root", "d", "--data.num-workers", "0", "--run.device", "cpu"]
     assert main(["doctor", *flags, "--nodes", "2", "--gpus-per-node", "4"]) == 0
+    assert "shuffle: keys are shuffled within 256 samples, on 8 ranks of several hosts" in capsys.readouterr().out
+    assert main(["doctor", *flags, "--nodes", "2", "--gpus-per-node", "4", "--shuffle.block-size", "128"]) == 0
     assert "sizes fit 8 rank(s)" in capsys.readouterr().out
     assert main(["doctor", *flags, "--nodes", "3", "--gpus-per-node", "8"]) == 1
     out = capsys.readouterr().out

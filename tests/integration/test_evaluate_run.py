@@ -21,7 +21,6 @@ from moco_dist.evaluate import features as features_module
 from moco_dist.evaluate import finetune as finetune_module
 from moco_dist.evaluate import knn as knn_module
 from moco_dist.evaluate import subject as subject_module
-from moco_dist.evaluate import told as told_module
 from moco_dist.evaluate.during_training import Probe
 from moco_dist.evaluate.features import extract
 from moco_dist.evaluate.progress import Training
@@ -29,6 +28,7 @@ from moco_dist.evaluate.subject import frozen, frozen_encoder, open_evaluation
 from moco_dist.files import write_whole
 from moco_dist.method.encoder import build_encoder
 from moco_dist.report.page import write_report
+from moco_dist.run import told as told_module
 from moco_dist.run.logbook import read_log
 from moco_dist.run.told import Told
 from moco_dist.run.weights import load_trained

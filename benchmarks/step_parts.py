@@ -74,7 +74,7 @@ WAYS: dict[str, dict[str, Any]] = {
 PARTS = {
     (moco, "momentum_update"): "momentum update",
     (moco.MoCo, "_encode_keys"): "key forward",
-    (moco, "exchange"): "loss and queue",
+    (moco, "gather_and_unshuffle"): "loss and queue",
     (moco, "info_nce"): "loss and queue",
     (Queue, "enqueue"): "loss and queue",
 }

@@ -13,7 +13,6 @@ from moco_dist.config.loading import DEFAULT_WORKERS, Loader, LoadingConfig
 from moco_dist.config.section import PositiveInt, Probability, Section, setting
 
 DETECTION_SOURCE = "the original release's detection/configs/pascal_voc_R_50_C4_24k"
-ENCODERS = ("trained", "untrained", "pixels")
 Encoders = tuple[Literal["trained", "untrained", "pixels"], ...]
 
 

@@ -15,10 +15,12 @@ from moco_dist.errors import (
     CAUSES,
     EXIT_ABORTED,
     EXIT_IN_USE,
+    EXIT_INTERRUPTED,
     EXIT_IO,
     EXIT_KILLED,
     EXIT_MISTAKE,
     EXIT_PREEMPTED,
+    EXIT_TERMINATED,
     EXIT_UNREACHABLE,
     UserError,
     nearest,
@@ -79,6 +81,7 @@ def script(jobs: list[Job], options: SlurmOptions) -> str:
         preempted=EXIT_PREEMPTED,
         in_use=EXIT_IN_USE,
         killed=(EXIT_ABORTED, EXIT_KILLED),
+        ended=(EXIT_INTERRUPTED, EXIT_TERMINATED),
     )
 
 

@@ -82,7 +82,8 @@ def _machine(config: PretrainConfig, has_config: bool, args: argparse.Namespace)
                 find_images(config.data.root, "val")
         except UserError as error:
             found.append(finding.problem("data", str(error)))
-    found += [*machine.check(config, ranks, world_size), *network.interfaces(), network.host_name()]
+    found += machine.check(config, ranks, world_size)
+    found += [*machine.packages(config), *network.interfaces(), network.host_name()]
     found.append(network.mlflow_server(config.tracking))
     if world.is_main:
         found += settings.pretraining(config, world_size, ranks, num_images)

@@ -25,12 +25,11 @@ INSTALL = {  # package: modules, how to get it
 
 
 def check(config: PretrainConfig, ranks_per_host: int, world_size: int) -> list[Finding]:
-    """All checks of this host, for so many ranks on it, and in all."""
+    """What this host has, for so many ranks on it, and in all; `packages` are looked at apart: a run needs them."""
     return [
         memory(config, ranks_per_host, config.optim.global_batch_size // world_size),
         open_files(config, ranks_per_host),
         cores(config, ranks_per_host),
-        *packages(config),
         gpus(config, ranks_per_host),
         disk(config, world_size),
     ]

@@ -79,8 +79,8 @@ def test_one_run_for_each_value_of_a_sweep(slurm, config, submitted):
         assert f"seed: {seed}\n" in (run_dir / "config.yaml").read_text()
 
 
-def test_time_limit_saves_and_goes_on(slurm, config, submitted):
-    """Slurm counts in minutes, so a limit of one with the signal 35 s before its end: a busy machine starts slowly."""
+def test_time_limit_ends_and_goes_on(slurm, config, submitted):
+    """Slurm counts in minutes and may signal up to one early, so a slow machine may not have trained by then."""
     folder, run_dir = config.parent, config.parent / "runs" / "small"
     script = slurm.run([*LAUNCH, str(config), *TWO, "--dry-run"]).stdout
     run_dir.parent.mkdir()
@@ -90,8 +90,25 @@ def test_time_limit_saves_and_goes_on(slurm, config, submitted):
     slurm.wait(number, lambda job: job.get("Restarts") == "1", 90, lambda: output(folder))
     slurm.run(["scontrol", "update", f"JobId={number}", "TimeLimit=60"])  # or it is signalled again as it starts
     saved = re.search(r"stopped: saved at step (\d+)", output(folder))
-    assert saved, output(folder)
     assert "preempted: queued again" in output(folder)
+    wait_for_step(run_dir, (int(saved[1]) if saved else 0) + 4, tell=lambda: output(folder))
+
+
+def test_asked_to_end_it_is_queued_again_whether_it_has_trained_or_not(slurm, config, submitted):
+    folder, run_dir = config.parent, config.parent / "runs" / "small"
+    number = re.search(r"job (\d+)", launch(slurm, config, *TWO))[1]
+    submitted.append(number)
+    slurm.wait(number, lambda job: job["JobState"] == "RUNNING")
+    slurm.run(["scancel", "--batch", "--signal=USR1", number])
+    slurm.wait(number, lambda job: job.get("Restarts") == "1", 90, lambda: output(folder))
+    assert "stopped: saved" not in output(folder)  # the step had hardly begun
+
+    wait_for_step(run_dir, 4, tell=lambda: output(folder))
+    slurm.run(["scancel", "--batch", "--signal=USR1", number])
+    slurm.wait(number, lambda job: job.get("Restarts") == "2", 90, lambda: output(folder))
+    saved = re.search(r"stopped: saved at step (\d+)", output(folder))
+    assert saved, output(folder)
+    assert output(folder).count("preempted: queued again") == 2
     wait_for_step(run_dir, int(saved[1]) + 4, tell=lambda: output(folder))
     assert f"goes on at step {saved[1]}" in output(folder)
 

@@ -51,8 +51,7 @@ def main() -> None:
         shutil.rmtree(folder)
     median = {kind: statistics.median(seconds) for kind, seconds in stalls.items()}
     rows = [
-        {"kind": kind, "stall_seconds": median[kind], "all_stall_seconds": seconds}
-        for kind, seconds in stalls.items()
+        {"kind": kind, "stall_seconds": median[kind], "all_stall_seconds": seconds} for kind, seconds in stalls.items()
     ]
     ratio = median["synchronous"] / median["asynchronous"]
     results.write("checkpoint", rows, world.device, bytes=size, asynchronous_total_seconds=statistics.median(totals),

@@ -141,11 +141,13 @@ def loader_ways(root: Path) -> dict[str, Callable[[int], None]]:
     pack(root, raw, max_side=256, raw_share=1.0)
 
     def batches(loader: str, source: Path, count: int, **data: Any) -> Iterator[tuple[CropBatch, PretrainConfig]]:
-        config = PretrainConfig.model_validate({
-            "run": {"dir": "unused"},
-            "data": {"root": source, "loader": loader, "image_size": SIZE, "num_workers": 0, **data},
-            "optim": {"global_batch_size": BATCH},
-        })
+        config = PretrainConfig.model_validate(
+            {
+                "run": {"dir": "unused"},
+                "data": {"root": source, "loader": loader, "image_size": SIZE, "num_workers": 0, **data},
+                "optim": {"global_batch_size": BATCH},
+            }
+        )
         folder = find_images(source, "train")
         plan = Plan(len(folder.paths), BATCH, 0)
         world = World(device="cuda:0") if "dali" in data else World()

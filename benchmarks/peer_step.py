@@ -73,7 +73,12 @@ class Lightly:
     """The step of lightly's MoCo v2."""
 
     def __init__(
-        self, world: World, arch: str, local_batch: int, image_size: int, queue_size: int,
+        self,
+        world: World,
+        arch: str,
+        local_batch: int,
+        image_size: int,
+        queue_size: int,
         memory_format: torch.memory_format,
     ) -> None:
         import copy

@@ -134,9 +134,12 @@ def measure(root: str, num_hosts: int, exchange: str, rate: float, steps: int) -
         "bytes_error_percent": 100 * (middle["predicted_bytes"] / middle["measured_bytes"] - 1)
         if num_hosts > 1 else None,
     }  # fmt: skip
-    print(f"{num_hosts} host(s) {rate:g} Gb/s {exchange}: predicted {row['predicted_seconds']:.3f} s, measured "
-          f"{row['measured_seconds']:.3f} s, error {row['seconds_error_percent']:+.1f} %; bytes predicted "
-          f"{row['predicted_bytes'] / 1e6:.2f} MB, measured {row['measured_bytes'] / 1e6:.2f} MB", flush=True)
+    print(
+        f"{num_hosts} host(s) {rate:g} Gb/s {exchange}: predicted {row['predicted_seconds']:.3f} s, measured "
+        f"{row['measured_seconds']:.3f} s, error {row['seconds_error_percent']:+.1f} %; bytes predicted "
+        f"{row['predicted_bytes'] / 1e6:.2f} MB, measured {row['measured_bytes'] / 1e6:.2f} MB",
+        flush=True,
+    )
     return row
 
 

@@ -37,7 +37,8 @@ class KubernetesOptions(Hosts):
         "runs", f"PersistentVolumeClaim seen as {RUNS}; several pods write to it", changes="place", min_length=1
     )
     mlflow_secret: str | None = setting(
-        None, "Secret with MLFLOW_TRACKING_URI, and MLFLOW_TRACKING_USERNAME and _PASSWORD; default: none",
+        None,
+        "Secret with MLFLOW_TRACKING_URI, and MLFLOW_TRACKING_USERNAME and _PASSWORD; default: none",
         changes="place",
     )
     cpus_per_gpu: int | None = setting(

@@ -33,8 +33,11 @@ class SlurmOptions(Hosts):
     partition: str | None = setting(None, "queue of the cluster; default: Slurm's", changes="place")
     account: str | None = setting(None, "who pays", changes="place")
     hours: float | None = setting(
-        None, "time limit of one go: the run saves before it and is queued again; default: the partition's",
-        changes="place", unit="hours", gt=0,
+        None,
+        "time limit of one go: the run saves before it and is queued again; default: the partition's",
+        changes="place",
+        unit="hours",
+        gt=0,
     )
     cpus_per_gpu: int | None = setting(
         None, "CPU cores for each rank; default: its loader processes and one", changes="place", gt=0

@@ -13,8 +13,6 @@ from moco_dist.errors import UserError
 T = TypeVar("T")
 
 
-
-
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file that is complete whenever it is there; makes its folder.
 

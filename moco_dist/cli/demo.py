@@ -44,4 +44,3 @@ def main(words: list[str]) -> int:
             return status
     print(f"\n{time.monotonic() - started:.0f} seconds in all")
     return 0
-

@@ -15,7 +15,8 @@ def main(words: list[str]) -> int:
     from moco_dist.reproduce.tables import SMALL_EPOCHS, TABLES, as_markdown, on_this_machine, run_trials, trials_of
 
     parser = Parser(
-        "moco-dist reproduce", description="every row of a table of MoCo v2 (arXiv 2003.04297) beside the published",
+        "moco-dist reproduce",
+        description="every row of a table of MoCo v2 (arXiv 2003.04297) beside the published",
         epilog="with --launcher, its options as well: moco-dist launch LAUNCHER --help shows them",
     )
     parser.add_argument("table", help=f"{', '.join(TABLES)}, table3 (memory and time, in minutes)")

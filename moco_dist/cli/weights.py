@@ -39,4 +39,3 @@ def import_(words: list[str]) -> int:
     import_backbone(args.file, args.arch, args.data_root, args.out, args.stem)
     print(f"{args.out} is ready; evaluate it by\n  moco-dist knn --run-dir {args.out}")
     return 0
-

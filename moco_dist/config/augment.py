@@ -33,11 +33,17 @@ class AugmentConfig(Section):
     """How a view is made. `recipe` sets crops, jitter and blur; any of them may be given instead."""
 
     recipe: Literal["v1", "v2", "simclr"] = setting(
-        "v2", "v1: MoCo's; v2: aug+, with blur; simclr: twice the jitter, smaller crops", changes="result",
-        times=("step",), source="v2 sec. 3; arXiv 2002.05709, app. A",
+        "v2",
+        "v1: MoCo's; v2: aug+, with blur; simclr: twice the jitter, smaller crops",
+        changes="result",
+        times=("step",),
+        source="v2 sec. 3; arXiv 2002.05709, app. A",
     )
     crop_scale: tuple[Probability, Probability] = setting(
-        (0.2, 1.0), "random resized crop: range of the share of the area", changes="result", times=("step", "loader"),
+        (0.2, 1.0),
+        "random resized crop: range of the share of the area",
+        changes="result",
+        times=("step", "loader"),
         source="v1 sec. 3.3",
     )
     jitter: tuple[
@@ -46,7 +52,10 @@ class AugmentConfig(Section):
         Annotated[float, Field(ge=0)],
         Annotated[float, Field(ge=0, le=0.5)],
     ] = setting(
-        (0.4, 0.4, 0.4, 0.1), "strength of brightness, contrast, saturation, hue", changes="result", times=("step",),
+        (0.4, 0.4, 0.4, 0.1),
+        "strength of brightness, contrast, saturation, hue",
+        changes="result",
+        times=("step",),
         source="v2 sec. 3",
     )
     jitter_probability: Probability = setting(
@@ -59,7 +68,11 @@ class AugmentConfig(Section):
         0.5, "share of blurred views", changes="result", times=("step",), source="v2 sec. 3"
     )
     blur_sigma: tuple[Positive, Positive] = setting(
-        (0.1, 2.0), "range of the Gaussian blur's standard deviation", changes="result", times=("step",), unit="pixels",
+        (0.1, 2.0),
+        "range of the Gaussian blur's standard deviation",
+        changes="result",
+        times=("step",),
+        unit="pixels",
         source="v2 sec. 3",
     )
     flip_probability: Probability = setting(

@@ -24,8 +24,10 @@ _FORMS = (
     # ?password=..., #access_token=..., and what ODBC is told, which is a text of its own.
     (re.compile(rf"(?i)(?<=[?&#;])((?:{_NAMES}|sig|pass|auth|code|odbc_connect)=)[^&#;\s'\"]*"), r"\1"),
     # PWD=...; of ODBC, password=... of libpq, "password": "..." of JSON, in any text.
-    (re.compile(r"(?i)((?:passw(?:or)?d|pwd)(?:['\"]\s?:\s?|=))(?:'[^']*'|\"[^\"]*\"|[^\s;&,'\".$][^\s;&,'\"]*)"),
-     r"\1***"),
+    (
+        re.compile(r"(?i)((?:passw(?:or)?d|pwd)(?:['\"]\s?:\s?|=))(?:'[^']*'|\"[^\"]*\"|[^\s;&,'\".$][^\s;&,'\"]*)"),
+        r"\1***",
+    ),
     # Authorization: Basic ..., and the same without its header's name.
     (re.compile(r"(?i)(authorization['\"]?\s?[=:]\s?['\"]?(?:(?:basic|bearer|token)\s+)?)[^\s'\",]+"), r"\1***"),
     (re.compile(r"\b((?i:bearer|basic)\s+)(?=[^\s'\"]*[\d=_])[\w+/=.~-]{8,}"), r"\1***"),

@@ -21,8 +21,12 @@ class EvalDataConfig(LoadingConfig):
 
     root: Path | None = setting(None, "ROOT/train and ROOT/val; default: the run's data.root", changes="place")
     resize: int | None = setting(
-        None, "short side before the centre crop; default: 8/7 of the crop", changes="result", unit="pixels",
-        source="v1 sec. 4.1", gt=0,
+        None,
+        "short side before the centre crop; default: 8/7 of the crop",
+        changes="result",
+        unit="pixels",
+        source="v1 sec. 4.1",
+        gt=0,
     )
     image_size: int | None = setting(
         None, "centre crop; default: the run's data.image_size", changes="result", unit="pixels", gt=0
@@ -36,8 +40,11 @@ class EvalDataConfig(LoadingConfig):
         None, "use this many training images, spread evenly", changes="result", gt=0
     )
     label_fraction: float = setting(
-        1.0, "share of every class's training images that are used, always the same ones: 0.01 and 0.1 are customary",
-        changes="result", gt=0, le=1,
+        1.0,
+        "share of every class's training images that are used, always the same ones: 0.01 and 0.1 are customary",
+        changes="result",
+        gt=0,
+        le=1,
     )
     max_val_samples: int | None = setting(
         None, "use this many validation images, spread evenly", changes="result", gt=0
@@ -48,8 +55,10 @@ class TransferConfig(Section):
     """What is taken over from the pre-trained encoder."""
 
     keep_head_layers: int = setting(
-        0, "layers of the projection head, each with its ReLU, kept below the classifier; 0 is the backbone alone",
-        changes="result", ge=0,
+        0,
+        "layers of the projection head, each with its ReLU, kept below the classifier; 0 is the backbone alone",
+        changes="result",
+        ge=0,
     )
 
 
@@ -58,8 +67,11 @@ class EvalConfig(Section):
 
     run_dir: Path = setting(..., "folder of the pre-training run", changes="place")
     encoders: Encoders = setting(
-        ("trained",), "what gives the features: the run's query encoder, the same network before training, or the "
-        "raw pixels of the crop", changes="record", min_length=1,
+        ("trained",),
+        "what gives the features: the run's query encoder, the same network before training, or the "
+        "raw pixels of the crop",
+        changes="record",
+        min_length=1,
     )
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto takes CUDA where there is a GPU", changes="place")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = setting("auto", "autocast of the encoder", changes="result")
@@ -74,7 +86,10 @@ class KnnConfig(EvalConfig):
     """`moco-dist knn`: weighted nearest neighbours in the frozen features' cosine distance."""
 
     neighbours: tuple[PositiveInt, ...] = setting(
-        (10, 20, 100, 200), "k, one accuracy each", changes="result", source="Wu et al. 2018, arXiv 1805.01978",
+        (10, 20, 100, 200),
+        "k, one accuracy each",
+        changes="result",
+        source="Wu et al. 2018, arXiv 1805.01978",
         min_length=1,
     )
     temperature: float = setting(
@@ -92,7 +107,10 @@ class SweepConfig(Section):
         (0.0,), "each rate is tried with each of them", changes="result", min_length=1
     )
     held_out_share: float = setting(
-        0.05, "of every class's training images: they train none of these, and choose the best", changes="result", gt=0,
+        0.05,
+        "of every class's training images: they train none of these, and choose the best",
+        changes="result",
+        gt=0,
         le=0.5,
     )
 
@@ -101,8 +119,10 @@ class LinearConfig(EvalConfig):
     """`moco-dist linear`: a linear classifier on the frozen backbone, MoCo's recipe."""
 
     features: Literal["augmented", "cached"] = setting(
-        "augmented", "augmented: random resized crops and flips through the frozen backbone in every epoch, as "
-        "published; cached: centre crops, encoded once (minutes, and a little lower)", changes="result",
+        "augmented",
+        "augmented: random resized crops and flips through the frozen backbone in every epoch, as "
+        "published; cached: centre crops, encoded once (minutes, and a little lower)",
+        changes="result",
     )
     epochs: PositiveInt = setting(100, "length of the training", changes="result", unit="epochs", source="v1 sec. 4.1")
     global_batch_size: PositiveInt = setting(
@@ -127,13 +147,18 @@ class FinetuneConfig(EvalConfig):
     """`moco-dist finetune`: the whole network trained with labels, from the pre-trained weights."""
 
     encoders: tuple[Literal["trained", "untrained"], ...] = setting(
-        ("trained",), "what the training starts from: the run's query encoder, or the same network before training",
-        changes="record", min_length=1,
+        ("trained",),
+        "what the training starts from: the run's query encoder, or the same network before training",
+        changes="record",
+        min_length=1,
     )
     epochs: PositiveInt = setting(20, "length of the training", changes="result", unit="epochs", source="OpenSelfSup")
     global_batch_size: PositiveInt = setting(
-        256, "over all ranks; a rank's share is whole BN groups of the pre-training's size", changes="result",
-        unit="samples", source="OpenSelfSup",
+        256,
+        "over all ranks; a rank's share is whole BN groups of the pre-training's size",
+        changes="result",
+        unit="samples",
+        source="OpenSelfSup",
     )
     backbone_lr: float = setting(
         0.01, "of the pre-trained weights, at the start", changes="result", source="OpenSelfSup", gt=0
@@ -142,7 +167,10 @@ class FinetuneConfig(EvalConfig):
         1.0, "of the new linear layer, at the start", changes="result", source="OpenSelfSup", gt=0
     )
     milestones: tuple[PositiveInt, ...] = setting(
-        (12, 16), "epochs at which both rates are multiplied by lr_decay", changes="result", unit="epochs",
+        (12, 16),
+        "epochs at which both rates are multiplied by lr_decay",
+        changes="result",
+        unit="epochs",
         source="OpenSelfSup",
     )
     lr_decay: float = setting(0.2, "factor at a milestone", changes="result", source="OpenSelfSup", gt=0, le=1)
@@ -171,8 +199,11 @@ class DetectDataConfig(Section):
         ..., "folder with JPEGImages, Annotations and ImageSets/Main, or of several such folders", changes="place"
     )
     train_sets: tuple[str, ...] = setting(
-        ("VOC2007/trainval", "VOC2012/trainval"), "FOLDER/SET is ROOT/FOLDER/ImageSets/Main/SET.txt; SET alone is of "
-        "ROOT itself", changes="result", source="v1 sec. 4.2.1", min_length=1,
+        ("VOC2007/trainval", "VOC2012/trainval"),
+        "FOLDER/SET is ROOT/FOLDER/ImageSets/Main/SET.txt; SET alone is of ROOT itself",
+        changes="result",
+        source="v1 sec. 4.2.1",
+        min_length=1,
     )
     test_sets: tuple[str, ...] = setting(
         ("VOC2007/test",), "the same", changes="result", source="v1 sec. 4.2.1", min_length=1
@@ -181,8 +212,11 @@ class DetectDataConfig(Section):
         VOC_CLASSES, "names of the objects; another name is an error", changes="result", min_length=1
     )
     num_workers: int | None = setting(
-        None, "loader processes per rank (0 loads in the training process); default: " + DEFAULT_WORKERS,
-        changes="speed", ge=0, le=256,
+        None,
+        "loader processes per rank (0 loads in the training process); default: " + DEFAULT_WORKERS,
+        changes="speed",
+        ge=0,
+        le=256,
     )
 
 
@@ -193,7 +227,8 @@ class DetectConfig(Section):
         None, "folder of the pre-training run; the result is RUN/eval/detection.json", changes="place"
     )
     weights: Path | None = setting(
-        None, "instead of a run: a file as `moco-dist import` takes it; the result is FILE.detection.json",
+        None,
+        "instead of a run: a file as `moco-dist import` takes it; the result is FILE.detection.json",
         changes="place",
     )
     arch: Architecture = setting("resnet50", "of the network in `weights`", changes="result")
@@ -209,17 +244,27 @@ class DetectConfig(Section):
         100, "the rate grows linearly", changes="result", unit="steps", source=DETECTION_SOURCE, ge=0
     )
     milestones: tuple[PositiveInt, ...] = setting(
-        (18_000, 22_000), "steps at which the rate is multiplied by 0.1", changes="result", unit="steps",
+        (18_000, 22_000),
+        "steps at which the rate is multiplied by 0.1",
+        changes="result",
+        unit="steps",
         source=DETECTION_SOURCE,
     )
     sgd_momentum: float = setting(0.9, "of SGD", changes="result", ge=0, lt=1)
     weight_decay: float = setting(1e-4, "of SGD, on all but BatchNorm", changes="result", ge=0)
     short_sides: tuple[Annotated[int, Field(ge=32, le=4096)], ...] = setting(
-        tuple(range(480, 801, 32)), "in training, one of them for each image; in the test, the largest",
-        changes="result", unit="pixels", source="v1 sec. 4.2.1", min_length=1,
+        tuple(range(480, 801, 32)),
+        "in training, one of them for each image; in the test, the largest",
+        changes="result",
+        unit="pixels",
+        source="v1 sec. 4.2.1",
+        min_length=1,
     )
     seed: int = setting(
-        0, "of the detector's weights, the order of images, flips, sizes and sampled boxes", changes="result", ge=0,
+        0,
+        "of the detector's weights, the order of images, flips, sizes and sampled boxes",
+        changes="result",
+        ge=0,
         lt=2**31,
     )
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto takes CUDA where there is a GPU", changes="place")

@@ -13,19 +13,29 @@ class DaliConfig(Section):
     """NVIDIA DALI's pipeline. All of it changes speed and memory only."""
 
     decode_on: Literal["cpu", "gpu"] = setting(
-        "cpu", "gpu: DALI's mixed decoder, the hardware's where there is one; crops are then made on the GPU too",
-        changes="speed", times=("loader",),
+        "cpu",
+        "gpu: DALI's mixed decoder, the hardware's where there is one; crops are then made on the GPU too",
+        changes="speed",
+        times=("loader",),
     )
     hw_decoder_load: float = setting(
         0.65, "gpu: share of a batch for the hardware decoder", changes="speed", times=("loader",), ge=0, le=1
     )
     device_padding_bytes: int = setting(
-        16 * 2**20, "gpu: preallocated for each decoding thread on the device", changes="speed", times=("loader",),
-        unit="bytes", ge=0,
+        16 * 2**20,
+        "gpu: preallocated for each decoding thread on the device",
+        changes="speed",
+        times=("loader",),
+        unit="bytes",
+        ge=0,
     )
     host_padding_bytes: int = setting(
-        8 * 2**20, "gpu: preallocated for each decoding thread in page-locked memory", changes="speed",
-        times=("loader",), unit="bytes", ge=0,
+        8 * 2**20,
+        "gpu: preallocated for each decoding thread in page-locked memory",
+        changes="speed",
+        times=("loader",),
+        unit="bytes",
+        ge=0,
     )
 
 
@@ -50,8 +60,12 @@ class LoadingConfig(Section):
     """Who decodes and crops, and how far ahead."""
 
     num_workers: int | None = setting(
-        None, "loader processes per rank (0 loads in the training process), dali: threads; default: " + DEFAULT_WORKERS,
-        changes="speed", per_host=True, ge=0, le=256,
+        None,
+        "loader processes per rank (0 loads in the training process), dali: threads; default: " + DEFAULT_WORKERS,
+        changes="speed",
+        per_host=True,
+        ge=0,
+        le=256,
     )
     prefetch_batches: PositiveInt = setting(
         2, "batches ready ahead of the step: of each worker; dali: of the rank", changes="speed"

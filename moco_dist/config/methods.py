@@ -16,8 +16,11 @@ class MocoConfig(Section):
         65536, "K, keys in the queue", changes="shapes", times=("step",), unit="keys", source="v1 sec. 3.3", gt=0
     )
     symmetric: bool = setting(
-        False, "each view is query and key in turn: twice the work a step, and two keys a sample for the queue",
-        changes="result", times=("step",), source="arXiv 2104.02057",
+        False,
+        "each view is query and key in turn: twice the work a step, and two keys a sample for the queue",
+        changes="result",
+        times=("step",),
+        source="arXiv 2104.02057",
     )
     momentum: float = setting(
         0.999, "m, of the key encoder's moving average", changes="result", source="v1 eq. (2)", ge=0, lt=1

@@ -33,8 +33,11 @@ class RunConfig(Section):
         None, "end early, with a checkpoint; schedules stay those of the full run", changes="record", unit="steps", gt=0
     )
     resume: Literal["auto", "changed"] = setting(
-        "auto", "where the folder has a checkpoint, go on from it; auto refuses settings that change what is computed, "
-        "and other images; changed takes what fits the checkpoint's weights", changes="record", per_host=True
+        "auto",
+        "where the folder has a checkpoint, go on from it; auto refuses settings that change what is computed, "
+        "and other images; changed takes what fits the checkpoint's weights",
+        changes="record",
+        per_host=True,
     )
     peer_timeout_seconds: float = setting(
         60.0, "how long a rank may be silent until the others end and name it", changes="place", unit="seconds", ge=1
@@ -45,19 +48,33 @@ class DataConfig(LoadingConfig):
     """Images on disk: a folder of class folders, one with `train/` and `val/` of them, or a packed file."""
 
     root: Path = setting(
-        ..., "ROOT/train and ROOT/val, a folder of images alone (then there is no validation set), or for the loader "
-        "ffcv a file written by `moco-dist data pack`", changes="place", per_host=True, times=("loader",)
+        ...,
+        "ROOT/train and ROOT/val, a folder of images alone (then there is no validation set), or for the loader "
+        "ffcv a file written by `moco-dist data pack`",
+        changes="place",
+        per_host=True,
+        times=("loader",),
     )
     image_size: int = setting(
-        224, "side of a crop", changes="result", times=("step", "loader"), unit="pixels", source="v1 sec. 3.3", ge=8,
+        224,
+        "side of a crop",
+        changes="result",
+        times=("step", "loader"),
+        unit="pixels",
+        source="v1 sec. 3.3",
+        ge=8,
         le=1024,
     )
     loader: Loader = setting(
-        "torchvision", "who decodes and crops; all give the same views. torchvision: works everywhere; dali: also "
-        "decodes on the GPU; ffcv: reads one packed file", changes="speed", times=("loader",)
+        "torchvision",
+        "who decodes and crops; all give the same views. torchvision: works everywhere; dali: also "
+        "decodes on the GPU; ffcv: reads one packed file",
+        changes="speed",
+        times=("loader",),
     )
     on_error: OnError = setting(
-        "fail", "a file that cannot be read ends the run, or its successor takes its place and it is named in the log",
+        "fail",
+        "a file that cannot be read ends the run, or its successor takes its place and it is named in the log",
         changes="result",
     )
     max_samples: int | None = setting(
@@ -69,23 +86,35 @@ class ModelConfig(Section):
     """The encoder f: backbone, projection head and its BN groups."""
 
     arch: Architecture = setting(
-        "resnet50", "torchvision's ResNet (resnet10: one basic block a stage)", changes="shapes", times=("step",),
+        "resnet50",
+        "torchvision's ResNet (resnet10: one basic block a stage)",
+        changes="shapes",
+        times=("step",),
         source="v1 sec. 3.3",
     )
     stem: Literal["imagenet", "cifar"] = setting(
-        "imagenet", "imagenet: 7x7 stride 2 and max-pool; cifar: 3x3 stride 1, for images of about 32 pixels",
-        changes="shapes", times=("step",),
+        "imagenet",
+        "imagenet: 7x7 stride 2 and max-pool; cifar: 3x3 stride 1, for images of about 32 pixels",
+        changes="shapes",
+        times=("step",),
     )
     head_hidden_dims: tuple[PositiveInt, ...] = setting(
-        (2048,), "hidden sizes of the MLP head, ReLU between; [] is v1's linear head", changes="shapes",
-        times=("step",), source="v2 sec. 3",
+        (2048,),
+        "hidden sizes of the MLP head, ReLU between; [] is v1's linear head",
+        changes="shapes",
+        times=("step",),
+        source="v2 sec. 3",
     )
     embedding_dim: PositiveInt = setting(
         128, "C, size of q and k", changes="shapes", times=("step",), source="v1 sec. 3.3"
     )
     bn_group_size: PositiveInt = setting(
-        32, "samples that share BatchNorm statistics, whatever the number of GPUs (256 over 8 GPUs)", changes="result",
-        times=("step",), unit="samples", source="v1 sec. 3.3",
+        32,
+        "samples that share BatchNorm statistics, whatever the number of GPUs (256 over 8 GPUs)",
+        changes="result",
+        times=("step",),
+        unit="samples",
+        source="v1 sec. 3.3",
     )
 
 
@@ -94,29 +123,44 @@ class OptimConfig(Section):
 
     epochs: int = setting(200, "length of the schedule", changes="result", unit="epochs", source="v2 Table 1", gt=0)
     global_batch_size: PositiveInt = setting(
-        256, "samples of one optimiser step, over all ranks and accumulation steps", changes="result", unit="samples",
+        256,
+        "samples of one optimiser step, over all ranks and accumulation steps",
+        changes="result",
+        unit="samples",
         source="v1 sec. 3.3",
     )
     grad_accum_steps: PositiveInt = setting(
         1, "micro-batches a rank splits its share of a step into", changes="speed", times=("step",)
     )
     optimizer: Literal["sgd", "lars"] = setting(
-        "sgd", "lars: for batches of thousands", changes="result", times=("step",),
+        "sgd",
+        "lars: for batches of thousands",
+        changes="result",
+        times=("step",),
         source="v1 sec. 3.3; LARS: arXiv 1708.03888",
     )
     base_lr: float = setting(0.03, "learning rate at batch 256", changes="result", source="v1 sec. 3.3", gt=0)
     lr_scaling: Literal["linear", "sqrt", "none"] = setting(
-        "linear", "lr = base_lr x r, x sqrt(r) or x 1, with r = global_batch_size / 256", changes="result",
+        "linear",
+        "lr = base_lr x r, x sqrt(r) or x 1, with r = global_batch_size / 256",
+        changes="result",
         source="arXiv 1706.02677",
     )
     warmup_epochs: float = setting(
-        0.0, "the rate grows linearly from 0, at every step", changes="result", unit="epochs",
-        source="arXiv 1706.02677", ge=0,
+        0.0,
+        "the rate grows linearly from 0, at every step",
+        changes="result",
+        unit="epochs",
+        source="arXiv 1706.02677",
+        ge=0,
     )
     sgd_momentum: float = setting(0.9, "of SGD and LARS", changes="result", source="v1 sec. 3.3", ge=0, lt=1)
     weight_decay: float = setting(
-        1e-4, "sgd: on every parameter; lars: on weights of two dimensions or more", changes="result",
-        source="v1 sec. 3.3", ge=0,
+        1e-4,
+        "sgd: on every parameter; lars: on weights of two dimensions or more",
+        changes="result",
+        source="v1 sec. 3.3",
+        ge=0,
     )
     trust_coefficient: float = setting(
         0.001, "lars: of the layer-wise rate", changes="result", source="arXiv 1708.03888", gt=0
@@ -128,12 +172,17 @@ class OptimConfig(Section):
         "epoch", "the learning rate changes once an epoch, as published, or at every step", changes="result"
     )
     milestones: tuple[PositiveInt, ...] = setting(
-        (120, 160), "schedule step: epochs at which the rate is multiplied by 0.1", changes="result", unit="epochs",
+        (120, 160),
+        "schedule step: epochs at which the rate is multiplied by 0.1",
+        changes="result",
+        unit="epochs",
         source="v1 sec. 3.3",
     )
     precision: Literal["auto", "fp32", "bf16", "fp16", "fp64"] = setting(
-        "auto", "autocast of the encoders (auto: bf16 on GPUs that have it, fp16 on others, fp32 on CPU); embeddings, "
-        "loss, queue and BN statistics stay fp32. fp64 is for checking the mathematics", changes="result",
+        "auto",
+        "autocast of the encoders (auto: bf16 on GPUs that have it, fp16 on others, fp32 on CPU); embeddings, "
+        "loss, queue and BN statistics stay fp32. fp64 is for checking the mathematics",
+        changes="result",
         times=("step",),
     )
 
@@ -145,11 +194,18 @@ class EngineConfig(Section):
         "ddp", "deepspeed: pip install 'moco_dist[deepspeed]'", changes="speed", times=("step",)
     )
     zero_stage: int = setting(
-        0, "deepspeed: 1 cuts the optimiser's state over the ranks, 2 the gradients too", changes="speed",
-        times=("step",), ge=0, le=2, source="ZeRO, arXiv 1910.02054",
+        0,
+        "deepspeed: 1 cuts the optimiser's state over the ranks, 2 the gradients too",
+        changes="speed",
+        times=("step",),
+        ge=0,
+        le=2,
+        source="ZeRO, arXiv 1910.02054",
     )
     compile: Literal["off", "model", "step"] = setting(
-        "off", "torch.compile of both encoders (model), and of LARS and, on GPUs, colours too (step)", changes="speed",
+        "off",
+        "torch.compile of both encoders (model), and of LARS and, on GPUs, colours too (step)",
+        changes="speed",
         times=("step",),
     )
     cuda_graphs: bool = setting(
@@ -159,8 +215,10 @@ class EngineConfig(Section):
         True, "try cuDNN's algorithms for each shape, and keep the fastest", changes="speed", times=("step",)
     )
     allow_tf32: bool = setting(
-        False, "TF32 (10-bit mantissa) in float32 convolutions and products: those of fp32 encoders, and the loss",
-        changes="speed", times=("step",),
+        False,
+        "TF32 (10-bit mantissa) in float32 convolutions and products: those of fp32 encoders, and the loss",
+        changes="speed",
+        times=("step",),
     )
 
     @field_validator("compile", mode="before")
@@ -173,15 +231,23 @@ class ShuffleConfig(Section):
     """How keys are shuffled over BN groups, and how a rank gets the key views of the samples it encodes."""
 
     block_size: int | None = setting(
-        None, "neighbouring samples of a batch among which keys are shuffled, whole BN groups; default: 256, or the "
-        "nearest below it that divides the batch", changes="result", unit="samples", times=("loader",),
-        source="v1 sec. 3.3", gt=0,
+        None,
+        "neighbouring samples of a batch among which keys are shuffled, whole BN groups; default: 256, or the "
+        "nearest below it that divides the batch",
+        changes="result",
+        unit="samples",
+        times=("loader",),
+        source="v1 sec. 3.3",
+        gt=0,
     )
     exchange: Literal["auto", "loader", "all_to_all", "all_gather"] = setting(
-        "auto", "where a block lies on several ranks. auto: all_to_all within a host, loader between hosts; loader: a "
+        "auto",
+        "where a block lies on several ranks. auto: all_to_all within a host, loader between hosts; loader: a "
         "rank loads the key views it encodes, and no image is sent; all_to_all: every image is decoded once and its "
         "key crop sent as uint8 to the rank that encodes it; all_gather: every rank of the block gets every key view, "
-        "as is usually done", changes="speed", times=("loader",)
+        "as is usually done",
+        changes="speed",
+        times=("loader",),
     )
 
 
@@ -192,8 +258,11 @@ class LogConfig(Section):
         50, "one line of the log, and the only synchronisation of host and device", changes="record", unit="steps"
     )
     knn_every_epochs: int = setting(
-        0, "accuracy of kNN and of a linear probe on a sample during training; 0 is never", changes="record",
-        unit="epochs", ge=0,
+        0,
+        "accuracy of kNN and of a linear probe on a sample during training; 0 is never",
+        changes="record",
+        unit="epochs",
+        ge=0,
     )
     knn_train_samples: PositiveInt = setting(20_000, "training images of that sample", changes="record", unit="samples")
     knn_val_samples: PositiveInt = setting(5_000, "validation images of that sample", changes="record", unit="samples")
@@ -219,12 +288,15 @@ class TrackingConfig(Section):
 
     backend: Literal["mlflow", "none"] = setting("mlflow", "none: only log.jsonl in the run's folder", changes="record")
     uri: str | None = setting(
-        None, "of the tracking server; default: MLFLOW_TRACKING_URI, else sqlite in the folder above the run's",
+        None,
+        "of the tracking server; default: MLFLOW_TRACKING_URI, else sqlite in the folder above the run's",
         changes="record",
     )
     experiment: str = setting(
-        "moco_dist", "name of the MLflow experiment; where it is not given, MLFLOW_EXPERIMENT_NAME goes first",
-        changes="record", min_length=1,
+        "moco_dist",
+        "name of the MLflow experiment; where it is not given, MLFLOW_EXPERIMENT_NAME goes first",
+        changes="record",
+        min_length=1,
     )
 
 
@@ -234,8 +306,11 @@ class PretrainConfig(Section):
     run: RunConfig
     data: DataConfig
     method: Literal["moco", "simclr"] = setting(
-        "moco", "moco: a queue of keys from a momentum encoder; simclr: end to end, for comparison", changes="shapes",
-        times=("step",), source="v2; arXiv 2002.05709",
+        "moco",
+        "moco: a queue of keys from a momentum encoder; simclr: end to end, for comparison",
+        changes="shapes",
+        times=("step",),
+        source="v2; arXiv 2002.05709",
     )
     augment: AugmentConfig = AugmentConfig()
     model: ModelConfig = ModelConfig()

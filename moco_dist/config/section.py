@@ -36,8 +36,15 @@ class Declaration(TypedDict):
 
 
 def setting(
-    default: Any, text: str, *, changes: Changes, times: tuple[Literal["step", "loader"], ...] = (),
-    per_host: bool = False, unit: str = "", source: str = "", **limits: Any,
+    default: Any,
+    text: str,
+    *,
+    changes: Changes,
+    times: tuple[Literal["step", "loader"], ...] = (),
+    per_host: bool = False,
+    unit: str = "",
+    source: str = "",
+    **limits: Any,
 ) -> Any:
     """A config field: `--help` shows its text, unit, default and source.
 

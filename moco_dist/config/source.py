@@ -27,9 +27,7 @@ MOST_NESTED = 20  # a config has sections, settings, lists
 MOST_MISTAKES, MOST_CHARACTERS = 50, 500  # that a message has, so that a person sees its end
 
 
-def read_config(
-    schema: type[Config], path: Path | None, flags: list[str], overlays: Sequence[Path] = ()
-) -> Config:
+def read_config(schema: type[Config], path: Path | None, flags: list[str], overlays: Sequence[Path] = ()) -> Config:
     """The config of `schema` from the YAML file `path` (if any), with `overlays` over it and `flags` over all.
 
     A setting of an overlay takes the place of the same setting; those that it does not have stay as they are.

@@ -67,9 +67,7 @@ def draw_colours(config: AugmentConfig, seed: int, step: int, samples: NDArray[n
     return torch.from_numpy(np.hstack([factors, order, grayscale, blur_sigma]).astype(np.float32))
 
 
-def apply_colours(
-    views: Tensor, colours: Tensor, config: AugmentConfig, dtype: torch.dtype = torch.float32
-) -> Tensor:
+def apply_colours(views: Tensor, colours: Tensor, config: AugmentConfig, dtype: torch.dtype = torch.float32) -> Tensor:
     """Colour jitter, grayscale, blur and normalisation, in this order.
 
     The blur is a Gaussian cut off at ceil(3 x the largest sigma) pixels, or at S - 1 where the image is smaller than
@@ -197,9 +195,7 @@ def _blur(x: Tensor, sigma: Tensor, radius: int, block: int) -> Tensor:
     weights = torch.exp(-0.5 * (distance / sigma.clamp_min(1e-3)[:, None]) ** 2)
     weights = weights / (2 * weights.sum(1, keepdim=True) - weights[:, :1])
     matrix = (weights @ _neighbours(size, radius, x.dtype, x.device)).view(-1, 1, size, size)
-    bands = [
-        (slice(i, i + block), slice(max(0, i - radius), i + block + radius)) for i in range(0, size, block)
-    ]
+    bands = [(slice(i, i + block), slice(max(0, i - radius), i + block + radius)) for i in range(0, size, block)]
     x = torch.cat([matrix[:, :, rows, near] @ x[:, :, near] for rows, near in bands], dim=2)
     return torch.cat([x[..., near] @ matrix[:, :, rows, near].mT for rows, near in bands], dim=3)
 

@@ -66,7 +66,12 @@ class Prepared(NamedTuple, Generic[T]):
 
 
 def batches_from_dali(
-    folder: ImageFolder, job_of: JobOf[T], numbers: range, size: int, data: DataConfig | EvalDataConfig, world: World,
+    folder: ImageFolder,
+    job_of: JobOf[T],
+    numbers: range,
+    size: int,
+    data: DataConfig | EvalDataConfig,
+    world: World,
     must_end: Callable[[], bool],
 ) -> Generator[T, None, None]:
     """The batches of `numbers`; views are on the GPU where it decodes, else in pinned memory where there is one.
@@ -97,7 +102,12 @@ class _Batches(Generic[T]):
     """Prepares jobs, keeps some of them in DALI's queue, and puts their batches together."""
 
     def __init__(
-        self, folder: ImageFolder, job_of: JobOf[T], first: int, size: int, data: DataConfig | EvalDataConfig,
+        self,
+        folder: ImageFolder,
+        job_of: JobOf[T],
+        first: int,
+        size: int,
+        data: DataConfig | EvalDataConfig,
         world: World,
     ) -> None:
         self.first = first
@@ -271,8 +281,13 @@ def _arguments(entries: list[Entry], size: int, views: int) -> list[Any]:
 
 
 def _pipeline(
-    next_arguments: Callable[[], list[Any]], size: int, views: int, capacity: int, num_threads: int,
-    data: DataConfig | EvalDataConfig, device_id: int | None,
+    next_arguments: Callable[[], list[Any]],
+    size: int,
+    views: int,
+    capacity: int,
+    num_threads: int,
+    data: DataConfig | EvalDataConfig,
+    device_id: int | None,
 ) -> Any:
     """A pipeline to (N, S, S, 3) for each of `views`, for at most `capacity` images; on the CPU where no device is."""
     fn, types = importlib.import_module("nvidia.dali.fn"), importlib.import_module("nvidia.dali.types")

@@ -140,7 +140,13 @@ def _decode_jpeg(data: bytes | memoryview, width: int, height: int, factor: int)
     if len(getattr(_scratch, "buffer", b"")) < size:
         _scratch.buffer = bytearray(size)
     return simplejpeg.decode_jpeg(
-        data, "RGB", fastdct=False, fastupsample=False, min_height=rows, min_width=columns, min_factor=factor,
+        data,
+        "RGB",
+        fastdct=False,
+        fastupsample=False,
+        min_height=rows,
+        min_width=columns,
+        min_factor=factor,
         buffer=_scratch.buffer,
     )
 

@@ -32,8 +32,10 @@ def image_paths(folder: Path, remember: bool = True) -> list[str]:
     top = sorted(entry.name for entry in os.scandir(folder) if not is_left_out(entry.name))
     index = folder / NAME
     known = _read(index)
-    if known is not None and known["top"] == top and all(
-        _mtime_ns(folder / name) == mtime for name, mtime in known["folders"].items()
+    if (
+        known is not None
+        and known["top"] == top
+        and all(_mtime_ns(folder / name) == mtime for name, mtime in known["folders"].items())
     ):
         return known["paths"]
     folders: dict[str, int] = {}

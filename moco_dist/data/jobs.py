@@ -91,10 +91,12 @@ def view_job(step: int, config: PretrainConfig, plan: Plan, world: World) -> Job
         samples_k = samples_coloured = samples_q
     elif len(mates) > 1:
         samples_k = plan.key_route(step, world, mates).samples
-    draws = np.vstack([
-        crop_draws(seed, step, samples_q, counter_rng.STREAM_CROP_Q),
-        crop_draws(seed, step, samples_k, counter_rng.STREAM_CROP_K),
-    ])
+    draws = np.vstack(
+        [
+            crop_draws(seed, step, samples_q, counter_rng.STREAM_CROP_Q),
+            crop_draws(seed, step, samples_k, counter_rng.STREAM_CROP_K),
+        ]
+    )
     n = len(samples_q)
     rows = {int(sample): [row] for row, sample in enumerate(samples_q)}
     for row, sample in enumerate(samples_k):
@@ -125,7 +127,11 @@ def row_job(samples: NDArray[np.int64], crop: Callable[[int, int, int], Crop]) -
 
 
 def with_successors(
-    sample: int, total: int, root: Path, on_error: OnError, attempt: Callable[[int], T],
+    sample: int,
+    total: int,
+    root: Path,
+    on_error: OnError,
+    attempt: Callable[[int], T],
     replaced: list[str],
 ) -> T:
     """`attempt(sample)`; under `skip-and-report`, of the first readable image after it, and a note in `replaced`.

@@ -30,7 +30,12 @@ def never() -> bool:
 
 
 def pretrain_batches(
-    folder: ImageFolder, config: PretrainConfig, plan: Plan, world: World, start: int, stop: int,
+    folder: ImageFolder,
+    config: PretrainConfig,
+    plan: Plan,
+    world: World,
+    start: int,
+    stop: int,
     must_end: Callable[[], bool] = never,
 ) -> Generator[CropBatch, None, None]:
     """This rank's CropBatch of steps start .. stop-1, in pinned memory or on the GPU where there is one.
@@ -64,7 +69,12 @@ def eval_batches(
 
 
 def load(
-    folder: ImageFolder, job_of: JobOf[T], numbers: range, size: int, data: DataConfig | EvalDataConfig, world: World,
+    folder: ImageFolder,
+    job_of: JobOf[T],
+    numbers: range,
+    size: int,
+    data: DataConfig | EvalDataConfig,
+    world: World,
     must_end: Callable[[], bool] = never,
 ) -> Generator[T, None, None]:
     """The batches of `numbers`, one after the other, some of them ahead of time.

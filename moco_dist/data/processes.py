@@ -39,7 +39,10 @@ STATES = {"D": "it waits for storage", "T": "it is stopped", "R": "it computes",
 
 
 def made_by_processes(
-    make: Callable[[int], T], numbers: Sequence[int], num_workers: int, depth: int,
+    make: Callable[[int], T],
+    numbers: Sequence[int],
+    num_workers: int,
+    depth: int,
     must_end: Callable[[], bool] = lambda: False,
 ) -> Generator[T, None, None]:
     """`make(number)` of each number, in their order, made ahead of time; the workers end with the generator.

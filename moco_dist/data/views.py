@@ -35,8 +35,15 @@ class Views(NamedTuple):
 
 
 def views_of_steps(
-    images: ImageFolder, config: PretrainConfig, plan: Plan, world: World, start: int, stop: int, dtype: torch.dtype,
-    colour: Callable[..., Tensor] = apply_colours, must_end: Callable[[], bool] = never,
+    images: ImageFolder,
+    config: PretrainConfig,
+    plan: Plan,
+    world: World,
+    start: int,
+    stop: int,
+    dtype: torch.dtype,
+    colour: Callable[..., Tensor] = apply_colours,
+    must_end: Callable[[], bool] = never,
 ) -> Generator[tuple[Views, float], None, None]:
     """The views of steps start .. stop-1, each with the seconds that its crops were waited for. Close it.
 

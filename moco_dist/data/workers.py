@@ -83,16 +83,19 @@ class Batches(Generic[T]):
             def attempt(candidate: int, i: int = i) -> list[Tensor]:
                 return self.source.cut(candidate, self.size, lambda width, height: job.crops(i, width, height))
 
-            cropped = with_successors(
-                int(sample), len(self.source), self.source.root, self.on_error, attempt, replaced
-            )
+            cropped = with_successors(int(sample), len(self.source), self.source.root, self.on_error, attempt, replaced)
             for row, view in zip(job.rows[i], cropped, strict=True):
                 views[row] = view
         return job.finish(views, tuple(replaced))
 
 
 def batches_from_workers(
-    source: Source, job_of: JobOf[T], numbers: range, size: int, data: DataConfig | EvalDataConfig, world: World,
+    source: Source,
+    job_of: JobOf[T],
+    numbers: range,
+    size: int,
+    data: DataConfig | EvalDataConfig,
+    world: World,
     must_end: Callable[[], bool],
 ) -> Generator[T, None, None]:
     """The batches of `numbers`, in pinned memory where there is a GPU, from `data.num_workers` processes."""

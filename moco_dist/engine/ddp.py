@@ -22,7 +22,11 @@ class DDPEngine:
     """
 
     def __init__(
-        self, module: nn.Module, optimizer: torch.optim.Optimizer, dtype: torch.dtype, config: EngineConfig,
+        self,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        dtype: torch.dtype,
+        config: EngineConfig,
         world: World,
     ) -> None:
         self.module, self.optimizer, self._dtype, self._world = module, optimizer, dtype, world

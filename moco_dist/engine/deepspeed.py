@@ -36,7 +36,11 @@ class DeepSpeedEngine:
     """
 
     def __init__(
-        self, module: nn.Module, optimizer: torch.optim.Optimizer, dtype: torch.dtype, config: EngineConfig,
+        self,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        dtype: torch.dtype,
+        config: EngineConfig,
         world: World,
     ) -> None:
         if dtype not in (torch.float32, torch.bfloat16):

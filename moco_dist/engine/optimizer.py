@@ -116,8 +116,16 @@ class LARS(torch.optim.Optimizer):
         self._update = torch.compile(self._update, dynamic=False)  # type: ignore[method-assign]
 
     def _update(
-        self, weights: list[Tensor], updates: list[Tensor], buffers: list[Tensor], adapted: list[int],
-        rate: Tensor, momentum: Tensor, weight_decay: float, trust_coefficient: float, found_inf: Tensor | None,
+        self,
+        weights: list[Tensor],
+        updates: list[Tensor],
+        buffers: list[Tensor],
+        adapted: list[int],
+        rate: Tensor,
+        momentum: Tensor,
+        weight_decay: float,
+        trust_coefficient: float,
+        found_inf: Tensor | None,
     ) -> None:
         """One step in place; the tensors `adapted` have their rate adapted."""
         w = [weights[i] for i in adapted]

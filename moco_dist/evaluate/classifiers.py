@@ -97,8 +97,14 @@ def held_out(labels: NDArray[np.int64], share: float, seed: int) -> NDArray[np.b
 
 
 def train_classifiers(
-    feed: Feed, train_labels: NDArray[np.int64], val: Features, held_out_features: Callable[[], Features] | None,
-    num_classes: int, config: LinearConfig, world: World, progress: Path | None = None,
+    feed: Feed,
+    train_labels: NDArray[np.int64],
+    val: Features,
+    held_out_features: Callable[[], Features] | None,
+    num_classes: int,
+    config: LinearConfig,
+    world: World,
+    progress: Path | None = None,
     stop: StopRequest | None = None,
 ) -> Outcome:
     """Train all recipes. Called by all ranks.

@@ -57,7 +57,10 @@ class Features:
 
 
 def extract(
-    evaluation: Evaluation, encoder: FrozenEncoder, split: Literal["train", "val"], keep: bool = True,
+    evaluation: Evaluation,
+    encoder: FrozenEncoder,
+    split: Literal["train", "val"],
+    keep: bool = True,
     stop: StopRequest | None = None,
 ) -> Features:
     """Features of a split's centre crops, on the CPU. Each rank encodes its chunks, and no image is encoded twice.

@@ -94,8 +94,12 @@ def batch_of_groups(evaluation: Evaluation, config: FinetuneConfig) -> int:
 
 
 def finetune(
-    evaluation: Evaluation, config: FinetuneConfig, encoder: FrozenEncoder, batch_size: int,
-    progress: Path | None = None, stop: StopRequest | None = None,
+    evaluation: Evaluation,
+    config: FinetuneConfig,
+    encoder: FrozenEncoder,
+    batch_size: int,
+    progress: Path | None = None,
+    stop: StopRequest | None = None,
 ) -> tuple[dict[str, float], Curve, list[float]]:
     """Train the encoder's module in place, from the last step that an interrupted training has saved.
 
@@ -159,8 +163,14 @@ def _optimizer(network: Network, config: FinetuneConfig) -> torch.optim.SGD:
 
 
 def _epoch(
-    engine: DDPEngine, evaluation: Evaluation, config: FinetuneConfig, encoder: FrozenEncoder, batch_size: int,
-    training: Training, told: Told, epoch: int,
+    engine: DDPEngine,
+    evaluation: Evaluation,
+    config: FinetuneConfig,
+    encoder: FrozenEncoder,
+    batch_size: int,
+    training: Training,
+    told: Told,
+    epoch: int,
 ) -> None:
     """Train for one epoch, or for what is left of it."""
     world, labels = evaluation.world, torch.from_numpy(evaluation.train.labels).to(evaluation.world.device)

@@ -148,9 +148,7 @@ def nearest(queries: Tensor, memory: Tensor, payload: Tensor, k: int, world: Wor
     return similarity, candidates
 
 
-def vote(
-    similarity: Tensor, labels: Tensor, neighbours: Sequence[int], temperature: float, num_classes: int
-) -> Tensor:
+def vote(similarity: Tensor, labels: Tensor, neighbours: Sequence[int], temperature: float, num_classes: int) -> Tensor:
     """The class with the largest sum of exp(similarity / temperature) over the first k neighbours; the lower at a tie.
 
     Args:

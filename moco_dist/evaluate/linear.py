@@ -111,9 +111,9 @@ def cached_batches(train: Features, config: LinearConfig, world: World):
     place = torch.full((train.total,), -1, device=train.rows.device)
     place[train.rows] = torch.arange(len(train.rows), device=train.rows.device)
     owner = np.empty(train.total, dtype=np.int64)
-    owner[gather_uneven(train.rows, world).cpu().numpy()] = gather_uneven(
-        torch.full_like(train.rows, world.rank), world
-    ).cpu().numpy()
+    owner[gather_uneven(train.rows, world).cpu().numpy()] = (
+        gather_uneven(torch.full_like(train.rows, world.rank), world).cpu().numpy()
+    )
 
     def feed(epoch: int, first: int) -> Iterator[tuple[Tensor, NDArray[np.int64]]]:
         for batch in global_batches(train.total, config.global_batch_size, config.seed, epoch)[first:]:

@@ -54,7 +54,12 @@ class Training:
     """
 
     def __init__(
-        self, path: Path | None, module: nn.Module, sgd: torch.optim.SGD, stop: StopRequest | None, world: World,
+        self,
+        path: Path | None,
+        module: nn.Module,
+        sgd: torch.optim.SGD,
+        stop: StopRequest | None,
+        world: World,
         settle: Callable[[], None] | None = None,
     ) -> None:
         """Go on from `path`, if there is a whole file.

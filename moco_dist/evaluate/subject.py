@@ -281,8 +281,15 @@ def write_result(
 
 
 def write_trained(
-    evaluation: Evaluation, kind: str, encoder: FrozenEncoder, accuracy: dict[str, float], seconds: float,
-    curve: list[dict[str, float]], per_class: list[float], progress: Path, **more: Any,
+    evaluation: Evaluation,
+    kind: str,
+    encoder: FrozenEncoder,
+    accuracy: dict[str, float],
+    seconds: float,
+    curve: list[dict[str, float]],
+    per_class: list[float],
+    progress: Path,
+    **more: Any,
 ) -> dict[str, Any]:
     """`write_result` of a training with labels; what was kept of it on the way goes when the result is there.
 

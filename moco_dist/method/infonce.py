@@ -54,9 +54,7 @@ def unshuffle(k_shuffled: Tensor, key_order: Tensor) -> Tensor:
     return k_all
 
 
-def info_nce(
-    q: Tensor, k: Tensor, q_all: Tensor, queue_keys: Tensor, temperature: float, world: World
-) -> Tensor:
+def info_nce(q: Tensor, k: Tensor, q_all: Tensor, queue_keys: Tensor, temperature: float, world: World) -> Tensor:
     """The loss of this rank's queries against the whole queue (v1 eq. 1), with its gradient in the same pass.
 
     Args:

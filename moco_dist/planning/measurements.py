@@ -113,8 +113,12 @@ def read(where: list[Path]) -> list[Measurement]:
         try:
             result = json.loads(path.read_text(encoding="utf-8"))
             found += [
-                Measurement(hardware=result["hardware"], date=result["date"], path=str(path),
-                            **{**row, "settings": _flat(row["settings"])})
+                Measurement(
+                    hardware=result["hardware"],
+                    date=result["date"],
+                    path=str(path),
+                    **{**row, "settings": _flat(row["settings"])},
+                )
                 for row in result["rows"]
             ]
         except (OSError, ValueError, KeyError, TypeError) as error:

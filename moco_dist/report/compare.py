@@ -111,9 +111,7 @@ def run_of_folder(run_dir: Path) -> RunRecord:
     saved = checkpoint.complete_checkpoints(run_dir)
     world_size = read_manifest(saved[-1])["world_size"] if saved else 0
     settings = {name: without_credentials(shown(value)) for name, value in flatten(config).items()}
-    return RunRecord(
-        run_dir.resolve().name, settings, read_log(run_dir), accuracy, world_size, page_of(run_dir)
-    )
+    return RunRecord(run_dir.resolve().name, settings, read_log(run_dir), accuracy, world_size, page_of(run_dir))
 
 
 def runs_of_experiment(name: str, uri: str) -> list[RunRecord]:

@@ -135,8 +135,10 @@ def _accuracies(run_dir: Path) -> AccuracyTable:
 
     table = {encoder: [accuracy(kind, encoder) for kind in kinds] for encoder in ROWS}
     rows = [(ROWS[e], [MISSING if a is None else f"{a:.2f}" for a in values]) for e, values in table.items()]
-    gains = [None if a is None or b is None else a - b for a, b in zip(*(table[e] for e in ("trained", "untrained")),
-                                                                     strict=True)]
+    gains = [
+        None if a is None or b is None else a - b
+        for a, b in zip(*(table[e] for e in ("trained", "untrained")), strict=True)
+    ]
     rows.append((f"{ROWS['trained']} − {ROWS['untrained']}", [MISSING if g is None else f"{g:+.2f}" for g in gains]))
     heads = [f"{_title(k)} top-1 %" + (f", k = {_k(knn)}" if k.startswith("knn") else "") for k in kinds]
     return AccuracyTable(heads, rows, _notes(found, imported_from(run_dir)))

@@ -28,7 +28,12 @@ class Logbook:
     """
 
     def __init__(
-        self, config: PretrainConfig, tracker: Tracker, world: World, start: int, stop: int,
+        self,
+        config: PretrainConfig,
+        tracker: Tracker,
+        world: World,
+        start: int,
+        stop: int,
         pending_losses: Sequence[float] = (),
     ) -> None:
         """Go on with the log of a run.

@@ -49,9 +49,7 @@ def _has_worked_with(root: Path, run_dir: Path) -> bool:
     return False
 
 
-def resume(
-    method: Method, config: PretrainConfig, images: ImageFolder, world: World
-) -> tuple[list[str], list[float]]:
+def resume(method: Method, config: PretrainConfig, images: ImageFolder, world: World) -> tuple[list[str], list[float]]:
     """Load the newest intact checkpoint of the run's folder, if there is one; write the resolved config.
 
     Args:

@@ -21,7 +21,12 @@ class Saver:
     """
 
     def __init__(
-        self, config: PretrainConfig, facts: dict[str, Any], steps_per_epoch: int, stop: int, world: World,
+        self,
+        config: PretrainConfig,
+        facts: dict[str, Any],
+        steps_per_epoch: int,
+        stop: int,
+        world: World,
         say: Callable[[str], None],
     ) -> None:
         """For the run of `config`, which ends at step `stop`.

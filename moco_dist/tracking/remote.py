@@ -170,7 +170,10 @@ class RemoteRun:
             from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
             self._monitor = SystemMetricsMonitor(
-                self._run_id, sampling_interval=10, samples_before_logging=3, resume_logging=True,
+                self._run_id,
+                sampling_interval=10,
+                samples_before_logging=3,
+                resume_logging=True,
                 tracking_uri=self.uri,
             )
             self._monitor.start()

@@ -36,9 +36,15 @@ def reference(steps=STEPS, queue_size=152, version=None, block=None):
     peak = optim.base_lr * optim.global_batch_size / 256
     start = run(run_program, 1, config, 0)[0]["initial"]
     plain = Reference(
-        start["weights"], start["queue"], hidden=hidden[0] if hidden else None, dim=16,
-        group=config.model.bn_group_size, momentum=config.moco.momentum, temperature=config.moco.temperature,
-        sgd_momentum=optim.sgd_momentum, weight_decay=optim.weight_decay,
+        start["weights"],
+        start["queue"],
+        hidden=hidden[0] if hidden else None,
+        dim=16,
+        group=config.model.bn_group_size,
+        momentum=config.moco.momentum,
+        temperature=config.moco.temperature,
+        sgd_momentum=optim.sgd_momentum,
+        weight_decay=optim.weight_decay,
     )
     plan, table = plan_of(config, NUM_SAMPLES), images()
     losses, gradients = [], []

@@ -22,8 +22,14 @@ def small_config(**overrides):
         "data": {"root": "unused"},
         "model": {"arch": "resnet10", "head_hidden_dims": [24], "embedding_dim": 16, "bn_group_size": 8},
         "moco": {"queue_size": 152, "momentum": 0.9, "temperature": 0.2},
-        "optim": {"global_batch_size": 64, "base_lr": 0.1, "precision": "fp64", "epochs": 1000,
-                  "schedule": "step", "milestones": [999]},
+        "optim": {
+            "global_batch_size": 64,
+            "base_lr": 0.1,
+            "precision": "fp64",
+            "epochs": 1000,
+            "schedule": "step",
+            "milestones": [999],
+        },
     }
     for section, settings in overrides.items():
         values[section] = {**values.get(section, {}), **settings}

@@ -184,8 +184,11 @@ def load_into(world, run_dir, **overrides):
     return None
 
 
-@pytest.mark.parametrize("overrides", [{"moco": {"queue_size": 128}}, {"model": {"embedding_dim": 24}},
-                                       {"model": {"arch": "resnet18"}}], ids=str)
+@pytest.mark.parametrize(
+    "overrides",
+    [{"moco": {"queue_size": 128}}, {"model": {"embedding_dim": 24}}, {"model": {"arch": "resnet18"}}],
+    ids=str,
+)
 def test_a_checkpoint_of_something_else_is_refused(tmp_path, overrides):
     run(save_steps, 1, tmp_path, (1,))
     message = run(load_other, 1, tmp_path, overrides)[0]

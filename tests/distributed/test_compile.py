@@ -141,8 +141,9 @@ def test_cuda_graphs_are_a_mode_of_the_compiler():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("engine", [{"compile": "model"}, {"compile": "step"},
-                                    {"compile": "model", "cuda_graphs": True}], ids=str)
+@pytest.mark.parametrize(
+    "engine", [{"compile": "model"}, {"compile": "step"}, {"compile": "model", "cuda_graphs": True}], ids=str
+)
 @pytest.mark.parametrize("accum", [1, 2])
 def test_on_a_gpu(engine, accum):
     """Six steps of each way, against eager mode."""

@@ -36,13 +36,15 @@ FIRST, LAST = 2, 5
 
 
 def config_of(root, exchange="auto", num_workers=0, batch=16, block=None):
-    return PretrainConfig.model_validate({
-        "run": {"dir": "unused"},
-        "data": {"root": str(root), "image_size": 32, "num_workers": num_workers},
-        "model": {"bn_group_size": 2},
-        "optim": {"global_batch_size": batch},
-        "shuffle": {"exchange": exchange, "block_size": block},
-    })
+    return PretrainConfig.model_validate(
+        {
+            "run": {"dir": "unused"},
+            "data": {"root": str(root), "image_size": 32, "num_workers": num_workers},
+            "model": {"bn_group_size": 2},
+            "optim": {"global_batch_size": batch},
+            "shuffle": {"exchange": exchange, "block_size": block},
+        }
+    )
 
 
 def views_of(world, config):

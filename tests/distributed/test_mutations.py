@@ -85,8 +85,14 @@ def batch_norm_over_the_whole_rank():
 
 
 MUTATIONS = [
-    ranks_swapped_in_the_gather, key_batch_not_permuted, keys_not_brought_home, enqueue_before_the_loss,
-    queue_not_persistent, wrap_dropped, shard_forgotten_in_the_loss, momentum_update_after_the_keys,
+    ranks_swapped_in_the_gather,
+    key_batch_not_permuted,
+    keys_not_brought_home,
+    enqueue_before_the_loss,
+    queue_not_persistent,
+    wrap_dropped,
+    shard_forgotten_in_the_loss,
+    momentum_update_after_the_keys,
     batch_norm_over_the_whole_rank,
 ]
 

@@ -47,6 +47,4 @@ def test_killed_twice_it_ends_as_if_it_had_not_been(start, tmp_path):
 def tensors(run_dir):
     """Everything in the newest checkpoint and the backbone; ranks' parts of the queue as they are in the files."""
     files = [*sorted(checkpoint.latest(run_dir).glob("*.safetensors")), run_dir / "backbone.safetensors"]
-    return {
-        f"{file.name} {name}": value for file in files for name, value in safetensors.torch.load_file(file).items()
-    }
+    return {f"{file.name} {name}": value for file in files for name, value in safetensors.torch.load_file(file).items()}

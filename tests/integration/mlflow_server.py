@@ -29,7 +29,9 @@ class Server:
             "--artifacts-destination", str(self.folder / "artifacts"),
         ]  # fmt: skip
         environment = {
-            **os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true",
+            **os.environ,
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+            "MLFLOW_DISABLE_TELEMETRY": "true",
             "MLFLOW_BACKEND_STORE_URI": self.backend_uri,  # not a flag: it may have a password
         }
         with (self.folder / "server.log").open("ab") as log:

@@ -119,7 +119,10 @@ YAML = {
     "tab": ("optim:\n\tbase_lr: 1", r"bad\.yaml is not YAML: .*line 2"),
     "list": ("- 1\n- 2", "holds a list; a mapping of settings is expected"),
     "unknown key": ("optim: {base_rate: 1}", r"unknown setting optim\.base_rate"),
-    "key twice": ("optim:\n  base_lr: 1\n  base_lr: 2", r"bad\.yaml is not YAML: the key base_lr is there twice in .* line 3"),
+    "key twice": (
+        "optim:\n  base_lr: 1\n  base_lr: 2",
+        r"bad\.yaml is not YAML: the key base_lr is there twice in .* line 3",
+    ),
     "dotted key": ("optim.base_lr: 1", r"optim\.base_lr: a file has it in its section: optim: \{base_lr: 1\}"),
     "number for a key": ("1: 2", "1 is not the name of a setting"),
     "empty section": ("optim:", "optim: null is given where a section of settings is expected"),
@@ -136,7 +139,10 @@ ENVIRONMENT = {
     "rank is text": ({"RANK": "first"}, "environment variable RANK is 'first'; a number is expected"),
     "rank beyond the world": ({"RANK": "2", "WORLD_SIZE": "2"}, r"rank 2 of 2 .* is not a place in a world"),
     "negative local rank": ({"LOCAL_RANK": "-1"}, "environment variable LOCAL_RANK is '-1'"),
-    "world without a meeting place": ({"RANK": "0", "WORLD_SIZE": "2"}, r"rank 0 cannot meet the others: .*MASTER_ADDR"),
+    "world without a meeting place": (
+        {"RANK": "0", "WORLD_SIZE": "2"},
+        r"rank 0 cannot meet the others: .*MASTER_ADDR",
+    ),
     "world that does not divide": ({"RANK": "0", "WORLD_SIZE": "3"}, r"8 is not a multiple of 12 = 3 rank\(s\)"),
     "tracking uri": ({"MLFLOW_TRACKING_URI": "sqllite:///x.db"}, r"did you mean sqlite\?"),
 }
@@ -148,7 +154,9 @@ def folders(tmp_path_factory, tiny_data):
     top = tmp_path_factory.mktemp("bad_input")
     places = {"DATA": tiny_data, "RUN": top / "run", "NEW": top / "new", "CONFIGS": top / "configs"}
     places["CONFIGS"].mkdir()
-    tiny = "".join(f"{name[2:].replace('-', '_')}: {value}\n" for name, value in zip(TINY[::2], TINY[1::2], strict=True))
+    tiny = "".join(
+        f"{name[2:].replace('-', '_')}: {value}\n" for name, value in zip(TINY[::2], TINY[1::2], strict=True)
+    )
     sections: dict[str, list[str]] = {"run": [f"dir: {places['NEW']}"], "data": [f"root: {tiny_data}"]}
     for line in tiny.splitlines():
         section, _, rest = line.partition(".")

@@ -97,6 +97,7 @@ def test_an_older_checkpoint_goes_on_with_defaults(run, capsys):
 
 def test_a_run_from_before_there_were_blocks_goes_on_unchanged_or_is_told(tmp_path):
     """Its keys were shuffled over the whole batch, which is also today's default up to 256 samples."""
+
     def config_of(batch, block=None):
         return PretrainConfig.model_validate({
             "run": {"dir": tmp_path}, "data": {"root": "d"}, "optim": {"global_batch_size": batch},
@@ -139,8 +140,18 @@ def test_a_checkpoint_json_without_its_step_is_damage(run, capsys):
     assert f"step_00000006 is damaged: {path} is damaged: step: field required\n" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("entry", [{"step": "six"}, {"files": [1]}, {"files": {"a": {}}}, {"config": 3},
-                                   {"loss_scale": [1]}, {"images": {"count": 3}}], ids=str)
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"step": "six"},
+        {"files": [1]},
+        {"files": {"a": {}}},
+        {"config": 3},
+        {"loss_scale": [1]},
+        {"images": {"count": 3}},
+    ],
+    ids=str,
+)
 def test_what_no_version_writes_is_damage(tmp_path, entry):
     (tmp_path / "checkpoint.json").write_text(json.dumps({"step": 1, "world_size": 1, **entry}))
     with pytest.raises(UserError, match=f"checkpoint.json is damaged: {next(iter(entry))}"):

@@ -118,8 +118,10 @@ def lightly_names(backbone):
 
 
 NAMINGS = {
-    "the original release": lambda b: {f"module.encoder_q.{k}": v for k, v in b.state_dict().items()}
-    | {f"module.encoder_k.{k}": torch.zeros_like(v) for k, v in b.state_dict().items()},
+    "the original release": lambda b: (
+        {f"module.encoder_q.{k}": v for k, v in b.state_dict().items()}
+        | {f"module.encoder_k.{k}": torch.zeros_like(v) for k, v in b.state_dict().items()}
+    ),
     "lightly": lambda b: {f"backbone.{k}": v for k, v in lightly_names(b).items()},
     "mmselfsup": lambda b: {f"backbone.{k}": v for k, v in b.state_dict().items()} | {"neck.fc.weight": torch.ones(2)},
     "OpenSelfSup": lambda b: {f"encoder_q.0.{k}": v for k, v in b.state_dict().items()},

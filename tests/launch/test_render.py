@@ -161,7 +161,7 @@ def test_the_schemas_find_mistakes(old, new, where):
     assert any(where in problem for problem in found), found
 
 
-NASTY = "a b';$(touch pwned) `x` \"q\" %j \\ é"
+NASTY = 'a b\';$(touch pwned) `x` "q" %j \\ é'
 
 
 def test_no_value_of_a_user_is_read_by_the_shell(tmp_path):
@@ -169,7 +169,7 @@ def test_no_value_of_a_user_is_read_by_the_shell(tmp_path):
     job = Job(words, tmp_path / NASTY, 0, Hosts(nodes=2, gpus_per_node=4))
     text = script([job], SlurmOptions(nodes=2, gpus_per_node=4, account="me; rm -rf /"))
     lines = [line for line in text.splitlines() if line.startswith(("run_dir=", "command="))]
-    shown = "printf '%s\\n' \"$run_dir\" \"${command[@]}\""
+    shown = 'printf \'%s\\n\' "$run_dir" "${command[@]}"'
     done = subprocess.run(["bash", "-c", "\n".join([*lines, shown])], capture_output=True, text=True, cwd=tmp_path)
     assert done.stdout.splitlines() == [str(tmp_path / NASTY), *words]
     assert list(tmp_path.iterdir()) == []

@@ -25,8 +25,10 @@ TOKEN = "tok3n-first-part\nsecond-part"
         ("https://host/?token=abc", "https://host/?token="),
         ("https://host/x?a=1&access_token=abc#b", "https://host/x?a=1&access_token=#b"),
         ("https://host/#id_token=abc", "https://host/#id_token="),
-        ("https://s3/x?X-Amz-Credential=a&X-Amz-Signature=b&X-Amz-Security-Token=c&v=1",
-         "https://s3/x?X-Amz-Credential=&X-Amz-Signature=&X-Amz-Security-Token=&v=1"),
+        (
+            "https://s3/x?X-Amz-Credential=a&X-Amz-Signature=b&X-Amz-Security-Token=c&v=1",
+            "https://s3/x?X-Amz-Credential=&X-Amz-Signature=&X-Amz-Security-Token=&v=1",
+        ),
         ("https://blob/x?sv=1&sig=abc%3D&se=2", "https://blob/x?sv=1&sig=&se=2"),
         ("mssql+pyodbc:///?odbc_connect=UID%3Du%3BPWD%3Dp", "mssql+pyodbc:///?odbc_connect="),
         ("DRIVER={x};UID=u;PWD=p;DATABASE=d", "DRIVER={x};UID=u;PWD=;DATABASE=d"),

@@ -190,8 +190,9 @@ def test_an_evaluation_need_not_be_tracked(runs, has_parent, capsys):
 def test_a_reopened_run_keeps_its_status(runs, tmp_path):
     page = tmp_path / "index.html"
     page.write_text("page")
-    with pytest.raises(ValueError, match="boom"), Tracker.for_pretraining(
-        config_of(runs / "a", experiment="new"), World()
+    with (
+        pytest.raises(ValueError, match="boom"),
+        Tracker.for_pretraining(config_of(runs / "a", experiment="new"), World()),
     ):
         raise ValueError("boom")
     with Tracker.reopen(runs / "a") as tracker:

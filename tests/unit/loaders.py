@@ -25,13 +25,15 @@ def picture(seed, width, height):
 
 
 def config_of(root, loader, exchange="loader", **data):
-    return PretrainConfig.model_validate({
-        "run": {"dir": "unused"},
-        "data": {"root": str(root), "loader": loader, "image_size": SIZE, "num_workers": 0, **data},
-        "model": {"bn_group_size": 2},
-        "optim": {"global_batch_size": BATCH},
-        "shuffle": {"exchange": exchange},
-    })
+    return PretrainConfig.model_validate(
+        {
+            "run": {"dir": "unused"},
+            "data": {"root": str(root), "loader": loader, "image_size": SIZE, "num_workers": 0, **data},
+            "model": {"bn_group_size": 2},
+            "optim": {"global_batch_size": BATCH},
+            "shuffle": {"exchange": exchange},
+        }
+    )
 
 
 def batches_of(config, start=0, stop=3, world=None):
@@ -72,15 +74,17 @@ def damaged(root, name):
         os.mkfifo(bad)
     else:
         at = len(content) // 2
-        bad.write_bytes({
-            "empty": b"",
-            "one byte": b"\xff",
-            "text": b"<html>404</html>",
-            "truncated": content[:at],
-            "no end": content[:-2],
-            "header only": content[:300],
-            "random": np.random.default_rng(0).bytes(4000),
-        }[name])
+        bad.write_bytes(
+            {
+                "empty": b"",
+                "one byte": b"\xff",
+                "text": b"<html>404</html>",
+                "truncated": content[:at],
+                "no end": content[:-2],
+                "header only": content[:300],
+                "random": np.random.default_rng(0).bytes(4000),
+            }[name]
+        )
     return bad
 
 

@@ -136,9 +136,7 @@ def test_a_sample_does_not_depend_on_its_batch():
     views, colours = mixed_batch(32, config)
     together = apply_colours(views, colours, config)
     rows = torch.tensor([5, 2, 19])
-    torch.testing.assert_close(
-        apply_colours(views[rows], colours[rows], config), together[rows], atol=1e-5, rtol=0
-    )
+    torch.testing.assert_close(apply_colours(views[rows], colours[rows], config), together[rows], atol=1e-5, rtol=0)
 
 
 def test_identity_colours_only_normalise():

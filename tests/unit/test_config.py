@@ -180,8 +180,13 @@ def test_a_bn_group_of_one_sample_works_where_pixels_are_left(stem, side):
 
 def test_all_mistakes_are_reported_at_once():
     lines = problems("--optim.base-lrr", "1", "--data.image-size", "x", "--moco.momentum", "2", needed=[])
-    assert [line.split()[0] for line in lines] == ["unknown", "run.dir", "data.root", "data.image_size:",
-                                                   "moco.momentum:"]
+    assert [line.split()[0] for line in lines] == [
+        "unknown",
+        "run.dir",
+        "data.root",
+        "data.image_size:",
+        "moco.momentum:",
+    ]
 
 
 def test_files(tmp_path):
@@ -189,9 +194,13 @@ def test_files(tmp_path):
     good.write_text("optim: {epocs: 3}\n")
     assert problems(file=good) == ["unknown setting optim.epocs; did you mean optim.epochs?"]
     assert "did you mean demo.yaml?" in problems(file=tmp_path / "dmo.yaml")[0]
-    for text, expected in (("- 1", "a mapping of settings is expected"), ("a: [", "is not YAML"),
-                           ("optim: 3", "optim: 3 is given where a section"), ("optimm: {}", "did you mean optim?"),
-                           ("!!python/object/apply:os.system [ls]", "is not YAML")):
+    for text, expected in (
+        ("- 1", "a mapping of settings is expected"),
+        ("a: [", "is not YAML"),
+        ("optim: 3", "optim: 3 is given where a section"),
+        ("optimm: {}", "did you mean optim?"),
+        ("!!python/object/apply:os.system [ls]", "is not YAML"),
+    ):
         good.write_text(text)
         assert expected in problems(file=good)[0]
     good.write_bytes(b"\xff\xfe")

@@ -11,8 +11,7 @@ from torchvision.transforms import RandomResizedCrop, Resize
 from moco_dist.data.crops import centre_resize, crop_box, crop_draws, is_flipped, smallest_side
 
 
-@given(width=st.integers(1, 5000), height=st.integers(1, 5000), sample=st.integers(0, 2**31),
-       low=st.floats(0.01, 1.0))
+@given(width=st.integers(1, 5000), height=st.integers(1, 5000), sample=st.integers(0, 2**31), low=st.floats(0.01, 1.0))
 def test_boxes_are_inside(width, height, sample, low):
     draws = crop_draws(0, 0, np.array([sample]), 0)[0]
     left, top, right, bottom = crop_box(draws, width, height, (low, 1.0))

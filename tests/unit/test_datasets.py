@@ -66,8 +66,12 @@ def test_linked_images_and_folders_are_found(tmp_path):
         (["set/a/1.jpg"], "set", "val", "no validation set; .*val/CLASS/IMAGE"),
         (["set/val/a/1.jpg", "set/trian/a/1.jpg"], "set", "train", "none called train; did you mean trian?"),
         (["set/train/cat/1.jpg", "set/val/cart/1.jpg"], "set", "val", "class cart that .* lacks; did you mean cat?"),
-        ([f"set/{name}/1.jpg" for name in ("bicycle", "bus", "car", "train")], "set", "train",
-         "images in bicycle, bus, car beside train, which .* if train is a class like them, lay out .*train/train,"),
+        (
+            [f"set/{name}/1.jpg" for name in ("bicycle", "bus", "car", "train")],
+            "set",
+            "train",
+            "images in bicycle, bus, car beside train, which .* if train is a class like them, lay out .*train/train,",
+        ),
         ([f"set/{name}/a/1.jpg" for name in ("train", "val", "more")], "set", "val", "images in more beside train"),
         ([f"set/{name}/a/1.jpg" for name in ("train", "validation")], "set", "train", "mean that by validation?"),
         ([f"set/{name}/a/1.jpg" for name in ("train", "Val")], "set", "val", "mean that by Val?"),
@@ -77,10 +81,18 @@ def test_linked_images_and_folders_are_found(tmp_path):
         ([f"set/{name}/a/1.jpg" for name in ("train2017", "val2017")], "set", "val", "train2017 and val2017, "),
         (["set/Training/a/1.jpg"], "set", "train", "one folder, Training, .* did you mean .*set/Training?"),
         (["set/training/a/1.jpg", "set/val/a/1.jpg"], "set", "train", "none called train; did you mean training?"),
-        (["set/train/caf\u00e9/1.jpg", "set/val/cafe\u0301/1.jpg"], "set", "val",
-         r"class .* lacks; 'caf\\xe9', which is there, looks the same as 'cafe\\u0301'"),
-        (["set/caf\u00e9/1.jpg", "set/cafe\u0301/1.jpg"], "set", "train",
-         r"look the same: 'cafe\\u0301' and 'caf\\xe9'"),
+        (
+            ["set/train/caf\u00e9/1.jpg", "set/val/cafe\u0301/1.jpg"],
+            "set",
+            "val",
+            r"class .* lacks; 'caf\\xe9', which is there, looks the same as 'cafe\\u0301'",
+        ),
+        (
+            ["set/caf\u00e9/1.jpg", "set/cafe\u0301/1.jpg"],
+            "set",
+            "train",
+            r"look the same: 'cafe\\u0301' and 'caf\\xe9'",
+        ),
     ],
 )
 def test_mistakes_are_named(tmp_path, files, root, split, message):

@@ -19,8 +19,13 @@ def worlds(num_nodes, local):
 
 
 @given(
-    nodes=st.sampled_from([1, 2, 3, 8, 64]), local=st.sampled_from([1, 2, 4, 8]), per_rank=st.integers(1, 4),
-    extra=st.integers(0, 40), seed=st.integers(0, 2**31 - 1), epoch=st.integers(0, 1000), where=st.floats(0, 0.999),
+    nodes=st.sampled_from([1, 2, 3, 8, 64]),
+    local=st.sampled_from([1, 2, 4, 8]),
+    per_rank=st.integers(1, 4),
+    extra=st.integers(0, 40),
+    seed=st.integers(0, 2**31 - 1),
+    epoch=st.integers(0, 1000),
+    where=st.floats(0, 0.999),
 )
 def test_ranks_share_out_each_step(nodes, local, per_rank, extra, seed, epoch, where):
     world_size = nodes * local

@@ -115,8 +115,12 @@ def test_without_any_source_every_reason_is_told(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", "")
     with pytest.raises(UserError) as caught:
         prepare_fashion_mnist(tmp_path / "fm")
-    for part in (f"{tmp_path}/mirror/train-images-idx3-ubyte.gz cannot be downloaded", "no apt-get", "--source",
-                 "`shapes`"):
+    for part in (
+        f"{tmp_path}/mirror/train-images-idx3-ubyte.gz cannot be downloaded",
+        "no apt-get",
+        "--source",
+        "`shapes`",
+    ):
         assert part in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
     assert visible_and_hidden(tmp_path) == set()
@@ -287,11 +291,22 @@ def test_imagefolder_links_what_can_be_read_and_lists_the_rest(tmp_path, photos,
     assert capsys.readouterr() == (message, "")
     folder = find_images(out, "train")
     assert folder.classes == ("cat", "dog")
-    assert folder.paths == ["cat/2024/png called.JPG", "cat/cmyk.jpg", "cat/ok.jpg", "dog/bits16.png", "dog/dot.bmp",
-                            "dog/gray.jpg", "dog/transparent.webp"]
+    assert folder.paths == [
+        "cat/2024/png called.JPG",
+        "cat/cmyk.jpg",
+        "cat/ok.jpg",
+        "dog/bits16.png",
+        "dog/dot.bmp",
+        "dog/gray.jpg",
+        "dog/transparent.webp",
+    ]
     listed = (out / "unreadable.txt").read_text().splitlines()
     assert [line.partition(f"{photos.root}/")[2].partition(":")[0] for line in listed] == [
-        "cat/truncated.jpg", "dog/empty.jpg", "dog/float.tif", "dog/html.jpg", "dog/link.jpg",
+        "cat/truncated.jpg",
+        "dog/empty.jpg",
+        "dog/float.tif",
+        "dog/html.jpg",
+        "dog/link.jpg",
     ]
     assert listed[1].endswith("dog/empty.jpg: the file is empty")
     assert sorted(photos.root.rglob("*")) == before

@@ -158,6 +158,7 @@ def test_a_worker_ends_when_its_rank_is_gone():
     reader, writer = os.pipe()
     rank = os.fork()
     if rank == 0:
+
         def make(number):
             os.write(writer, b"%d " % os.getpid())
             return number

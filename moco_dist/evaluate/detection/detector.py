@@ -53,9 +53,7 @@ class RegionHead(nn.Module):
         return self.norm(self.layer4(regions)).mean(dim=(2, 3))
 
 
-def build_detector(
-    backbone: Backbone, config: DetectConfig, pixels: AugmentConfig, world: World
-) -> FasterRCNN:
+def build_detector(backbone: Backbone, config: DetectConfig, pixels: AugmentConfig, world: World) -> FasterRCNN:
     """The detector with the backbone's weights; what is new has the same initial weights for the same seed.
 
     Args:

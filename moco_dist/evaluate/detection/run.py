@@ -122,7 +122,11 @@ def _key(config: DetectConfig, detector: nn.Module, train: Sequence[Annotated], 
 
 
 def _train(
-    detector: FasterRCNN, train: Sequence[Annotated], config: DetectConfig, progress: Path, stop: StopRequest,
+    detector: FasterRCNN,
+    train: Sequence[Annotated],
+    config: DetectConfig,
+    progress: Path,
+    stop: StopRequest,
     world: World,
 ) -> Curve:
     """The whole training, or what is left of it; returns the mean loss of every CURVE_STEPS steps."""

@@ -1,13 +1,14 @@
 # Each target does its own set-up: `make demo` and `make test` work on a fresh clone.
 PYTHON ?= python3
 BIN := .venv/bin
+CORE := .venv/.core-installed
 STAMP := .venv/.installed
 # A process a core, a file of tests at a time: what a file's tests share is made once.
 PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 .PHONY: demo test check lint soak audit clean
 
-demo: $(STAMP)
+demo: $(CORE)
 	@$(BIN)/python -m moco_dist demo
 
 test: check
@@ -32,9 +33,13 @@ lint: $(STAMP)
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 
-# Installed anew only when the project's requirements change.
-$(STAMP): pyproject.toml
+# Both are installed anew only when the project's requirements change. The demo needs no extra and none of the tests' tools.
+$(CORE): pyproject.toml
 	test -d .venv || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --editable .
+	touch $@
+
+$(STAMP): $(CORE)
 	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --editable ".[dev]"
 	if pkg-config --exists opencv4 libturbojpeg 2>/dev/null; then $(BIN)/pip install --quiet --editable ".[ffcv]"; \
 	else echo "tests against the ffcv package are skipped: it needs apt-get install libopencv-dev libturbojpeg0-dev pkg-config"; fi

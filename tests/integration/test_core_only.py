@@ -1,7 +1,10 @@
-"""The core needs none of the optional packages: it trains where their imports fail."""
+"""The core needs none of the optional packages: it trains where their imports fail, and the demo installs none."""
 
+import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -25,6 +28,24 @@ sys.exit(main(sys.argv[1:]))
 
 def without_optional(*words):
     return subprocess.run([sys.executable, "-c", PROGRAM, *words], capture_output=True, text=True)
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make")
+def test_the_demo_installs_the_core_and_the_tests_add_the_rest(tmp_path):
+    """On a fresh clone, and where the demo has been run before."""
+    for name in ("Makefile", "pyproject.toml"):
+        shutil.copy(Path(name), tmp_path)
+
+    def installs(target):
+        done = subprocess.run(["make", "--dry-run", target], cwd=tmp_path, capture_output=True, text=True, check=True)
+        return re.findall(r'pip install --quiet --editable "?(\S+?)"?[;\n]', done.stdout)
+
+    assert installs("demo") == ["."]
+    assert installs("check") == [".", ".[dev]", ".[ffcv]"]
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / ".venv" / ".core-installed").touch()
+    assert installs("demo") == []
+    assert installs("check") == [".[dev]", ".[ffcv]"]
 
 
 @pytest.mark.slow

@@ -3,7 +3,7 @@
 # scheduler looks at the exit status.
 #   docker build --tag moco-dist .
 #   docker run --gpus all --shm-size 8g --volume DATA:/data:ro --volume RUNS:/runs moco-dist \
-#       python -m launchers.torchrun --standalone --nproc-per-node 8 -m moco_dist pretrain CONFIG.yaml
+#       python -m moco_dist.launchers.torchrun --standalone --nproc-per-node 8 -m moco_dist pretrain CONFIG.yaml
 FROM nvidia/cuda:13.0.1-base-ubuntu24.04 AS build
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 DS_BUILD_OPS=0
 # hadolint ignore=DL3008
@@ -17,7 +17,6 @@ COPY requirements.lock ./
 RUN pip install --require-hashes --requirement requirements.lock
 COPY pyproject.toml README.md LICENSE ./
 COPY moco_dist ./moco_dist
-COPY launchers ./launchers
 RUN pip install --no-deps --no-build-isolation .
 
 FROM nvidia/cuda:13.0.1-base-ubuntu24.04

@@ -17,8 +17,8 @@ def main(words: list[str]) -> int:
     """Prepare, pre-train, evaluate, report; stops at the first step that fails, with its exit status."""
     Parser("moco-dist demo", description="pre-trains on generated shapes and evaluates, on two ranks").parse_args(words)
 
-    from launchers.torchrun import torchrun
     from moco_dist.cli import data, report
+    from moco_dist.launchers.torchrun import torchrun
 
     def ranks(command: list[str]) -> int:
         return torchrun(["--standalone", "--nproc-per-node", str(RANKS), "-m", "moco_dist", *command])

@@ -5,13 +5,13 @@ import shlex
 from pathlib import Path
 from typing import NamedTuple
 
-from launchers import kubernetes, slurm
-from launchers.hosts import torchrun_words
-from launchers.job import Hosts, Job, check_paths, linear_evaluation, refuse_credentials, sweep
-from launchers.options import OPTIONS
 from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.config.source import help_text, read_config
 from moco_dist.errors import UserError, nearest
+from moco_dist.launchers import kubernetes, slurm
+from moco_dist.launchers.hosts import torchrun_words
+from moco_dist.launchers.job import Hosts, Job, check_paths, linear_evaluation, refuse_credentials, sweep
+from moco_dist.launchers.options import OPTIONS
 
 USAGE = """usage: moco-dist launch local|torchrun|slurm|kubernetes CONFIG.yaml ... [options] [--section.key VALUE ...]
 
@@ -101,9 +101,9 @@ def _here(job: Job, options: Hosts, dry_run: bool) -> int:
     words = torchrun_words(job, options)
     if dry_run:
         refuse_credentials(words, "a command that is shown; export MLFLOW_TRACKING_URI instead")
-        print(shlex.join(["python", "-m", "launchers.torchrun", *words]))
+        print(shlex.join(["python", "-m", "moco_dist.launchers.torchrun", *words]))
         return 0
-    from launchers.torchrun import torchrun
+    from moco_dist.launchers.torchrun import torchrun
 
     return torchrun(words)
 

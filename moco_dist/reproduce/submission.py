@@ -11,15 +11,15 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from launchers import kubernetes, slurm
-from launchers.hosts import TorchrunOptions, torchrun_words
-from launchers.job import Hosts, Job, check_paths, linear_evaluation, pretraining
-from launchers.options import OPTIONS
 from moco_dist.config.evaluate import LinearConfig
 from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.config.source import read_config
 from moco_dist.errors import UserError, nearest
 from moco_dist.files import read_json, write_whole
+from moco_dist.launchers import kubernetes, slurm
+from moco_dist.launchers.hosts import TorchrunOptions, torchrun_words
+from moco_dist.launchers.job import Hosts, Job, check_paths, linear_evaluation, pretraining
+from moco_dist.launchers.options import OPTIONS
 from moco_dist.reproduce import tables as reproduce
 
 LAUNCHERS = ("slurm", "kubernetes", "torchrun")
@@ -142,7 +142,7 @@ def _by_torchrun(steps: list[Step], options: TorchrunOptions, dry_run: bool) -> 
     def launched(command: list[str]) -> list[str]:
         step = next(step for step in steps if command in step.row.commands)
         job = Job(tuple(command), step.row.run_dir, 0, options)
-        return [sys.executable, "-m", "launchers.torchrun", *torchrun_words(job, options)]
+        return [sys.executable, "-m", "moco_dist.launchers.torchrun", *torchrun_words(job, options)]
 
     if dry_run:
         for command in itertools.chain.from_iterable(step.row.commands for step in steps):

@@ -126,10 +126,10 @@ def test_a_killed_rank_is_started_again_and_both_hosts_go_on(tiny_data, tmp_path
 
 
 def test_without_the_host_of_the_rendezvous_the_rest_ends_and_can_be_started_again(tiny_data, tmp_path):
-    """By launchers.torchrun; torch's own gets no answer and waits on."""
+    """By moco_dist.launchers.torchrun; torch's own gets no answer and waits on."""
     run_dir = tmp_path / "run"
     with hosts(2) as network:
-        cluster = Cluster(network, tiny_data, run_dir, torchrun="launchers.torchrun")
+        cluster = Cluster(network, tiny_data, run_dir, torchrun="moco_dist.launchers.torchrun")
         try:
             cluster.wait_for(lambda: steps_logged(run_dir) >= 12, "two hosts train")
             cluster.power_cut(0)

@@ -117,5 +117,5 @@ def test_the_last_steps_install_the_program(tmp_path):
     done = subprocess.run(command, cwd=context, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("#!/bin/bash")
-    assert (own_site / "launchers" / "templates" / "pod.yaml").is_file()
+    assert (own_site / "moco_dist" / "launchers" / "templates" / "pod.yaml").is_file()
     assert not (own_site / "tests").exists()

@@ -61,7 +61,7 @@ def check(tmp_path, monkeypatch):
 
     for name in WORK:
         monkeypatch.setattr(name, begin)
-    for name in ("configs", "launchers", "benchmarks"):
+    for name in ("configs", "moco_dist", "benchmarks"):
         (tmp_path / name).symlink_to(Path(name).absolute())
     config = read_config(PretrainConfig, Path("configs/mocov2_r50_200ep.yaml"), [])
     for path in ("CONFIG", "CONFIG.yaml", "RUN/config.yaml", "runs/mine/config.yaml"):
@@ -142,7 +142,7 @@ def test_the_secret_s_command_makes_what_the_manifest_reads():
                           env=environment, capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith('mlflow {"MLFLOW_TRACKING_URI":')
-    assert "name: mlflow" in Path("launchers/examples/trainjob.yaml").read_text().replace('"', "")
+    assert "name: mlflow" in Path("moco_dist/launchers/examples/trainjob.yaml").read_text().replace('"', "")
 
 
 @pytest.mark.slow

@@ -7,16 +7,16 @@ from argparse import Namespace
 
 import pytest
 
-from launchers.hosts import endpoint
-from launchers.torchrun import head_of, interface_problem, rank_status, reach_problem
 from moco_dist.errors import UserError
+from moco_dist.launchers.hosts import endpoint
+from moco_dist.launchers.torchrun import head_of, interface_problem, rank_status, reach_problem
 from tests.launch.machines import machines, why_not
 from tests.launch.small import last_step, wait_for_step, write_configs
 
 hosts_only = [pytest.mark.slow, pytest.mark.timeout(200)]
 if reason := why_not():
     hosts_only.append(pytest.mark.skip(reason=f"no machines: {reason}"))
-TORCHRUN = [sys.executable, "-m", "launchers.torchrun", "--nproc-per-node", "1", "--rdzv-backend", "c10d"]
+TORCHRUN = [sys.executable, "-m", "moco_dist.launchers.torchrun", "--nproc-per-node", "1", "--rdzv-backend", "c10d"]
 LAUNCH = [sys.executable, "-m", "moco_dist", "launch", "torchrun"]
 
 

@@ -9,17 +9,18 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launchers.job import Hosts, Job, pretraining
-from launchers.kubernetes import KubernetesOptions, how_to
-from launchers.slurm import SlurmOptions, limit_hours, script
-from launchers.slurm import how_to as slurm_how_to
 from moco_dist.cli.launch import take_apart
 from moco_dist.cli.main import main
 from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.config.source import read_config
 from moco_dist.errors import UserError
+from moco_dist.launchers.job import Hosts, Job, pretraining
+from moco_dist.launchers.kubernetes import KubernetesOptions, how_to
+from moco_dist.launchers.slurm import SlurmOptions, limit_hours, script
+from moco_dist.launchers.slurm import how_to as slurm_how_to
 from tests.launch.schemas import problems
 
+EXAMPLES_FOLDER = Path("moco_dist/launchers/examples")
 CONFIG = "configs/mocov2_r50_200ep.yaml"
 SIZE = "--nodes 2 --gpus-per-node 4"
 PODS = f"kubernetes {CONFIG} {SIZE} --image registry.example/moco-dist:0.1.0 --data.root /data/imagenet"
@@ -42,7 +43,7 @@ def test_examples_are_what_is_rendered(name, capsys):
     """MOCO_DIST_WRITE_EXAMPLES=1 writes them anew."""
     status, text, _ = launch(capsys, *EXAMPLES[name].split(), "--dry-run")
     assert status == 0
-    path = Path("launchers/examples") / name
+    path = EXAMPLES_FOLDER / name
     if "MOCO_DIST_WRITE_EXAMPLES" in os.environ:
         path.write_text(text)
     assert text == path.read_text()
@@ -117,7 +118,7 @@ def test_the_cause_decides_whether_a_job_is_queued_again(ran, srun, statuses, st
 def test_the_docs_name_every_example_and_its_command():
     page = " ".join(Path("docs/launch.md").read_text().replace("\\\n", " ").split())
     for name, command in EXAMPLES.items():
-        assert f"launchers/examples/{name}" in page
+        assert f"{EXAMPLES_FOLDER}/{name}" in page
         assert f"moco-dist launch {command} --dry-run" in page, name
 
 
@@ -128,13 +129,13 @@ def test_the_docs_show_what_slurm_users_are_told():
 
 @pytest.mark.parametrize("name", [name for name in EXAMPLES if name.endswith("sbatch")])
 def test_scripts_are_bash(name):
-    done = subprocess.run(["bash", "-n", f"launchers/examples/{name}"], capture_output=True, text=True, check=False)
+    done = subprocess.run(["bash", "-n", EXAMPLES_FOLDER / name], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("name", [name for name in EXAMPLES if name.endswith("yaml")])
 def test_manifests_have_the_real_schema(name):
-    documents = list(yaml.safe_load_all(Path("launchers/examples", name).read_text()))
+    documents = list(yaml.safe_load_all((EXAMPLES_FOLDER / name).read_text()))
     assert [problem for document in documents for problem in problems(document)] == []
     config = PretrainConfig.model_validate(yaml.safe_load(documents[0]["data"]["config.yaml"]))
     flags = ["--data.root", "/data/imagenet", "--run.dir", "/runs/mocov2_r50_200ep"]
@@ -155,7 +156,7 @@ def test_manifests_have_the_real_schema(name):
 )
 def test_the_schemas_find_mistakes(old, new, where):
     """Or the test above would say nothing."""
-    texts = [Path("launchers/examples", name).read_text() for name in ("trainjob.yaml", "indexed_job.yaml")]
+    texts = [(EXAMPLES_FOLDER / name).read_text() for name in ("trainjob.yaml", "indexed_job.yaml")]
     text = next(text for text in texts if old in text)
     found = [p for document in yaml.safe_load_all(text.replace(old, new)) for p in problems(document)]
     assert any(where in problem for problem in found), found
@@ -274,8 +275,8 @@ def test_torchrun_on_hosts_is_one_command_for_all(capsys):
     status, out, _ = launch(capsys, "torchrun", *words, "--dry-run")
     assert status == 0
     assert out == (
-        "python -m launchers.torchrun --nnodes 2 --nproc-per-node 4 --rdzv-backend c10d --rdzv-endpoint node1:29500 "
-        f"--rdzv-id mocov2-r50-200ep -m moco_dist pretrain {CONFIG}\n"
+        "python -m moco_dist.launchers.torchrun --nnodes 2 --nproc-per-node 4 --rdzv-backend c10d "
+        f"--rdzv-endpoint node1:29500 --rdzv-id mocov2-r50-200ep -m moco_dist pretrain {CONFIG}\n"
     )
 
 

@@ -159,7 +159,7 @@ def test_torchrun_runs_both_commands_of_a_row_on_every_host(tmp_path, stub, monk
     assert table(tmp_path, *flags) == 0
     assert [words[words.index("moco_dist") + 1] for words in started] == ["pretrain", "linear", "pretrain", "linear"]
     assert shlex.join(started[1][:14]) == (
-        "-m launchers.torchrun --nnodes 2 --nproc-per-node 4 --rdzv-backend c10d --rdzv-endpoint node1:29500 "
+        "-m moco_dist.launchers.torchrun --nnodes 2 --nproc-per-node 4 --rdzv-backend c10d --rdzv-endpoint node1:29500 "
         "--rdzv-id mocov1-seed0-linear -m moco_dist"
     )
     assert "50.00 | -17.50" in capsys.readouterr().out

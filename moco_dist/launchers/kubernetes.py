@@ -7,13 +7,13 @@ from typing import Literal
 
 import yaml
 
-from launchers.job import Hosts, Job, refuse_credentials
-from launchers.render import render
 from moco_dist.config.evaluate import LinearConfig
 from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.config.section import setting
 from moco_dist.config.source import flatten
 from moco_dist.errors import EXIT_IN_USE, EXIT_MISTAKE, EXIT_PREEMPTED, UserError, nearest
+from moco_dist.launchers.job import Hosts, Job, refuse_credentials
+from moco_dist.launchers.render import render
 
 DATA, RUNS = "/data", "/runs"  # where the claims are, in a container
 CONFIG = "/etc/moco-dist/config.yaml"
@@ -71,7 +71,7 @@ def manifest(job: Job, config: PretrainConfig | LinearConfig, options: Kubernete
         plain=options.form == "indexed-job",
         name=job.name,
         size=size,
-        args=["python", "-m", "launchers.torchrun", "-m", "moco_dist", job.words[0], CONFIG],
+        args=["python", "-m", "moco_dist.launchers.torchrun", "-m", "moco_dist", job.words[0], CONFIG],
         config_yaml=yaml.safe_dump(config.model_dump(mode="json", exclude_defaults=True), sort_keys=False).rstrip("\n"),
         cpus_per_node=cpus_per_gpu * size.ranks_per_node,
         memory_gib=options.memory_gib_per_gpu * size.ranks_per_node,

@@ -10,13 +10,13 @@ from moco_dist.errors import UserError
 
 
 def render(template: str, **values: Any) -> str:
-    """The text of launchers/templates/TEMPLATE with `values`; `| sh` quotes for bash, `| yaml` for YAML.
+    """The text of moco_dist/launchers/templates/TEMPLATE with `values`; `| sh` quotes for bash, `| yaml` for YAML.
 
     Raises:
         UserError: a value has a line break or another control character, which #SBATCH lines cannot hold.
     """
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("launchers"), undefined=jinja2.StrictUndefined,
+        loader=jinja2.PackageLoader("moco_dist.launchers"), undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
         autoescape=False,  # shells and YAML, not HTML
     )  # fmt: skip

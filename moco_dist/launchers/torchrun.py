@@ -1,4 +1,4 @@
-"""torchrun that speaks to people and to schedulers: `python -m launchers.torchrun` takes torchrun's own words.
+"""torchrun that speaks to people and to schedulers: `python -m moco_dist.launchers.torchrun` takes torchrun's words.
 
 Two things differ. It exits with the exit status that tells why its ranks ended (75: saved and preempted; 69: a rank or
 another host is lost; 2: a mistake), where torchrun exits with 1 whatever happened, so that a Slurm script or a

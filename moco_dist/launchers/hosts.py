@@ -1,8 +1,8 @@
 """Hosts without a scheduler: torchrun on this machine, or on each of several."""
 
-from launchers.job import Hosts, Job
 from moco_dist.config.section import setting
 from moco_dist.errors import UserError
+from moco_dist.launchers.job import Hosts, Job
 
 DEFAULT_PORT = 29500
 
@@ -18,7 +18,7 @@ class TorchrunOptions(Hosts):
 
 
 def torchrun_words(job: Job, options: Hosts) -> list[str]:
-    """What `python -m launchers.torchrun`, or torchrun itself, is given on every host.
+    """What `python -m moco_dist.launchers.torchrun`, or torchrun itself, is given on every host.
 
     Raises:
         UserError: several hosts without a place to meet.

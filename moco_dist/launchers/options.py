@@ -1,7 +1,7 @@
 """Where a command can be started, and the options of each place."""
 
-from launchers import kubernetes, slurm
-from launchers.hosts import LocalOptions, TorchrunOptions
+from moco_dist.launchers import kubernetes, slurm
+from moco_dist.launchers.hosts import LocalOptions, TorchrunOptions
 
 OPTIONS = {
     "local": LocalOptions,

@@ -8,8 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-from launchers.job import Hosts, Job, refuse_credentials
-from launchers.render import render
 from moco_dist.config.section import setting
 from moco_dist.errors import (
     CAUSES,
@@ -25,6 +23,8 @@ from moco_dist.errors import (
     UserError,
     nearest,
 )
+from moco_dist.launchers.job import Hosts, Job, refuse_credentials
+from moco_dist.launchers.render import render
 
 
 class SlurmOptions(Hosts):

@@ -6,8 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from moco_dist.config.evaluate import DetectConfig, EvalConfig
-from moco_dist.config.pretrain import PretrainConfig, size_problems
-from moco_dist.errors import UserError
+from moco_dist.config.pretrain import PretrainConfig, require_sizes
 
 if TYPE_CHECKING:
     from moco_dist.distributed.world import World
@@ -36,8 +35,7 @@ def ranks(config: PretrainConfig | EvalConfig | DetectConfig) -> Iterator["World
             yield world
         return
     world = world_from_env(config.run.device)
-    if problems := size_problems(config, world.world_size):
-        raise UserError("\n".join(problems))
+    require_sizes(config, world.world_size)
     _warn_of_machine(config, world)
     with (
         process_group(world, alone_too=config.engine.kind == "deepspeed"),

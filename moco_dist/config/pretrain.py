@@ -14,7 +14,7 @@ from moco_dist.config.augment import AugmentConfig
 from moco_dist.config.loading import Loader, LoadingConfig, OnError
 from moco_dist.config.methods import MocoConfig, SimclrConfig
 from moco_dist.config.section import PositiveInt, Section, setting
-from moco_dist.errors import not_a_multiple
+from moco_dist.errors import UserError, not_a_multiple
 
 
 class RunConfig(Section):
@@ -347,6 +347,16 @@ def size_problems(config: PretrainConfig, world_size: int) -> list[str]:
         what = f"{unit} = {world_size} rank(s) x optim.grad_accum_steps {accum} x model.bn_group_size {group}"
         problems.append(not_a_multiple("optim.global_batch_size", batch, unit, what))
     return problems + config.of_method.size_problems(batch, accum, world_size)
+
+
+def require_sizes(config: PretrainConfig, world_size: int) -> None:
+    """Refuse sizes that `world_size` ranks cannot share.
+
+    Raises:
+        UserError: one line for each problem.
+    """
+    if problems := size_problems(config, world_size):
+        raise UserError("\n".join(problems))
 
 
 DEFAULT_BLOCK_SIZE = 256  # samples of one host in the paper

@@ -6,9 +6,10 @@ from typing import Literal
 
 from PIL import Image
 
+from moco_dist.config.pretrain import DataConfig
 from moco_dist.data.decode import decode_image
 from moco_dist.data.folder import folder_images, read_bytes
-from moco_dist.data.images import ImageFolder
+from moco_dist.data.images import ImageFolder, subset
 from moco_dist.data.packed import PACKED_SUFFIX, PackedFile, has_split, packed_images
 
 
@@ -26,6 +27,15 @@ def find_images(root: Path, split: Literal["train", "val"], remember: bool = Tru
     if root.suffix == PACKED_SUFFIX:
         return packed_images(root, split)
     return folder_images(root, split, remember)
+
+
+def find_training_images(data: DataConfig) -> ImageFolder:
+    """The images that a pre-training goes over: those of `train`, `data.max_samples` of them.
+
+    Raises:
+        UserError: see `find_images`.
+    """
+    return subset(find_images(data.root, "train"), data.max_samples)
 
 
 def find_splits(root: Path, remember: bool = True) -> dict[str, ImageFolder]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from moco_dist.config.credentials import has_credentials
 from moco_dist.config.evaluate import LinearConfig
 from moco_dist.config.loading import worker_count
-from moco_dist.config.pretrain import PretrainConfig, size_problems
+from moco_dist.config.pretrain import PretrainConfig, require_sizes
 from moco_dist.config.section import Section, setting
 from moco_dist.config.source import leaf_fields, read_config
 from moco_dist.errors import UserError, nearest
@@ -72,8 +72,7 @@ def pretraining(config_files: Sequence[Path], flags: list[str], size: Hosts) -> 
         UserError: a setting is wrong, or the sizes do not fit `size`; one line each.
     """
     config = read_config(PretrainConfig, config_files[0], flags, config_files[1:])
-    if problems := size_problems(config, size.world_size):
-        raise UserError("\n".join(problems))
+    require_sizes(config, size.world_size)
     words = ("pretrain", *map(str, config_files), *flags)
     return Job(words, config.run.dir, worker_count(config.data.num_workers, None), size), config
 

@@ -1,10 +1,12 @@
 """A minute on this machine: the real step on random crops, the real loader, the real all-reduce, each timed."""
 
+import dataclasses
 import datetime
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -13,21 +15,42 @@ from torch import Tensor
 from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.data import counter_rng
 from moco_dist.data.colours import apply_colours, draw_colours
-from moco_dist.data.images import subset
 from moco_dist.data.loaders import pretrain_batches
 from moco_dist.data.plan import plan_of
-from moco_dist.data.sources import find_images
+from moco_dist.data.sources import find_training_images
 from moco_dist.data.views import Views
+from moco_dist.distributed import collectives
 from moco_dist.distributed.collectives import all_reduce_sum, barrier
-from moco_dist.distributed.world import World
+from moco_dist.distributed.world import World, world_from_env
 from moco_dist.errors import UserError
 from moco_dist.method.build import build_method
+from moco_dist.planning import measurements
 from moco_dist.planning.measurements import Measurement, settings_of
-from moco_dist.provenance import hardware
+from moco_dist.provenance import hardware, package_versions
 
 WARM_UP_STEPS, MAX_STEPS, LOADER_STEPS = 2, 50, 8
 STEP_SECONDS, LOADER_SECONDS = 30.0, 15.0
 REDUCE_CALLS, LATENCY_CALLS = 5, 20
+
+
+def calibrate_here(
+    config: PretrainConfig, planned_world_size: int, gpu: str | None, folder: Path
+) -> Measurement | None:
+    """`calibrate` on the ranks of this command, and write it into `folder`; None on all ranks but the first.
+
+    Raises:
+        UserError: this machine has no `gpu`.
+    """
+    world = world_from_env(config.run.device)
+    here = hardware(world.device)
+    if gpu and gpu.lower() not in here.lower():
+        raise UserError(f"this machine has {here}, not {gpu}; run --calibrate on one that has it")
+    with collectives.process_group(world):
+        measured = calibrate(config, planned_world_size, world)
+    if not world.is_main:
+        return None
+    path = measurements.write(measured, package_versions(), "moco-dist plan --calibrate", folder)
+    return dataclasses.replace(measured, path=str(path))
 
 
 def calibrate(config: PretrainConfig, planned_world_size: int, world: World) -> Measurement:
@@ -167,7 +190,7 @@ def _unmarked(name: str) -> Iterator[None]:
 def loader_core_seconds(config: PretrainConfig, world_size: int) -> float | None:
     """CPU seconds of this process for one rank's batch of the planned run; None where its images are not here."""
     try:
-        folder = subset(find_images(config.data.root, "train"), config.data.max_samples)
+        folder = find_training_images(config.data)
         plan = plan_of(config, len(folder.paths))
     except UserError:
         return None

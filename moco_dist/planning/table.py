@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 
 from moco_dist.config.loading import worker_count
-from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.planning import measurements
 from moco_dist.planning.arithmetic import Sizes, checkpoint_bytes
 from moco_dist.planning.forecast import Forecast, weak_scaling
+from moco_dist.planning.inputs import Inputs
 from moco_dist.planning.measurements import CoreSeconds, Measurement
 
 ARITHMETIC = "arithmetic"
@@ -19,29 +19,6 @@ class Line:
     name: str
     value: str
     source: str = ""
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What a plan is made of.
-
-    Attributes:
-        gpu: part of the hardware's name; None: any that was measured.
-        link_gigabit_per_second: of a host; None: as measured between hosts, if it was.
-        num_images: in the data set, and where that number comes from; None: not known.
-        known: all measurements.
-        benchmark: of the loader, a file; for where no measurement has timed it.
-        places: the folders that measurements were looked for in.
-    """
-
-    config: PretrainConfig
-    sizes: Sizes
-    gpu: str | None
-    link_gigabit_per_second: float | None
-    num_images: tuple[int, str] | None
-    known: list[Measurement]
-    benchmark: CoreSeconds | None = None
-    places: str = ""
 
 
 def plan(inputs: Inputs) -> list[Line]:

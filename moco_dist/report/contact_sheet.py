@@ -11,10 +11,9 @@ from torchvision.utils import make_grid
 
 from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.data.colours import apply_colours
-from moco_dist.data.images import subset
 from moco_dist.data.loaders import pretrain_batches
 from moco_dist.data.plan import Plan
-from moco_dist.data.sources import find_images
+from moco_dist.data.sources import find_training_images
 from moco_dist.distributed.world import World
 from moco_dist.errors import UserError
 
@@ -25,7 +24,7 @@ def view_pairs(config: PretrainConfig, count: int, step: int = 0) -> Tensor:
     Returns:
         uint8 (count, 2, 3, S, S): query view and key view of the same sample.
     """
-    folder = subset(find_images(config.data.root, "train"), config.data.max_samples)
+    folder = find_training_images(config.data)
     plan = Plan(len(folder.paths), min(count, len(folder.paths)), config.run.seed)
     alone = config.model_copy(update={"data": config.data.model_copy(update={"num_workers": 0})})
     with contextlib.closing(pretrain_batches(folder, alone, plan, World(), step, step + 1)) as batches:

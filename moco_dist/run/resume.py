@@ -7,8 +7,8 @@ from typing import Any
 from moco_dist.config.pretrain import PretrainConfig, shuffle_block
 from moco_dist.config.section import COMPUTED
 from moco_dist.config.source import declarations, flatten, to_yaml
-from moco_dist.data.images import ImageFolder, subset
-from moco_dist.data.sources import find_images
+from moco_dist.data.images import ImageFolder
+from moco_dist.data.sources import find_training_images
 from moco_dist.data.storage import is_gone
 from moco_dist.distributed.collectives import barrier, gather_texts
 from moco_dist.distributed.world import World
@@ -33,7 +33,7 @@ def training_images(config: PretrainConfig) -> ImageFolder:
     """
     root = config.data.root
     try:
-        return subset(find_images(root, "train"), config.data.max_samples)
+        return find_training_images(config.data)
     except UserError as error:
         if is_gone(root) and _has_worked_with(root, config.run.dir):
             raise InfrastructureError(

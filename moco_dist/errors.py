@@ -61,6 +61,15 @@ class InfrastructureError(UserError):
     exit_status = EXIT_IO
 
 
+class SaidElsewhere(UserError):
+    """The error of another rank, which says it: this one ends with the same status, without a line."""
+
+    def __init__(self, text: str, exit_status: int) -> None:
+        """`text` is what the other rank says, and `exit_status` what it ends with."""
+        super().__init__(text)
+        self.exit_status = exit_status
+
+
 class Preempted(Exception):
     """Somebody asked, and what was done is saved: run the same command to go on."""
 

@@ -35,7 +35,7 @@ def pretrain(config: PretrainConfig, world: World, tracker: Tracker) -> Path:
         Preempted: a scheduler, or a person, asked to stop, and the run is saved.
     """
     stop_request = StopRequest(config.checkpoint.every_seconds, world)
-    images = training_images(config)
+    images = training_images(config, world)
     plan = plan_of(config, len(images.paths))
     require_agreement(facts_to_agree_on(config, images), world)
     total_steps = config.optim.epochs * plan.steps_per_epoch

@@ -17,6 +17,7 @@ from moco_dist.errors import (
     EXIT_MISTAKE,
     EXIT_PIPE,
     Preempted,
+    SaidElsewhere,
     UserError,
     nearest,
 )
@@ -90,6 +91,8 @@ def _run(argv: list[str]) -> int:
     except BrokenPipeError:  # what reads the output, `| head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_PIPE
+    except SaidElsewhere as error:
+        return error.exit_status
     except UserError as error:
         if debug:
             traceback.print_exc()

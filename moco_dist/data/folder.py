@@ -13,7 +13,9 @@ from moco_dist.data.storage import read_patiently
 from moco_dist.errors import UserError, nearest
 
 
-def folder_images(root: Path, split: Literal["train", "val"], remember: bool = True) -> ImageFolder:
+def folder_images(
+    root: Path, split: Literal["train", "val"], remember: bool = True, index_folder: Path | None = None
+) -> ImageFolder:
     """The images of one split: of ROOT/train or ROOT/val, or of ROOT itself for training where it has neither.
 
     An image's class is the first folder on its way, at any depth below; what `is_left_out` names is left out.
@@ -22,7 +24,8 @@ def folder_images(root: Path, split: Literal["train", "val"], remember: bool = T
     Args:
         root: the data set's folder.
         split: `train` or `val`.
-        remember: whether an index may be written into a large folder.
+        remember: whether an index of a large folder may be written.
+        index_folder: where, if not into the folder itself.
 
     Raises:
         UserError: there is no such folder, no image in it, a layout that leaves images out, or `val` has a class that
@@ -48,7 +51,7 @@ def folder_images(root: Path, split: Literal["train", "val"], remember: bool = T
         for name in folder_names(val):
             if name not in classes:
                 raise UserError(f"{val} has a class {name} that {train} lacks{nearest(name, classes)}")
-    paths = image_paths(folder, remember)
+    paths = image_paths(folder, remember, index_folder)
     if not paths:
         raise UserError(f"no image found in {folder}; files called {', '.join(IMG_EXTENSIONS)} count as images")
     label_of = {name: label for label, name in enumerate(classes)}

@@ -2,7 +2,8 @@
 
 Listing 1.28 million files takes minutes where the file system is on a network. The index is FOLDER's neighbour in JSON,
 with the modification time of every folder below, which changes when a file comes or goes; FOLDER itself is listed anew.
-It is written for large folders alone, where FOLDER can be written, and never believed where anything differs.
+It is written for large folders alone, and never believed where anything differs. If FOLDER cannot be written, it lies
+in a folder that the caller gives: a run's.
 """
 
 import contextlib
@@ -17,32 +18,38 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from moco_dist.data.layout import is_left_out
 from moco_dist.errors import UserError
 from moco_dist.files import write_whole
+from moco_dist.provenance import hash_of_list
 
 NAME = ".moco_dist_index.json"
 MIN_IMAGES = 10_000  # below it, listing takes less than a second
 SETTLED_SECONDS = 2  # a folder changed later than so long ago may change again within the clock's resolution
 
 
-def image_paths(folder: Path, remember: bool = True) -> list[str]:
+def image_paths(folder: Path, remember: bool = True, elsewhere: Path | None = None) -> list[str]:
     """Sorted relative paths, with `/`, of all visible images below `folder`, from the index where it is right.
 
-    `remember`: whether to write one.
+    Args:
+        folder: what to list.
+        remember: whether to write an index.
+        elsewhere: a folder for the index of a `folder` that cannot be written; None: such a one has no index.
     """
     started_ns = time.time_ns()
     top = sorted(entry.name for entry in os.scandir(folder) if not is_left_out(entry.name))
-    index = folder / NAME
-    known = _read(index)
-    if (
-        known is not None
-        and known["top"] == top
-        and all(_mtime_ns(folder / name) == mtime for name, mtime in known["folders"].items())
-    ):
-        return known["paths"]
+    indices = [folder / NAME]
+    if elsewhere is not None:
+        indices.append(elsewhere / f"{hash_of_list([str(folder.resolve())])[:16]}.json")
+    for known in map(_read, indices):
+        if (
+            known is not None
+            and known["top"] == top
+            and all(_mtime_ns(folder / name) == mtime for name, mtime in known["folders"].items())
+        ):
+            return known["paths"]
     folders: dict[str, int] = {}
     paths = sorted(_scan(folder, "", folders))
     newest = max(folders.values(), default=0)
     if remember and len(paths) >= MIN_IMAGES and newest < started_ns - SETTLED_SECONDS * 10**9:
-        _write(index, {"top": top, "folders": folders, "paths": paths})
+        _write(indices, {"top": top, "folders": folders, "paths": paths})
     return paths
 
 
@@ -88,6 +95,9 @@ def _read(index: Path) -> dict[str, Any] | None:
         return None
 
 
-def _write(index: Path, known: dict[str, Any]) -> None:
-    with contextlib.suppress(OSError):  # a folder that cannot be written is listed every time
-        write_whole(index, json.dumps(known).encode())
+def _write(indices: list[Path], known: dict[str, Any]) -> None:
+    """Write the first of them that can be written; where none can, the folder is listed every time."""
+    content = json.dumps(known).encode()
+    for index in indices:
+        with contextlib.suppress(OSError):
+            return write_whole(index, content)

@@ -13,29 +13,38 @@ from moco_dist.data.images import ImageFolder, subset
 from moco_dist.data.packed import PACKED_SUFFIX, PackedFile, has_split, packed_images
 
 
-def find_images(root: Path, split: Literal["train", "val"], remember: bool = True) -> ImageFolder:
+def find_images(
+    root: Path, split: Literal["train", "val"], remember: bool = True, index_folder: Path | None = None
+) -> ImageFolder:
     """The images of one split of a data set, whatever it is stored in.
+
+    Where there are several ranks, one of each host calls it, within `once_a_host`.
 
     Args:
         root: the data set's folder, or a packed file.
         split: `train` or `val`.
-        remember: whether an index may be written into a large folder.
+        remember: whether an index of a large folder may be written.
+        index_folder: where the index lies if the data set's folder cannot be written.
 
     Raises:
         UserError: there is no such data set, no image in it, or `val` has a class that `train` lacks.
     """
     if root.suffix == PACKED_SUFFIX:
         return packed_images(root, split)
-    return folder_images(root, split, remember)
+    return folder_images(root, split, remember, index_folder)
 
 
-def find_training_images(data: DataConfig) -> ImageFolder:
+def find_training_images(data: DataConfig, index_folder: Path | None = None) -> ImageFolder:
     """The images that a pre-training goes over: those of `train`, `data.max_samples` of them.
+
+    Args:
+        data: where they are, and how many of them to take.
+        index_folder: see `find_images`.
 
     Raises:
         UserError: see `find_images`.
     """
-    return subset(find_images(data.root, "train"), data.max_samples)
+    return subset(find_images(data.root, "train", index_folder=index_folder), data.max_samples)
 
 
 def find_splits(root: Path, remember: bool = True) -> dict[str, ImageFolder]:

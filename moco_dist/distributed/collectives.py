@@ -178,6 +178,21 @@ def gather_texts(text: str, world: World) -> list[str]:
     return [bytes(part.tolist()).decode() for part in gather_uneven(raw, world).split(sizes)]
 
 
+def send_bytes(data: bytes, rank: int) -> None:
+    """Hand `data` to another rank, which calls `receive_bytes`; by the CPU's backend."""
+    dist.send(torch.tensor([len(data)]), rank)
+    dist.send(torch.frombuffer(bytearray(data), dtype=torch.uint8), rank)
+
+
+def receive_bytes(rank: int) -> bytes:
+    """What `rank` hands to this one by `send_bytes`."""
+    size = torch.zeros(1, dtype=torch.int64)
+    dist.recv(size, rank)
+    data = torch.empty(int(size.item()), dtype=torch.uint8)
+    dist.recv(data, rank)
+    return data.numpy().tobytes()
+
+
 def barrier(world: World, group: dist.ProcessGroup | None = None) -> None:
     """Every rank waits for the last."""
     if world.world_size > 1:

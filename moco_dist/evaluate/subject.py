@@ -22,6 +22,7 @@ from moco_dist.data.images import NO_CLASS, ImageFolder, rows_of, share_of_class
 from moco_dist.data.loaders import eval_batches
 from moco_dist.data.sources import find_images
 from moco_dist.distributed.collectives import all_gather
+from moco_dist.distributed.once import once_a_host
 from moco_dist.distributed.world import World
 from moco_dist.engine.precision import autocast, compute_dtype, slow_on_cpu
 from moco_dist.errors import UserError
@@ -124,7 +125,8 @@ def open_evaluation(config: EvalConfig, world: World) -> Evaluation:
     pretrain = RunFolder(config.run_dir).settings("run_dir")
     data = config.data.model_copy(update={"loader": config.data.loader or pretrain.data.loader})
     config = config.model_copy(update={"data": data})
-    train, val = labelled_images(data.root or pretrain.data.root, data.max_train_samples, data.max_val_samples)
+    root, indices = data.root or pretrain.data.root, RunFolder(config.run_dir).indices
+    train, val = labelled_images(root, data.max_train_samples, data.max_val_samples, indices, world)
     if data.label_fraction < 1:
         train = rows_of(train, np.flatnonzero(share_of_classes(train.labels, data.label_fraction, [6])))
     layers = len(pretrain.model.head_hidden_dims) + 1
@@ -140,13 +142,23 @@ def open_evaluation(config: EvalConfig, world: World) -> Evaluation:
     return Evaluation(config, pretrain, train, val, data.resize or round(crop * 8 / 7), crop, dtype, world)
 
 
-def labelled_images(root: Path, max_train: int | None, max_val: int | None) -> tuple[ImageFolder, ImageFolder]:
-    """Training and validation images of ROOT, at most so many of each.
+def labelled_images(
+    root: Path, max_train: int | None, max_val: int | None, index_folder: Path, world: World
+) -> tuple[ImageFolder, ImageFolder]:
+    """Training and validation images of ROOT, at most so many of each; one rank of each host looks.
 
     Raises:
         UserError: there is no validation set, or images without a class.
     """
-    train, val = find_images(root, "train"), find_images(root, "val")
+    return once_a_host(
+        lambda: _labelled_images(root, max_train, max_val, index_folder), f"{root} {max_train} {max_val}", world
+    )
+
+
+def _labelled_images(
+    root: Path, max_train: int | None, max_val: int | None, index_folder: Path
+) -> tuple[ImageFolder, ImageFolder]:
+    train, val = (find_images(root, split, index_folder=index_folder) for split in ("train", "val"))
     for folder in (train, val):
         without = np.flatnonzero(folder.labels == NO_CLASS)
         if len(without):

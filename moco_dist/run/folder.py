@@ -43,6 +43,11 @@ class RunFolder:
         return self.root / f"images_{hash_of_list[:16]}.txt.gz"
 
     @property
+    def indices(self) -> Path:
+        """A folder with the index of each large data set that cannot be written; the first rank of a host writes it."""
+        return self.root / "index"
+
+    @property
     def stopped(self) -> Path:
         """There while a run has been stopped early and has not gone on. Launchers requeue by it."""
         return self.root / "preempted.json"

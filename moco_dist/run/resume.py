@@ -11,6 +11,7 @@ from moco_dist.data.images import ImageFolder
 from moco_dist.data.sources import find_training_images
 from moco_dist.data.storage import is_gone
 from moco_dist.distributed.collectives import barrier, gather_texts
+from moco_dist.distributed.once import once_a_host
 from moco_dist.distributed.world import World
 from moco_dist.engine.schedule import learning_rate
 from moco_dist.errors import InfrastructureError, UserError
@@ -24,16 +25,20 @@ from moco_dist.run.image_list import difference, keep_list
 from moco_dist.run.manifest import read_manifest, saved_config
 
 
-def training_images(config: PretrainConfig) -> ImageFolder:
-    """The images that a run goes over, all or `data.max_samples` of them.
+def training_images(config: PretrainConfig, world: World) -> ImageFolder:
+    """The images that a run goes over, all or `data.max_samples` of them; one rank of each host looks.
 
     Raises:
         InfrastructureError: data.root is gone, from which the run of this folder has a checkpoint.
         UserError: there is no such data set, or no image in it.
     """
+    return once_a_host(lambda: _training_images(config), f"{config.data.root} {config.data.max_samples}", world)
+
+
+def _training_images(config: PretrainConfig) -> ImageFolder:
     root = config.data.root
     try:
-        return find_training_images(config.data)
+        return find_training_images(config.data, RunFolder(config.run.dir).indices)
     except UserError as error:
         if is_gone(root) and _has_worked_with(root, config.run.dir):
             raise InfrastructureError(

@@ -105,3 +105,12 @@ def test_a_batch_that_ranks_do_not_divide_is_one_line(data, tmp_path):
             "model.bn_group_size 4; 8 and 16 are")  # fmt: skip
     for rank in (0, 1):
         assert f"[rank {rank}] {line}" in done.stdout
+
+
+def test_a_data_root_that_is_missing_is_said_by_one_rank(data, tmp_path):
+    """As all errors are that the first rank of a host finds for the others."""
+    done = run_words([*TORCHRUN, "-m", "moco_dist", "pretrain", "--run.dir", str(tmp_path / "run"), *TINY,
+                      "--data.root", f"{data}s"])  # fmt: skip
+    assert done.returncode != 0
+    errors = [line for line in done.stdout.splitlines() if "] error: " in line]
+    assert errors == [f"[rank 0] error: data root {data}s is not a folder; did you mean {data.name}?"]

@@ -9,6 +9,7 @@ ALLOWED = {
     "distributed/collectives.py",
     "distributed/heartbeat.py",  # talks to the store, and calls no collective
     "distributed/meeting.py",  # likewise
+    "distributed/once.py",  # likewise
     "engine/ddp.py",
     "launchers/torchrun.py",  # is torchrun, and no rank
     "run/checkpoint.py",

@@ -1,6 +1,7 @@
 """The exceptions that are messages to a person, and the hint that goes with a wrong name."""
 
 import difflib
+import errno
 import unicodedata
 from collections.abc import Iterable
 
@@ -23,6 +24,10 @@ CAUSES = (
     EXIT_MISTAKE, EXIT_IN_USE, EXIT_IO, EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_TERMINATED, EXIT_PREEMPTED,
     EXIT_UNREACHABLE,
 )  # fmt: skip
+
+# What the system answers about a path or its rights: another attempt would find the same.
+OF_A_PATH = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG,
+             errno.ELOOP, errno.EROFS, errno.EINVAL}  # fmt: skip
 
 
 class UserError(ValueError):
@@ -68,6 +73,15 @@ class SaidElsewhere(UserError):
         """`text` is what the other rank says, and `exit_status` what it ends with."""
         super().__init__(text)
         self.exit_status = exit_status
+
+
+def file_error(text: str, error: OSError) -> UserError:
+    """The exception for a file that somebody named and that cannot be read or written, with `text`.
+
+    It is a mistake where the path, its rights or the file's content is the reason (an OSError of gzip has no number);
+    anything else is the disk's or the file server's failure.
+    """
+    return (UserError if error.errno is None or error.errno in OF_A_PATH else InfrastructureError)(text)
 
 
 class Preempted(Exception):

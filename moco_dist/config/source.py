@@ -18,7 +18,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from moco_dist.config.section import COMPUTED, Declaration, declared
-from moco_dist.errors import UserError, nearest
+from moco_dist.errors import UserError, file_error, nearest
 
 Config = TypeVar("Config", bound=BaseModel)
 # What PyYAML raises; the others for a value that is not of its tag (!!int one), or has too many digits.
@@ -86,7 +86,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"config file {path} does not exist{nearest(path.name, siblings)}") from error
     except IsADirectoryError as error:
         raise UserError(f"{path} is a folder where a config file is expected; a run's is given by a flag") from error
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        why = (error.strerror or str(error)).lower()
+        raise file_error(f"config file {path} cannot be read: {why}", error) from error
+    except UnicodeDecodeError as error:
         raise UserError(f"config file {path} cannot be read: {error}") from error
     except NOT_YAML as error:
         raise UserError(_shortened([f"config file {path} is not YAML: {' '.join(str(error).split())}"])) from error

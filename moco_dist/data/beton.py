@@ -17,7 +17,7 @@ from typing import BinaryIO, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from moco_dist.errors import UserError
+from moco_dist.errors import UserError, file_error
 
 VERSION = 2
 PAGE_BYTES = 8 * 2**20  # FFCV's default
@@ -108,7 +108,7 @@ def read_beton(path: Path) -> Beton:
             places = zip(texts["at"].tolist(), texts["size"].tolist(), strict=True)
             paths = [bytes(view[a : a + n]).decode("utf-8", "surrogateescape") for a, n in places]
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {(error.strerror or str(error)).lower()}") from error
+        raise file_error(f"{path} cannot be read: {(error.strerror or str(error)).lower()}", error) from error
     except (ValueError, KeyError, IndexError) as error:
         raise UserError(
             f"{path} is not a whole file of images and labels ({error}); moco-dist data pack SOURCE {path} writes one"

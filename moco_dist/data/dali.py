@@ -35,7 +35,7 @@ from moco_dist.data.jobs import Crop, Job, JobOf, with_successors
 from moco_dist.data.storage import open_file
 from moco_dist.data.workers import Files
 from moco_dist.distributed.world import World
-from moco_dist.errors import UserError
+from moco_dist.errors import InfrastructureError, UserError
 
 T = TypeVar("T")
 
@@ -150,7 +150,8 @@ class _Batches(Generic[T]):
                     pipelines.close()
                     pipe, failures = None, failures + 1
                     if failures == MAX_FAILURES:
-                        raise UserError(f"DALI cannot decode these files: {' '.join(str(error).split())}") from error
+                        kind = InfrastructureError if "CUDA" in str(error) else UserError
+                        raise kind(f"DALI cannot decode these files: {' '.join(str(error).split())}") from error
                     text = f"DALI failed at a batch, which the host decodes ({str(error).strip().splitlines()[-2:][0]})"
                     print(f"[rank {self.world.rank}] warning: {text}", file=sys.stderr, flush=True)
                     given = next(i for i, prepared in enumerate(waiting) if prepared.entries)

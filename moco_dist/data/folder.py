@@ -6,7 +6,7 @@ from typing import Literal
 import numpy as np
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from moco_dist.data.images import NO_CLASS, ImageError, ImageFolder
+from moco_dist.data.images import NO_CLASS, ImageFolder, MissingDataError, cannot_read
 from moco_dist.data.index import image_paths
 from moco_dist.data.layout import folder_names, no_train, require_distinct, require_layout
 from moco_dist.data.storage import read_patiently
@@ -28,16 +28,16 @@ def folder_images(
         index_folder: where, if not into the folder itself.
 
     Raises:
-        UserError: there is no such folder, no image in it, a layout that leaves images out, or `val` has a class that
-            `train` lacks.
+        MissingDataError: there is no such folder, no such split in it, or no image in that.
+        UserError: the layout leaves images out, or `val` has a class that `train` lacks.
     """
     if not root.is_dir():
-        raise UserError(f"data root {root} is not a folder{nearest(root.name, folder_names(root.parent))}")
+        raise MissingDataError(f"data root {root} is not a folder{nearest(root.name, folder_names(root.parent))}")
     names = folder_names(root)
     require_layout(root, names)
     train, val = root / "train", root / "val"
     if split == "val" and "val" not in names:
-        raise UserError(
+        raise MissingDataError(
             f"{root} has no validation set; one is laid out as {val}/CLASS/IMAGE beside {train}/CLASS/IMAGE"
         )
     if split == "train" and "train" not in names:
@@ -53,7 +53,7 @@ def folder_images(
                 raise UserError(f"{val} has a class {name} that {train} lacks{nearest(name, classes)}")
     paths = image_paths(folder, remember, index_folder)
     if not paths:
-        raise UserError(f"no image found in {folder}; files called {', '.join(IMG_EXTENSIONS)} count as images")
+        raise MissingDataError(f"no image found in {folder}; files called {', '.join(IMG_EXTENSIONS)} count as images")
     label_of = {name: label for label, name in enumerate(classes)}
     firsts = (path.partition("/") for path in paths)
     labels = [label_of[first] if below else NO_CLASS for first, below, _ in firsts]
@@ -69,4 +69,4 @@ def read_bytes(path: Path) -> bytes:
     try:
         return read_patiently(path)
     except OSError as error:
-        raise ImageError(f"cannot read image {path}: {(error.strerror or str(error)).lower()}") from error
+        raise cannot_read(str(path), error) from error

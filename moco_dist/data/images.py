@@ -1,5 +1,6 @@
 """A list of images and their classes, wherever they lie, and what can be chosen of it."""
 
+import errno
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,13 +8,31 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from moco_dist.errors import UserError
+from moco_dist.errors import EXIT_IO, UserError
 
 NO_CLASS = -1  # label of an image that lies in no class folder
+# What the system answers about a name that cannot be a file's, such as a folder's or a pipe's.
+NO_FILE = {errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL}
+
+
+class MissingDataError(UserError):
+    """Where a data set should be, there is none: a wrong path, or a disk that is not mounted."""
 
 
 class ImageError(UserError):
     """An image file that cannot be read; names the file and the reason."""
+
+
+class ImageStorageError(ImageError):
+    """An image that was listed and whose storage does not give it. What came of it is no mistake of the user's."""
+
+    exit_status = EXIT_IO
+
+
+def cannot_read(name: str, error: OSError) -> ImageError:
+    """The exception for an image that the operating system does not give."""
+    kind = ImageError if error.errno in NO_FILE else ImageStorageError
+    return kind(f"cannot read image {name}: {(error.strerror or str(error)).lower()}")
 
 
 @dataclass(frozen=True)

@@ -149,4 +149,5 @@ def with_successors(
             if on_error == "fail":
                 raise
             replaced.append(str(error))
-    raise ImageError(f"{MAX_SUCCESSORS} images in a row cannot be read; the last: {replaced[-1]}")
+            last = error
+    raise type(last)(f"{MAX_SUCCESSORS} images in a row cannot be read; the last: {last}")

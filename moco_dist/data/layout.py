@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from moco_dist.data.images import MissingDataError
 from moco_dist.errors import UserError, nearest
 
 # What file systems, file servers and archivers put among people's folders, with images in it that are nobody's.
@@ -79,11 +80,11 @@ def require_distinct(folder: Path, classes: list[str]) -> None:
             raise UserError(f"two classes of {folder} look the same: {twin!a} and {name!a}; make them one")
 
 
-def no_train(root: Path, names: list[str]) -> UserError:
+def no_train(root: Path, names: list[str]) -> MissingDataError:
     """That ROOT has a folder val and none called train."""
     meant = [name for name in names if _split_of(name) == ("train", "")]
     hint = f"; did you mean {meant[0]}?" if meant else nearest("train", names)
-    return UserError(f"{root} has a folder val but none called train{hint}")
+    return MissingDataError(f"{root} has a folder val but none called train{hint}")
 
 
 def _split_of(name: str) -> tuple[str, str] | None:

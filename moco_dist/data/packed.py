@@ -22,9 +22,9 @@ from torch import Tensor
 
 from moco_dist.data.beton import JPEG, Beton, read_beton
 from moco_dist.data.decode import CropsFor, cut, cut_pixels, decode_image
-from moco_dist.data.images import NO_CLASS, ImageError, ImageFolder
+from moco_dist.data.images import NO_CLASS, ImageError, ImageFolder, MissingDataError, cannot_read
 from moco_dist.data.storage import patiently
-from moco_dist.errors import UserError, nearest
+from moco_dist.errors import UserError, file_error, nearest
 
 PACKED_SUFFIX = ".beton"  # of a file that `moco-dist data pack` wrote
 
@@ -37,7 +37,7 @@ def packed_images(path: Path, split: Literal["train", "val"]) -> ImageFolder:
     """
     if not path.is_file():
         siblings = [file.name for file in path.parent.glob("*.beton")]
-        raise UserError(f"data root {path} is not a file{nearest(path.name, siblings)}")
+        raise MissingDataError(f"data root {path} is not a file{nearest(path.name, siblings)}")
     names = opened(path).names
     paths = [name.removeprefix(f"{split}/") for name in names if name.startswith(f"{split}/")]
     if not paths:
@@ -103,7 +103,7 @@ class PackedFile:
         try:
             data = patiently(lambda: self._read(int(beton.start[row]), int(beton.size[row])), name)
         except OSError as error:
-            raise ImageError(f"cannot read image {name}: {(error.strerror or str(error)).lower()}") from error
+            raise cannot_read(name, error) from error
         if beton.mode[row] == JPEG:
             return data, name
         return np.frombuffer(data, np.uint8).reshape(int(beton.height[row]), int(beton.width[row]), 3), name
@@ -135,7 +135,7 @@ def opened(path: Path) -> Beton:
     try:
         facts = path.stat()
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {(error.strerror or str(error)).lower()}") from error
+        raise file_error(f"{path} cannot be read: {(error.strerror or str(error)).lower()}", error) from error
     return _opened(path, facts.st_mtime_ns, facts.st_size)
 
 

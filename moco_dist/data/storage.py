@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
+from moco_dist.data.images import ImageStorageError
+
 T = TypeVar("T")
 
 WAITS_SECONDS = (0.5, 2.0, 8.0)  # before the second, third and fourth try
@@ -80,6 +82,17 @@ def patiently(read: Callable[[], T], name: str) -> T:
             _tell(f"reading {name} took {seconds:.0f} s")
         return content
     raise AssertionError("the last try returns or raises")
+
+
+def raise_if_storage_failed(error: Exception) -> None:
+    """Raise it, if a disk or file server failed: images that it holds are not damaged, and none is to be left out.
+
+    Args:
+        error: that a file cannot be read, for whatever reason.
+    """
+    reason = error.__cause__
+    if isinstance(error, ImageStorageError) and isinstance(reason, OSError) and reason.errno not in FINAL:
+        raise error
 
 
 def is_gone(root: Path) -> bool:

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from moco_dist.data.images import NO_CLASS, ImageFolder
 from moco_dist.data.sources import find_images
-from moco_dist.errors import UserError, nearest
+from moco_dist.errors import UserError, file_error, nearest
 
 TRAIN, VAL, DEVKIT = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz"
 GROUND_TRUTH, META = "ILSVRC2012_validation_ground_truth.txt", "meta.mat"
@@ -115,6 +115,9 @@ def _read_kaggle(folder: Path) -> Labels:
         with (folder / KAGGLE_VAL).open(encoding="utf-8", newline="") as file:
             val = {row["ImageId"]: row["PredictionString"].split()[0] for row in csv.DictReader(file)}
     except (OSError, ValueError, KeyError, AttributeError, IndexError) as error:
+        if isinstance(error, OSError) and error.errno:
+            why = (error.strerror or "").lower()
+            raise file_error(f"{folder / KAGGLE_VAL} cannot be read: {why}", error) from error
         raise UserError(f"{folder / KAGGLE_VAL} is not the table that Kaggle gives out: {error!r}") from error
     names = folder / KAGGLE_NAMES
     lines = names.read_text(encoding="utf-8").splitlines() if names.is_file() else []
@@ -147,6 +150,8 @@ def read_devkit(path: Path) -> Labels:
     except UserError:
         raise
     except (*UNREADABLE, KeyError) as error:
+        if isinstance(error, OSError) and error.errno:
+            raise file_error(f"{path} cannot be read: {(error.strerror or '').lower()}", error) from error
         raise UserError(f"{path} is damaged, or not ImageNet's development kit: {error!r}") from error
     val = {f"ILSVRC2012_val_{number:08d}": wnid for number, wnid in enumerate(order, start=1)}
     return Labels(dict(leaves.values()), val)
@@ -194,7 +199,7 @@ def _unpack_train(path: Path, out: Path, labels: Labels, sizes: Sizes) -> None:
     except UserError:
         raise
     except UNREADABLE as error:
-        raise UserError(f"{path} is damaged, or the disk is full: {error}") from error
+        raise _cannot_unpack(path, error) from error
     count = sum(1 for _ in out.glob("*/*"))
     if count != sizes.train:
         raise UserError(f"{path} gave {count:,} training images instead of {sizes.train:,}: it is another version")
@@ -215,7 +220,14 @@ def _unpack_val(path: Path, out: Path, labels: Labels, sizes: Sizes) -> None:
     except UserError:
         raise
     except UNREADABLE as error:
-        raise UserError(f"{path} is damaged, or the disk is full: {error}") from error
+        raise _cannot_unpack(path, error) from error
+
+
+def _cannot_unpack(path: Path, error: Exception) -> UserError:
+    if isinstance(error, OSError) and error.errno:  # of the archive's disk, or of that which is written to
+        where = f" ({error.filename})" if error.filename else ""
+        return file_error(f"{path} cannot be unpacked: {(error.strerror or '').lower()}{where}", error)
+    return UserError(f"{path} is damaged: {error}")
 
 
 def _files(members: Iterable[tarfile.TarInfo], where: Path | str) -> list[tarfile.TarInfo]:

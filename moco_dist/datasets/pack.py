@@ -19,7 +19,8 @@ from moco_dist.data.folder import read_bytes
 from moco_dist.data.images import ImageError, ImageFolder
 from moco_dist.data.packed import PACKED_SUFFIX
 from moco_dist.data.sources import find_splits
-from moco_dist.errors import UserError
+from moco_dist.data.storage import raise_if_storage_failed
+from moco_dist.errors import UserError, file_error
 
 CHUNK = 256  # images read and encoded between two writes
 
@@ -101,6 +102,7 @@ def _encode(folder: ImageFolder, i: int, max_side: int | None, quality: int, as_
                     return Packed(JPEG, int(width), int(height), data)
         image = decode_image(data, str(path))
     except ImageError as error:
+        raise_if_storage_failed(error)
         return Packed(JPEG, 0, 0, b"", str(error))
     if max_side and max(image.size) > max_side:
         scale = max_side / max(image.size)
@@ -124,6 +126,6 @@ def _appearing(out: Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         partial.rename(out)
     except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror or error}") from error
+        raise file_error(f"cannot write {out}: {error.strerror or error}", error) from error
     finally:
         partial.unlink(missing_ok=True)

@@ -20,10 +20,11 @@ from PIL import Image
 
 from moco_dist.data.images import ImageError, ImageFolder
 from moco_dist.data.sources import find_images, find_splits, image_reader
+from moco_dist.data.storage import raise_if_storage_failed
 from moco_dist.datasets import imagenet, published
 from moco_dist.datasets.measured import Size, differences, in_threads, read_measured, write_measured
 from moco_dist.datasets.shapes import SHAPES, ShapeSettings, draw_image
-from moco_dist.errors import UserError
+from moco_dist.errors import UserError, file_error
 
 MARKER = "dataset.json"
 UNREADABLE = "unreadable.txt"
@@ -290,7 +291,7 @@ def _appearing(out: Path, recipe: dict[str, Any]) -> Iterator[Path]:
         yield partial
         _finish(partial, out, recipe)
     except OSError as error:
-        raise UserError(f"cannot prepare {out}: {(error.strerror or str(error)).lower()}") from error
+        raise file_error(f"cannot prepare {out}: {(error.strerror or str(error)).lower()}", error) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -352,6 +353,7 @@ def _measure(found: ImageFolder, what: str) -> dict[str, Size | str]:
         try:
             num_bytes, image = read(i)
         except ImageError as error:
+            raise_if_storage_failed(error)
             return str(error)
         return Size(num_bytes, image.width, image.height)
 

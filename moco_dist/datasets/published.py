@@ -1,6 +1,7 @@
 """Small data sets that others published, as arrays: where they are found, and whether they arrived whole."""
 
 import contextlib
+import errno
 import gzip
 import shutil
 import socket
@@ -16,8 +17,9 @@ from numpy.typing import NDArray
 from torchvision.datasets import CIFAR10, FashionMNIST, Imagenette
 from torchvision.datasets.utils import download_url
 
-from moco_dist.errors import UserError
+from moco_dist.errors import UnreachableError, UserError, file_error
 
+OF_A_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS}  # of the folder that is written to, not of a server
 SILENCE_SECONDS = 20  # of a server, before a download is given up
 
 FASHION_MNIST_CLASSES = (
@@ -61,7 +63,8 @@ def fashion_mnist(source: Path | None, scratch: Path) -> dict[str, Split]:
         scratch: an empty folder, for downloads.
 
     Raises:
-        UserError: no source is at hand, or a file is damaged.
+        UnreachableError: no source is at hand.
+        UserError: a file is damaged.
     """
     folder = _fashion_mnist_folder(source, scratch)
     splits = {}
@@ -80,13 +83,13 @@ def cifar10(scratch: Path) -> dict[str, Split]:
         scratch: an empty folder, for the download.
 
     Raises:
-        UserError: the download fails.
+        UnreachableError: the download fails.
     """
     try:
         with _downloading(CIFAR10.url):
             parts = {"train": CIFAR10(scratch, True, download=True), "val": CIFAR10(scratch, False)}
     except _UnavailableError as error:
-        raise UserError(
+        raise UnreachableError(
             f"CIFAR-10 cannot be had: {error}; `fashion-mnist` has other sources, and `shapes` needs none"
         ) from None
     return {split: Split(part.data, np.array(part.targets), tuple(part.classes)) for split, part in parts.items()}
@@ -100,7 +103,8 @@ def imagenette(source: Path | None, scratch: Path) -> Path:
         scratch: an empty folder.
 
     Raises:
-        UserError: it cannot be had, or is damaged.
+        UnreachableError: it cannot be had.
+        UserError: it is damaged.
     """
     try:
         if source is None:
@@ -112,8 +116,13 @@ def imagenette(source: Path | None, scratch: Path) -> Path:
             shutil.unpack_archive(source, scratch, filter="data")  # nothing outside of scratch
         return next(path.parent for path in scratch.glob("*/train"))
     except _UnavailableError as error:
-        raise UserError(f"Imagenette cannot be had: {error}; give its archive by --source, or use `shapes`") from None
+        raise UnreachableError(
+            f"Imagenette cannot be had: {error}; give its archive by --source, or use `shapes`"
+        ) from None
     except (OSError, ValueError, EOFError, zlib.error, tarfile.TarError, StopIteration) as error:
+        if isinstance(error, OSError) and error.errno:
+            text = f"{source} cannot be unpacked into {scratch}: {(error.strerror or '').lower()}"
+            raise file_error(text, error) from error
         raise UserError(f"{source} is not Imagenette's archive, or damaged: {error!r}") from error
 
 
@@ -134,7 +143,7 @@ def _fashion_mnist_folder(source: Path | None, scratch: Path) -> Path:
             return fetch(scratch)
         except _UnavailableError as error:
             reasons.append(str(error))
-    raise UserError(
+    raise UnreachableError(
         f"Fashion-MNIST cannot be had: {'; '.join(reasons)}. Give --source, a folder with {', '.join(names)}, "
         "or prepare `shapes`, which is generated"
     )
@@ -175,6 +184,8 @@ def _downloading(url: str) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, OSError) as error:  # what torchvision raises for a broken or forged download
+        if getattr(error, "errno", None) in OF_A_DISK:
+            raise
         raise _UnavailableError(f"{url} cannot be downloaded ({getattr(error, 'reason', error)})") from error
     finally:
         socket.setdefaulttimeout(previous)
@@ -184,7 +195,9 @@ def _read_idx(path: Path, num_dims: int) -> NDArray[np.uint8]:
     """An idx file of bytes: big-endian 32-bit magic number and sizes, then the data."""
     try:
         content = gzip.decompress(path.read_bytes())
-    except (OSError, EOFError, zlib.error) as error:
+    except OSError as error:
+        raise file_error(f"{path} cannot be read: {error}", error) from error
+    except (EOFError, zlib.error) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
     header = 4 * (1 + num_dims)
     magic, *shape = np.frombuffer(content[:header].ljust(header, b"\0"), dtype=">i4").tolist()

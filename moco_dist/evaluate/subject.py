@@ -25,12 +25,13 @@ from moco_dist.distributed.collectives import all_gather
 from moco_dist.distributed.once import once_a_host
 from moco_dist.distributed.world import World
 from moco_dist.engine.precision import autocast, compute_dtype, slow_on_cpu
-from moco_dist.errors import UserError
+from moco_dist.errors import InfrastructureError, UserError
 from moco_dist.files import write_whole
 from moco_dist.method.batch_norm import GroupedBatchNorm2d, running_statistics
 from moco_dist.method.encoder import build_encoder
 from moco_dist.run import checkpoint
 from moco_dist.run.folder import RunFolder
+from moco_dist.run.known_data import has_evaluated_on, has_trained_on, missed_if_gone, remember
 from moco_dist.run.told import Told
 from moco_dist.run.weights import load_trained
 
@@ -125,8 +126,8 @@ def open_evaluation(config: EvalConfig, world: World) -> Evaluation:
     pretrain = RunFolder(config.run_dir).settings("run_dir")
     data = config.data.model_copy(update={"loader": config.data.loader or pretrain.data.loader})
     config = config.model_copy(update={"data": data})
-    root, indices = data.root or pretrain.data.root, RunFolder(config.run_dir).indices
-    train, val = labelled_images(root, data.max_train_samples, data.max_val_samples, indices, world)
+    root = data.root or pretrain.data.root
+    train, val = labelled_images(root, data.max_train_samples, data.max_val_samples, config.run_dir, world)
     if data.label_fraction < 1:
         train = rows_of(train, np.flatnonzero(share_of_classes(train.labels, data.label_fraction, [6])))
     layers = len(pretrain.model.head_hidden_dims) + 1
@@ -143,22 +144,30 @@ def open_evaluation(config: EvalConfig, world: World) -> Evaluation:
 
 
 def labelled_images(
-    root: Path, max_train: int | None, max_val: int | None, index_folder: Path, world: World
+    root: Path, max_train: int | None, max_val: int | None, run_dir: Path, world: World
 ) -> tuple[ImageFolder, ImageFolder]:
     """Training and validation images of ROOT, at most so many of each; one rank of each host looks.
 
     Raises:
         UserError: there is no validation set, or images without a class.
+        InfrastructureError: there is none any more: the run or an earlier evaluation of it has found them there.
     """
-    return once_a_host(
-        lambda: _labelled_images(root, max_train, max_val, index_folder), f"{root} {max_train} {max_val}", world
+    run = RunFolder(run_dir)
+    found = once_a_host(
+        lambda: _labelled_images(root, max_train, max_val, run), f"{root} {max_train} {max_val}", world
     )
+    remember(root, run.data_roots, world)
+    return found
 
 
 def _labelled_images(
-    root: Path, max_train: int | None, max_val: int | None, index_folder: Path
+    root: Path, max_train: int | None, max_val: int | None, run: RunFolder
 ) -> tuple[ImageFolder, ImageFolder]:
-    train, val = (find_images(root, split, index_folder=index_folder) for split in ("train", "val"))
+    was_there = has_evaluated_on(root, run.data_roots)
+    with missed_if_gone(root, was_there or has_trained_on(root, run.root), run.root):
+        train = find_images(root, "train", index_folder=run.indices)
+    with missed_if_gone(root, was_there, run.root):  # a pre-training alone needs no validation images
+        val = find_images(root, "val", index_folder=run.indices)
     for folder in (train, val):
         without = np.flatnonzero(folder.labels == NO_CLASS)
         if len(without):
@@ -176,7 +185,8 @@ def frozen_encoder(evaluation: Evaluation, name: str) -> FrozenEncoder:
     as the trained one's are: with the initial 0 and 1 it would be a worse baseline than it is.
 
     Raises:
-        UserError: the run has no checkpoint, or ranks see different ones.
+        UserError: the run has no checkpoint.
+        InfrastructureError: ranks see different ones.
     """
     pretrain, world = evaluation.pretrain, evaluation.world
     if name == "pixels":
@@ -187,7 +197,9 @@ def frozen_encoder(evaluation: Evaluation, name: str) -> FrozenEncoder:
     if name == "trained":
         step = load_trained(encoder, evaluation.config.run_dir)
         if len(steps := all_gather(torch.tensor([step], device=world.device), world).unique()) > 1:
-            raise UserError(f"ranks see different newest checkpoints, of steps {steps.tolist()}; is the run going on?")
+            raise InfrastructureError(
+                f"ranks see different newest checkpoints, of steps {steps.tolist()}; is the run going on?"
+            )
     found = _of_backbone(name, step, encoder.to(world.device), evaluation)
     if name == "untrained":
         _calibrate(found, evaluation)

@@ -1,5 +1,6 @@
 """Kubernetes: a manifest of everything a run needs but its two volume claims, and its creation."""
 
+import re
 import subprocess
 import time
 from pathlib import PurePosixPath
@@ -11,7 +12,7 @@ from moco_dist.config.evaluate import LinearConfig
 from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.config.section import setting
 from moco_dist.config.source import flatten
-from moco_dist.errors import EXIT_IN_USE, EXIT_MISTAKE, EXIT_PREEMPTED, UserError, nearest
+from moco_dist.errors import EXIT_IN_USE, EXIT_MISTAKE, EXIT_PREEMPTED, UnreachableError, UserError, nearest
 from moco_dist.launchers.job import Hosts, Job, refuse_credentials
 from moco_dist.launchers.render import render
 
@@ -19,6 +20,12 @@ DATA, RUNS = "/data", "/runs"  # where the claims are, in a container
 CONFIG = "/etc/moco-dist/config.yaml"
 RUNTIME_SECONDS = 10  # until Trainer's webhook has heard of a runtime that was made just before its TrainJob
 SHM_GIB_PER_GPU = 2  # 8 loaders, two prefetched batches each, of 32 samples with two views of 224 px: 0.2 GB; x 10
+
+# What kubectl says where the cluster's server does not answer.
+NO_SERVER = re.compile(
+    r"connection refused|was refused|i/o timeout|no such host|handshake timeout|no route to host|deadline exceeded"
+    r"|unable to connect|service unavailable", re.IGNORECASE
+)  # fmt: skip
 
 
 class KubernetesOptions(Hosts):
@@ -152,7 +159,8 @@ def submit(job: Job, text: str, options: KubernetesOptions) -> list[str]:
     if done.returncode:
         if created:
             _kubectl("delete", "--namespace", options.namespace, "--ignore-not-found", *created)
-        raise UserError(f"kubectl: {_reason(done.stderr, job, options)}")
+        kind = UnreachableError if NO_SERVER.search(done.stderr) else UserError
+        raise kind(f"kubectl: {_reason(done.stderr, job, options)}")
     return [*(f"created {name}" for name in created), *how_to(job, options)]
 
 

@@ -20,11 +20,17 @@ from moco_dist.errors import (
     EXIT_PREEMPTED,
     EXIT_TERMINATED,
     EXIT_UNREACHABLE,
+    UnreachableError,
     UserError,
     nearest,
 )
 from moco_dist.launchers.job import Hosts, Job, refuse_credentials
 from moco_dist.launchers.render import render
+
+# What Slurm's commands say where its controller does not answer.
+NO_CONTROLLER = re.compile(
+    r"unable to contact|connection (refused|timed out|failure)|connect failure|timed out|zero bytes", re.IGNORECASE
+)
 
 
 class SlurmOptions(Hosts):
@@ -183,5 +189,6 @@ def _sbatch(text: str, flags: list[str]) -> str:
 def _run(words: list[str], text: str | None = None) -> str:
     done = subprocess.run(words, input=text, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise UserError(f"{Path(words[0]).name}: {' '.join(done.stderr.split()) or f'exit status {done.returncode}'}")
+        text = f"{Path(words[0]).name}: {' '.join(done.stderr.split()) or f'exit status {done.returncode}'}"
+        raise (UnreachableError if NO_CONTROLLER.search(done.stderr) else UserError)(text)
     return done.stdout

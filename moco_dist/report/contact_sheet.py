@@ -15,7 +15,7 @@ from moco_dist.data.loaders import pretrain_batches
 from moco_dist.data.plan import Plan
 from moco_dist.data.sources import find_training_images
 from moco_dist.distributed.world import World
-from moco_dist.errors import UserError
+from moco_dist.errors import UserError, file_error
 
 
 def view_pairs(config: PretrainConfig, count: int, step: int = 0) -> Tensor:
@@ -53,4 +53,4 @@ def write_contact_sheet(config: PretrainConfig, count: int, out: Path) -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(sheet.permute(1, 2, 0).numpy()).save(out)
     except OSError as error:
-        raise UserError(f"{out} cannot be written: {error.strerror}") from error
+        raise file_error(f"{out} cannot be written: {error.strerror or error}", error) from error

@@ -152,7 +152,7 @@ def run_trials(trials: list[Trial], launched: Callable[[list[str]], list[str]]) 
         launched: the words of a command as those of a process.
 
     Raises:
-        UserError: a command failed; what it said stands above.
+        UserError: a command failed, with its exit status; what it said stands above.
     """
     for number, trial in enumerate(trials, 1):
         print(f"\n== {number} of {len(trials)}: {trial.row.label}, seed {trial.seed}", flush=True)
@@ -162,7 +162,9 @@ def run_trials(trials: list[Trial], launched: Callable[[list[str]], list[str]]) 
         for command in trial.commands:
             status = subprocess.run(launched(command)).returncode
             if status:
-                raise UserError(f"{command[0]} of {trial.row.label} ended with {status}; run this again to go on")
+                error = UserError(f"{command[0]} of {trial.row.label} ended with {status}; run this again to go on")
+                error.exit_status = status if status > 0 else 128 - status  # as a shell has it of a signal
+                raise error
 
 
 def on_this_machine(command: list[str], num_ranks: int) -> list[str]:

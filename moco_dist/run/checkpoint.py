@@ -31,7 +31,7 @@ from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.data.images import ImageFolder
 from moco_dist.distributed.collectives import all_gather, as_sharded, barrier, gather_texts
 from moco_dist.distributed.world import World
-from moco_dist.errors import UserError
+from moco_dist.errors import InfrastructureError, UserError
 from moco_dist.files import write_whole
 from moco_dist.method.batch_norm import running_statistics
 from moco_dist.method.step import Method
@@ -308,6 +308,9 @@ def _read(tensors: dict[str, Tensor], folder: Path, world: World) -> None:
         with _alone_on_purpose():
             dcp.load(tensors, storage_reader=reader, no_dist=world.world_size == 1)
     except (CheckpointException, RuntimeError, ValueError, KeyError, safetensors.SafetensorError) as error:
+        failures = [e for e, _ in error.failures.values()] if isinstance(error, CheckpointException) else []
+        if found := next((e for e in failures if isinstance(e, OSError) and e.errno), None):
+            raise InfrastructureError(f"{folder} cannot be read: {(found.strerror or str(found)).lower()}") from error
         reason = str(error).strip().splitlines()[-1]
         raise UserError(f"{folder} does not fit this config or is damaged: {reason}") from error
 

@@ -99,6 +99,11 @@ class RunFolder:
         return self._evaluations / f".{kind}_{encoder}_{key}.safetensors"
 
     @property
+    def data_roots(self) -> Path:
+        """Where evaluations have found their data, one folder a line."""
+        return self._evaluations / ".data_roots"
+
+    @property
     def report(self) -> Path:
         """The page that `moco-dist report` writes."""
         return self.root / "report" / "index.html"

@@ -1,7 +1,6 @@
 """One living process writes into a run's folder, and all ranks have the same one."""
 
 import contextlib
-import errno
 import fcntl
 import os
 import secrets
@@ -16,16 +15,15 @@ from typing import TextIO
 
 from moco_dist.distributed.collectives import gather_texts
 from moco_dist.distributed.world import World
-from moco_dist.errors import EXIT_IN_USE, InfrastructureError, InUseError, UserError
+from moco_dist.errors import EXIT_IN_USE, InfrastructureError, InUseError, UserError, file_error
 from moco_dist.files import is_held
+from moco_dist.run.checkpoint import latest
 from moco_dist.run.folder import RunFolder
+from moco_dist.run.manifest import read_manifest
 
 LOST_HOST_SECONDS = 120.0  # an NFS server keeps the locks of a host that is gone for its lease, 90 s by default
 SEEN_SECONDS = 15.0  # a shared file system may show a new folder to some hosts a little later
 WATCH_SECONDS = 2.0
-# A path or rights that another attempt would find the same; anything else is the disk's or the file server's.
-CANNOT_BE_WRITTEN = {errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG,
-                     errno.ELOOP, errno.EROFS, errno.EINVAL}  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -53,8 +51,7 @@ def locked(run_dir: Path, world: World) -> Iterator[None]:
         run_dir.mkdir(parents=True, exist_ok=True)
         file = run.lock.open("a+", encoding="utf-8")
     except OSError as error:
-        kind = UserError if error.errno in CANNOT_BE_WRITTEN else InfrastructureError
-        raise kind(f"run.dir {run_dir} cannot be written: {error.strerror}") from error
+        raise file_error(f"run.dir {run_dir} cannot be written: {error.strerror}", error) from error
     quit = threading.Event()
     with contextlib.ExitStack() as held:
         held.enter_context(file)
@@ -75,6 +72,7 @@ def require_shared(run_dir: Path, world: World) -> None:
 
     Raises:
         UserError: on all ranks, where some do not see it: each host would keep a part of every checkpoint.
+        InfrastructureError: the same, where all saw it when the newest checkpoint was written.
     """
     if world.world_size == 1:
         return
@@ -91,14 +89,25 @@ def require_shared(run_dir: Path, world: World) -> None:
     while not is_seen and time.monotonic() < until:
         time.sleep(0.2)
         is_seen = run.token(token).exists()
-    hosts = [text.split() for text in gather_texts(f"{socket.gethostname()} {is_seen}", world)]
+    was_shared = world.is_main and _was_shared(run_dir, world)
+    hosts = [text.split() for text in gather_texts(f"{socket.gethostname()} {is_seen} {was_shared}", world)]
     if world.is_main and token:
         run.token(token).unlink(missing_ok=True)
-    blind = [f"rank {rank} on host {host}" for rank, (host, seen) in enumerate(hosts) if seen == "False"]
+    blind = [f"rank {rank} on host {host}" for rank, (host, seen, _) in enumerate(hosts) if seen == "False"]
     if blind:
         who = blind[0] + (f" and {len(blind) - 1} more" if len(blind) > 1 else "")
-        raise UserError(f"run.dir {run_dir} is not one folder for all ranks: {who} cannot see what rank 0 on host "
-                        f"{hosts[0][0]} writes there; it has to lie on a disk that all hosts share")  # fmt: skip
+        text = (f"run.dir {run_dir} is not one folder for all ranks: {who} cannot see what rank 0 on host "
+                f"{hosts[0][0]} writes there; it has to lie on a disk that all hosts share")  # fmt: skip
+        if hosts[0][2] == "True":
+            raise InfrastructureError(f"{text}, as it did when the newest checkpoint was written: is it mounted there?")
+        raise UserError(text)
+
+
+def _was_shared(run_dir: Path, world: World) -> bool:
+    """Whether the newest checkpoint is of more ranks than one host has: then rank 0 has seen other hosts' files."""
+    with contextlib.suppress(UserError, OSError):
+        return read_manifest(latest(run_dir))["world_size"] > world.local_world_size
+    return False
 
 
 def _signature() -> str:

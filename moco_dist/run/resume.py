@@ -1,6 +1,5 @@
 """Going on with a run: from which checkpoint, under which settings, and whether all ranks mean the same."""
 
-import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +8,11 @@ from moco_dist.config.section import COMPUTED
 from moco_dist.config.source import declarations, flatten, to_yaml
 from moco_dist.data.images import ImageFolder
 from moco_dist.data.sources import find_training_images
-from moco_dist.data.storage import is_gone
 from moco_dist.distributed.collectives import barrier, gather_texts
 from moco_dist.distributed.once import once_a_host
 from moco_dist.distributed.world import World
 from moco_dist.engine.schedule import learning_rate
-from moco_dist.errors import InfrastructureError, UserError
+from moco_dist.errors import UserError
 from moco_dist.files import write_whole
 from moco_dist.method.step import Method
 from moco_dist.provenance import hash_of_list, package_versions, source_hash
@@ -22,6 +20,7 @@ from moco_dist.run import checkpoint
 from moco_dist.run.checkpoint import without_secrets
 from moco_dist.run.folder import RunFolder
 from moco_dist.run.image_list import difference, keep_list
+from moco_dist.run.known_data import has_trained_on, missed_if_gone
 from moco_dist.run.manifest import read_manifest, saved_config
 
 
@@ -36,22 +35,9 @@ def training_images(config: PretrainConfig, world: World) -> ImageFolder:
 
 
 def _training_images(config: PretrainConfig) -> ImageFolder:
-    root = config.data.root
-    try:
-        return find_training_images(config.data, RunFolder(config.run.dir).indices)
-    except UserError as error:
-        if is_gone(root) and _has_worked_with(root, config.run.dir):
-            raise InfrastructureError(
-                f"{error}; it had images when {config.run.dir} was started last: is its disk mounted?"
-            ) from error
-        raise
-
-
-def _has_worked_with(root: Path, run_dir: Path) -> bool:
-    """Whether the run has a checkpoint, and had its images from there when it was last started."""
-    with contextlib.suppress(UserError):
-        return bool(checkpoint.complete_checkpoints(run_dir)) and RunFolder(run_dir).settings().data.root == root
-    return False
+    root, run_dir = config.data.root, config.run.dir
+    with missed_if_gone(root, has_trained_on(root, run_dir), run_dir):
+        return find_training_images(config.data, RunFolder(run_dir).indices)
 
 
 def resume(method: Method, config: PretrainConfig, images: ImageFolder, world: World) -> tuple[list[str], list[float]]:

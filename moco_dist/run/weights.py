@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from moco_dist.config.architectures import ARCHITECTURES
 from moco_dist.config.pretrain import ModelConfig, PretrainConfig
 from moco_dist.config.source import to_yaml
-from moco_dist.errors import UserError, nearest
+from moco_dist.errors import UserError, file_error, nearest
 from moco_dist.files import write_whole
 from moco_dist.method.encoder import Encoder, build_encoder
 from moco_dist.run import checkpoint
@@ -282,7 +282,7 @@ def _save(content: dict[str, Any], out: Path, metadata: dict[str, str]) -> None:
     try:
         write_whole(out, packed)  # the libraries' own writers call a full disk neither OSError nor by its name
     except OSError as error:
-        raise UserError(f"{out} cannot be written: {(error.strerror or str(error)).lower()}") from error
+        raise file_error(f"{out} cannot be written: {(error.strerror or str(error)).lower()}", error) from error
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -294,6 +294,8 @@ def _read(path: Path) -> dict[str, Any]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the age of a file's format
             content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise file_error(f"{path} cannot be read: {(error.strerror or str(error)).lower()}", error) from error
     except Exception as error:  # on a damaged or hostile file torch raises anything
         raise UserError(f"{path} cannot be read as weights alone, without running code of it: {_why(error)}") from error
     if not isinstance(content, dict):

@@ -142,7 +142,7 @@ def test_a_webhook_that_has_not_heard_of_the_runtime_is_asked_again(cluster, she
 def test_a_cluster_that_cannot_be_reached_is_one_line(cluster, shell, tmp_path):
     (tmp_path / "kubeconfig").write_text((tmp_path / "kubeconfig").read_text().replace(f":{cluster.port}", ":1"))
     status, out, err = launch(shell)
-    assert (status, out) == (2, "")
+    assert (status, out) == (69, "")
     assert re.fullmatch(r"error: kubectl: cannot talk to the cluster: .* connection refused\n", err), err
 
 

@@ -23,7 +23,7 @@ from moco_dist.data.sources import find_images
 from moco_dist.datasets import prepare, published
 from moco_dist.datasets.prepare import prepare_cifar10, prepare_fashion_mnist, prepare_imagefolder, prepare_shapes
 from moco_dist.datasets.shapes import SHAPES, ShapeSettings
-from moco_dist.errors import UserError
+from moco_dist.errors import UnreachableError, UserError
 
 NUM_TRAIN, NUM_VAL = 200, 30
 
@@ -113,7 +113,7 @@ def test_without_any_source_every_reason_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(published, "DEBIAN_FOLDER", Path("no/such/folder"))
     monkeypatch.setattr(published.FashionMNIST, "mirrors", [f"file://{tmp_path}/mirror/"])
     monkeypatch.setenv("PATH", "")
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UnreachableError) as caught:
         prepare_fashion_mnist(tmp_path / "fm")
     for part in (
         f"{tmp_path}/mirror/train-images-idx3-ubyte.gz cannot be downloaded",
@@ -171,7 +171,7 @@ def test_cifar10_has_its_colours_and_classes(tmp_path, monkeypatch):
 
 def test_cifar10_that_cannot_be_downloaded_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(published.CIFAR10, "url", f"file://{tmp_path}/nothing.tar.gz")
-    with pytest.raises(UserError, match=r"CIFAR-10 cannot be had: .*nothing\.tar\.gz cannot be downloaded"):
+    with pytest.raises(UnreachableError, match=r"CIFAR-10 cannot be had: .*nothing\.tar\.gz cannot be downloaded"):
         prepare_cifar10(tmp_path / "c10")
     assert visible_and_hidden(tmp_path) == set()
 

@@ -40,6 +40,7 @@ from moco_dist.files import write_whole
 from moco_dist.provenance import hash_of_list, key_of
 from moco_dist.run.checkpoint import averaged
 from moco_dist.run.folder import RunFolder
+from moco_dist.run.known_data import has_evaluated_on, missed_if_gone, remember
 from moco_dist.run.told import Told
 from moco_dist.run.weights import Backbone, backbone_of_run, read_backbone
 
@@ -68,12 +69,15 @@ def run_detection(config: DetectConfig, world: World) -> dict[str, Any]:
         raise UserError(not_a_multiple("global_batch_size", config.global_batch_size, ranks, f"{ranks} ranks"))
     backbone, pixels = _backbone(config)
     data = config.data
-    train, test = (read_sets(data.root, sets, data.classes) for sets in (data.train_sets, data.test_sets))
+    out = RunFolder(config.run_dir).detection if config.run_dir else _beside(config.weights)
+    record = RunFolder(config.run_dir).data_roots if config.run_dir else out.with_name(f".{out.name}.data_roots")
+    with missed_if_gone(data.root, has_evaluated_on(data.root, record), out.parent):
+        train, test = (read_sets(data.root, sets, data.classes) for sets in (data.train_sets, data.test_sets))
+    remember(data.root, record, world)
     if len(train) < config.global_batch_size:
         sets, batch = ", ".join(data.train_sets), config.global_batch_size
         raise UserError(f"{sets}: {len(train)} images, less than one batch (global_batch_size {batch})")
     detector = build_detector(backbone, config, pixels, world)
-    out = RunFolder(config.run_dir).detection if config.run_dir else _beside(config.weights)
     progress = out.with_name(f".{out.name}_{_key(config, detector, train, world)}.safetensors")
     with StopRequest(SAVE_SECONDS, world) as stop:
         curve = _train(detector, train, config, progress, stop, world)

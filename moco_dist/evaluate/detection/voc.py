@@ -12,6 +12,7 @@ from torch import Tensor
 
 from moco_dist.data.decode import decode_image
 from moco_dist.data.folder import read_bytes
+from moco_dist.data.images import MissingDataError
 from moco_dist.errors import UserError, nearest
 
 
@@ -45,7 +46,8 @@ def read_sets(root: Path, names: Sequence[str], classes: Sequence[str]) -> list[
         classes: names of the objects.
 
     Raises:
-        UserError: a list, an image or an annotation is missing, or an annotation is not as it should be.
+        MissingDataError: a list, an image or an annotation is missing.
+        UserError: an annotation is not as it should be.
     """
     found = []
     for name in names:
@@ -53,7 +55,7 @@ def read_sets(root: Path, names: Sequence[str], classes: Sequence[str]) -> list[
         path = folder / "ImageSets" / "Main" / f"{Path(name).name}.txt"
         if not path.is_file():
             known = sorted(other.stem for other in path.parent.glob("*.txt"))
-            raise UserError(f"set {name}: {path} does not exist{nearest(Path(name).name, known)}")
+            raise MissingDataError(f"set {name}: {path} does not exist{nearest(Path(name).name, known)}")
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
         numbers = [line.split()[0] for line in lines if line.strip()]
         if not numbers:
@@ -62,7 +64,7 @@ def read_sets(root: Path, names: Sequence[str], classes: Sequence[str]) -> list[
             image, annotation = folder / "JPEGImages" / f"{number}.jpg", folder / "Annotations" / f"{number}.xml"
             for file in (image, annotation):
                 if not file.is_file():
-                    raise UserError(f"{path} names {number}, but {file} does not exist")
+                    raise MissingDataError(f"{path} names {number}, but {file} does not exist")
             found.append(read_annotation(annotation, image, classes))
     return found
 

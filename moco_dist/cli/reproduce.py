@@ -47,7 +47,9 @@ def main(words: list[str]) -> int:
 
     out = args.out or Path("runs") / f"{args.table}_{args.scale}"
     if args.table == "table3":
-        _write(_table3(args), out / "table3.md")
+        kept = out / ".table3.json"
+        _write(_table3(args, kept), out / "table3.md")
+        kept.unlink(missing_ok=True)
         return 0
     trials = trials_of(
         args.table, args.scale, [int(seed) for seed in seeds], out, args.configs, args.data_root, args.small_epochs
@@ -74,11 +76,12 @@ def main(words: list[str]) -> int:
     return 0
 
 
-def _table3(args: argparse.Namespace) -> str:
-    """Memory and time, measured here and now.
+def _table3(args: argparse.Namespace, kept: Path) -> str:
+    """Memory and time, measured here and now, or kept in a file by one that was stopped.
 
     Raises:
         UserError: `--ranks` or `--dry-run` was given.
+        Preempted: Ctrl-C or SIGTERM.
     """
     from moco_dist.distributed.world import world_from_env
     from moco_dist.provenance import hardware
@@ -90,7 +93,7 @@ def _table3(args: argparse.Namespace) -> str:
     overlays = [args.configs / "reproduce_small.yaml"] if args.scale == "small" else []
     configs = configs_of(args.configs, overlays, ["--run.device", world.device.split(":")[0]])
     model, side = configs["MoCo"].model.arch, configs["MoCo"].data.image_size
-    rows = measure(configs, LOCAL_BATCHES, world.device, STEPS, ROUNDS)
+    rows = measure(configs, LOCAL_BATCHES, world.device, STEPS, ROUNDS, kept)
     return f"{as_markdown(rows)}\nOurs: {model}, {side} px, on {hardware(world.device)}. Published: 8 V100, fp32.\n"
 
 

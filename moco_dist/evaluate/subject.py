@@ -153,9 +153,7 @@ def labelled_images(
         InfrastructureError: there is none any more: the run or an earlier evaluation of it has found them there.
     """
     run = RunFolder(run_dir)
-    found = once_a_host(
-        lambda: _labelled_images(root, max_train, max_val, run), f"{root} {max_train} {max_val}", world
-    )
+    found = once_a_host(lambda: _labelled_images(root, max_train, max_val, run), f"{root} {max_train} {max_val}", world)
     remember(root, run.data_roots, world)
     return found
 

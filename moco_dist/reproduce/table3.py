@@ -2,10 +2,13 @@
 
 The paper's rows are of 8 GPUs; what is measured is one rank with its share of the batch: the real `train_step` on
 random crops, colours included, loading and the network not. Every measurement is a process of its own, so that no
-memory of another one counts, and the methods take turns.
+memory of another one counts, and the methods take turns. Each is kept as soon as it is there: who stops and starts
+again goes on with the next.
 """
 
+import json
 import multiprocessing
+import signal
 import statistics
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -19,8 +22,11 @@ import torch
 from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.config.source import read_config
 from moco_dist.distributed.world import World
+from moco_dist.errors import Preempted
+from moco_dist.files import write_whole
 from moco_dist.planning.arithmetic import sizes
 from moco_dist.planning.calibrate import Step
+from moco_dist.provenance import hardware, key_of, package_versions, source_hash
 from moco_dist.run.told import Told
 
 RANKS = 8  # of the paper
@@ -29,6 +35,7 @@ CONFIGS = {"MoCo": "mocov2_r50_200ep", "end to end": "end_to_end_r50_b256"}
 PUBLISHED = {("MoCo", 256): ("5.0", "53"), ("end to end", 256): ("7.4", "65"), ("end to end", 4096): ("93 (est.)", "–")}
 LOCAL_BATCHES = (32, 128, 512)  # samples of a rank
 STEPS, ROUNDS = 5, 2
+Reading = tuple[int, float] | None  # peak bytes and seconds of a step; None: it did not fit
 
 
 def configs_of(folder: Path, overlays: Sequence[Path] = (), flags: Sequence[str] = ()) -> dict[str, PretrainConfig]:
@@ -40,34 +47,79 @@ def configs_of(folder: Path, overlays: Sequence[Path] = (), flags: Sequence[str]
 
 
 def measure(
-    configs: dict[str, PretrainConfig], local_batches: Sequence[int], device: str, steps: int, rounds: int
+    configs: dict[str, PretrainConfig],
+    local_batches: Sequence[int],
+    device: str,
+    steps: int,
+    rounds: int,
+    kept: Path | None = None,
 ) -> list[dict[str, Any]]:
     """A row for each method and batch: peak bytes and seconds of a step, None where it did not fit.
 
     On a GPU the bytes are those that torch had allocated at most; on a CPU the process's peak beyond what its imports
     hold.
+
+    Args:
+        configs: of each method.
+        local_batches: samples of a rank.
+        device: where.
+        steps: of a measurement.
+        rounds: measurements of each.
+        kept: a file for what is measured; what the same measurements have left there is not measured again.
+
+    Raises:
+        Preempted: Ctrl-C or SIGTERM, and `kept` has what was measured.
     """
     cases = [(method, batch) for batch in local_batches for method in configs]
-    readings: dict[tuple[str, int], list[tuple[int, float] | None]] = {case: [] for case in cases}
-    with Told("table3", rounds * len(cases), "measurements", World()) as told:
-        for _ in range(rounds):
-            for method, batch in cases:
-                if None not in readings[method, batch]:
-                    readings[method, batch].append(_alone(configs[method], batch, steps, device))
-                told.add(note=f"{method}, {batch} samples")
+    turns = [case for _ in range(rounds) for case in cases]
+    key = _key(configs, cases, device, steps) if kept else ""
+    found = _read(kept, key)[: len(turns)] if kept else []
+    with Told("table3", len(turns), "measurements", World(), len(found)) as told:
+        for method, batch in turns[len(found) :]:
+            try:
+                fits = None not in _of((method, batch), turns, found)
+                found.append(_alone(configs[method], batch, steps, device) if fits else None)
+            except KeyboardInterrupt:
+                if kept is None:
+                    raise
+                raise Preempted(f"{len(found)} of {len(turns)} measurements are kept") from None
+            if kept:
+                write_whole(kept, json.dumps({"key": key, "found": found}).encode())
+            told.add(note=f"{method}, {batch} samples")
     rows = []
     for method, batch in cases:
-        found = [reading for reading in readings[method, batch] if reading is not None]
-        fits = len(found) == rounds
+        readings = _of((method, batch), turns, found)
+        fitting = [reading for reading in readings if reading is not None]
+        fits = len(fitting) == len(readings)
         rows.append({
             "method": method, "local_batch": batch,
-            "peak_bytes": max(peak for peak, _ in found) if fits else None,
-            "step_seconds": statistics.median(seconds for _, seconds in found) if fits else None,
+            "peak_bytes": max(peak for peak, _ in fitting) if fits else None,
+            "step_seconds": statistics.median(seconds for _, seconds in fitting) if fits else None,
         })  # fmt: skip
     return rows
 
 
-def _alone(config: PretrainConfig, local_batch: int, steps: int, device: str) -> tuple[int, float] | None:
+def _of(case: tuple[str, int], turns: list[tuple[str, int]], found: list[Reading]) -> list[Reading]:
+    """The readings of a case so far."""
+    return [reading for turn, reading in zip(turns, found, strict=False) if turn == case]
+
+
+def _key(configs: dict[str, PretrainConfig], cases: list[tuple[str, int]], device: str, steps: int) -> str:
+    """A hash of what the measurements depend on."""
+    settings = {method: config.model_dump(mode="json") for method, config in configs.items()}
+    return key_of([settings, cases, hardware(device), steps, package_versions(), source_hash()])
+
+
+def _read(kept: Path, key: str) -> list[Reading]:
+    """What the same measurements have left; nothing where that is missing or damaged."""
+    try:
+        content = json.loads(kept.read_bytes())
+        return [tuple(reading) if reading else None for reading in content["found"]] if content["key"] == key else []
+    except (OSError, ValueError, TypeError, KeyError):
+        return []
+
+
+def _alone(config: PretrainConfig, local_batch: int, steps: int, device: str) -> Reading:
     """Peak bytes and seconds of a step, in a process of its own; None where memory is too small.
 
     On a host it is not tried where the activations alone are more than is free: the kernel might end another process.
@@ -78,11 +130,16 @@ def _alone(config: PretrainConfig, local_batch: int, steps: int, device: str) ->
         of_a_group = sizes(PretrainConfig.model_validate(values), 1, 1).activation_bytes
         if of_a_group * local_batch / group > psutil.virtual_memory().available:
             return None
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+    is_deaf = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_IGN)}  # Ctrl-C is this process's
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), **is_deaf) as pool:
         try:
             return pool.submit(_measured, config, local_batch, steps, device, torch.get_num_threads()).result()
         except (torch.OutOfMemoryError, BrokenProcessPool):  # of a GPU; of a host, where the kernel ends the process
             return None
+        except KeyboardInterrupt:  # the pool waits for its process
+            for process in multiprocessing.active_children():
+                process.kill()
+            raise
 
 
 def _measured(config: PretrainConfig, local_batch: int, steps: int, device: str, threads: int) -> tuple[int, float]:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from moco_dist.config.pretrain import PretrainConfig
+from moco_dist.errors import Preempted
 from moco_dist.reproduce import table3
 from moco_dist.reproduce.table3 import as_markdown, measure
 
@@ -67,3 +68,28 @@ def test_a_real_measurement(monkeypatch):
     assert end_to_end["peak_bytes"] > 1.1 * moco["peak_bytes"] > 0
     monkeypatch.setattr(table3, "_measured", out_of_memory)
     assert measure({"MoCo": configs["MoCo"]}, [32], "cpu", 1, 1)[0]["peak_bytes"] is None
+
+
+def test_what_was_measured_is_kept_when_it_is_stopped(monkeypatch, tmp_path):
+    calls, kept = [], tmp_path / "kept.json"
+    config = PretrainConfig.model_validate({"run": {"dir": "r", "device": "cpu"}, "data": {"root": "r"}})
+    configs = {"MoCo": config, "end to end": config}
+
+    def alone(config, batch, steps, device):
+        calls.append(batch)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return None if batch == 64 else (len(calls), 1.0)
+
+    monkeypatch.setattr(table3, "_alone", alone)
+    with pytest.raises(Preempted, match="2 of 8 measurements are kept"):
+        measure(configs, [32, 64], "cpu", 1, 2, kept)
+    again = measure(configs, [32, 64], "cpu", 1, 2, kept)
+    assert calls == [32, 32, 64, 64, 64, 32, 32]
+    assert [row["peak_bytes"] for row in again] == [6, 7, None, None]
+    assert measure(configs, [32, 64], "cpu", 1, 2, kept) == again
+    measure(configs, [32, 64], "cpu", 2, 1, kept)  # others
+    assert calls[7:] == [32, 32, 64, 64]
+    kept.write_text("{")
+    measure(configs, [32], "cpu", 2, 1, kept)
+    assert calls[11:] == [32, 32]

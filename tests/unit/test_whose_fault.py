@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 from torch.distributed.checkpoint.api import CheckpointException
 
-from launchers import kubernetes, slurm
 from moco_dist.cli.main import main
 from moco_dist.config.source import read_yaml
 from moco_dist.data import storage
@@ -22,6 +21,7 @@ from moco_dist.datasets import imagenet
 from moco_dist.datasets.published import _downloading, _read_idx
 from moco_dist.distributed.world import World
 from moco_dist.errors import EXIT_IO, EXIT_MISTAKE, EXIT_UNREACHABLE, UserError, file_error
+from moco_dist.launchers import kubernetes, slurm
 from moco_dist.run import checkpoint, weights
 
 OF_PATHS = [errno.ENOENT, errno.EACCES, errno.EROFS, errno.EISDIR]

@@ -1,10 +1,6 @@
 """`moco-dist doctor`."""
 
-import argparse
-import json
 import os
-import socket
-import time
 from pathlib import Path
 
 from moco_dist.cli.arguments import Parser, require_positive
@@ -33,7 +29,7 @@ def main(words: list[str]) -> int:
     require_positive(args, "nodes", "gpus_per_node")
     is_planned = args.nodes is not None or args.gpus_per_node is not None
 
-    from moco_dist.doctor import finding, logs, settings
+    from moco_dist.doctor import finding, hosts, logs, settings
 
     if args.run is not None:
         if rest or is_planned:
@@ -56,52 +52,8 @@ def main(words: list[str]) -> int:
                              flags if files else [*NOTHING_GIVEN, *flags], files[1:])  # fmt: skip
     except UserError as error:
         return _print([finding.problem("config", line) for line in str(error).splitlines()])
-    return _machine(config, bool(files), args)
-
-
-def _machine(config: PretrainConfig, has_config: bool, args: argparse.Namespace) -> int:
-    import torch
-
-    from moco_dist.data.images import subset
-    from moco_dist.data.sources import find_images
-    from moco_dist.distributed.collectives import barrier, gather_texts, process_group
-    from moco_dist.distributed.world import world_from_env
-    from moco_dist.doctor import finding, machine, network, settings
-
-    world = world_from_env("cpu")  # gloo answers on any host, also where a GPU is what is wrong
-    here = world.local_world_size if world.world_size > 1 else max(1, torch.cuda.device_count())
-    ranks = args.gpus_per_node or here
-    world_size = ranks * (args.nodes or world.num_nodes)
-    found = []
-    num_images = None
-    if has_config:
-        try:
-            num_images = len(subset(find_images(config.data.root, "train"), config.data.max_samples).paths)
-            found.append(finding.fine("data", f"{num_images:,} images in {config.data.root}"))
-            if config.log.knn_every_epochs:
-                find_images(config.data.root, "val")
-        except UserError as error:
-            found.append(finding.problem("data", str(error)))
-    found += machine.check(config, ranks, world_size)
-    found += [*machine.packages(config), *network.interfaces(), network.host_name()]
-    found.append(network.mlflow_server(config.tracking))
-    if world.is_main:
-        found += settings.pretraining(config, world_size, ranks, num_images)
-    with process_group(world):
-        barrier(world)
-        facts = {"host": socket.gethostname(), "time": time.time(), "is_first": world.local_rank == 0,
-                 "findings": [vars(f) for f in found]}  # fmt: skip
-        hosts = [json.loads(text) for text in gather_texts(json.dumps(facts), world)]
-    if not world.is_main:
-        return 0
-    hosts = [host for host in hosts if host["is_first"]]
-    everything = []
-    for host in hosts:
-        prefix = f"[{host['host']}] " if len(hosts) > 1 else ""
-        everything += [finding.Finding(f["level"], prefix + f["about"], f["text"]) for f in host["findings"]]
-    if len(hosts) > 1:
-        everything.append(network.clocks({host["host"]: host["time"] for host in hosts}))
-    return _print(everything)
+    found = hosts.findings(config, bool(files), args.nodes, args.gpus_per_node)
+    return os.EX_OK if found is None else _print(found)
 
 
 def _print(found: list) -> int:

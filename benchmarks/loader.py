@@ -33,10 +33,10 @@ from moco_dist.data import decode
 from moco_dist.data.batch import CropBatch
 from moco_dist.data.colours import apply_colours
 from moco_dist.data.folder import read_bytes
-from moco_dist.data.jobs import view_job
 from moco_dist.data.loaders import pretrain_batches
 from moco_dist.data.plan import Plan
 from moco_dist.data.sources import find_images
+from moco_dist.data.tasks import view_task
 from moco_dist.datasets.pack import pack
 from moco_dist.distributed.world import World
 from moco_dist.errors import UserError
@@ -200,17 +200,17 @@ def decode_costs(root: Path) -> dict[str, float]:
     config = PretrainConfig.model_validate({
         "run": {"dir": "unused"}, "data": {"root": root}, "optim": {"global_batch_size": BATCH}
     })  # fmt: skip
-    job = view_job(0, config, Plan(len(paths), len(paths), 0), World())
+    task = view_task(0, config, Plan(len(paths), len(paths), 0), World())
     floor = _floor_library(root)
     ours, region, whole = [], [], []
     out = ctypes.create_string_buffer(WIDTH * (HEIGHT + 16) * 3)
-    for i, sample in enumerate(job.samples):
+    for i, sample in enumerate(task.samples):
         data = read_bytes(paths[sample])
         started = time.process_time()
         decode._decode_jpeg(data, WIDTH, HEIGHT, 1)
         ours.append(time.process_time() - started)
         if floor:
-            boxes = np.array([crop.box for crop in job.crops(i, WIDTH, HEIGHT)])
+            boxes = np.array([crop.box for crop in task.crops(i, WIDTH, HEIGHT)])
             around = [*boxes[:, :2].min(axis=0).tolist(), *boxes[:, 2:].max(axis=0).tolist()]
             region.append(floor.decode_region(data, len(data), *around, out))
             whole.append(floor.decode_region(data, len(data), 0, 0, WIDTH, HEIGHT, out))

@@ -26,9 +26,9 @@ from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.data import counter_rng
 from moco_dist.data.batch import CropBatch
 from moco_dist.data.colours import draw_colours
-from moco_dist.data.jobs import view_job
 from moco_dist.data.key_views import KeyExchange
 from moco_dist.data.plan import plan_of
+from moco_dist.data.tasks import view_task
 from moco_dist.data.views import Views
 from moco_dist.distributed.collectives import barrier
 from moco_dist.distributed.world import World
@@ -126,7 +126,7 @@ class Run:
     def step(self, step: int, gradients: bool) -> float:
         """One step; returns the seconds that making the key views took."""
         started = time.perf_counter()
-        num_keys = view_job(step, self.config, self.plan, self.world).num_rows - LOCAL_BATCH
+        num_keys = view_task(step, self.config, self.plan, self.world).num_rows - LOCAL_BATCH
         batch = replace(self.batch, view_k=self.crops[:num_keys])
         (exchanged,) = self.keys.exchanged(iter([batch]), step)
         view_k = self.keys.coloured(exchanged, step, torch.float32)

@@ -31,8 +31,8 @@ from moco_dist.config.pretrain import DataConfig
 from moco_dist.data.ahead import ahead
 from moco_dist.data.decode import is_oblong
 from moco_dist.data.images import ImageFolder
-from moco_dist.data.jobs import Crop, Job, JobOf, with_successors
 from moco_dist.data.storage import open_file
+from moco_dist.data.tasks import Crop, DecodeTask, TaskOf, with_successors
 from moco_dist.data.workers import Files
 from moco_dist.distributed.world import World
 from moco_dist.errors import InfrastructureError, UserError
@@ -57,9 +57,9 @@ class Entry(NamedTuple):
 
 
 class Prepared(NamedTuple, Generic[T]):
-    """A job, split into what DALI does, what the host has done, and notes on replaced files."""
+    """A task, split into what DALI does, what the host has done, and notes on replaced files."""
 
-    job: Job[T]
+    task: DecodeTask[T]
     entries: list[Entry]
     done: list[tuple[int, Tensor]]
     replaced: tuple[str, ...]
@@ -67,7 +67,7 @@ class Prepared(NamedTuple, Generic[T]):
 
 def batches_from_dali(
     folder: ImageFolder,
-    job_of: JobOf[T],
+    task_of: TaskOf[T],
     numbers: range,
     size: int,
     data: DataConfig | EvalDataConfig,
@@ -90,7 +90,7 @@ def batches_from_dali(
         raise UserError("data.dali.decode_on gpu needs a GPU, and this rank runs on the CPU; cpu works everywhere")
     if not numbers:
         return
-    batches = _Batches(folder, job_of, numbers[0], size, data, world)
+    batches = _Batches(folder, task_of, numbers[0], size, data, world)
     with contextlib.closing(ahead(batches.run(numbers), 1, must_end)) as made:
         for finish, views, replaced in made:
             if views.is_cuda:
@@ -99,19 +99,19 @@ def batches_from_dali(
 
 
 class _Batches(Generic[T]):
-    """Prepares jobs, keeps some of them in DALI's queue, and puts their batches together."""
+    """Prepares tasks, keeps some of them in DALI's queue, and puts their batches together."""
 
     def __init__(
         self,
         folder: ImageFolder,
-        job_of: JobOf[T],
+        task_of: TaskOf[T],
         first: int,
         size: int,
         data: DataConfig | EvalDataConfig,
         world: World,
     ) -> None:
         self.first = first
-        self.files, self.job_of, self.size, self.data, self.world = Files(folder), job_of, size, data, world
+        self.files, self.task_of, self.size, self.data, self.world = Files(folder), task_of, size, data, world
         self.on_gpu = data.dali.decode_on == "gpu"
         self.sizes = np.zeros((len(folder.paths), 2), dtype=np.int32)  # (width, height), as far as they are known
         self.num_threads = max(1, worker_count(data.num_workers, world.local_world_size))
@@ -121,14 +121,14 @@ class _Batches(Generic[T]):
 
     def run(self, numbers: range) -> Generator[tuple[Any, Tensor, tuple[str, ...]], None, None]:
         """What is left to do for each batch: finish(views, replaced)."""
-        jobs = map(self.job_of, numbers)
+        tasks = map(self.task_of, numbers)
         redo: deque[Prepared[T]] = deque()
         waiting: deque[Prepared[T]] = deque()  # given to DALI, or with nothing for it to do, in order
 
         def next_arguments() -> list[Any]:
             """The pipeline's inputs for its next batch; called ahead of time. StopIteration ends it."""
             while True:
-                prepared = redo.popleft() if redo else self._prepare(next(jobs))
+                prepared = redo.popleft() if redo else self._prepare(next(tasks))
                 waiting.append(prepared)
                 if prepared.entries:
                     return _arguments(prepared.entries, self.size, self.views_per_image)
@@ -155,7 +155,7 @@ class _Batches(Generic[T]):
                     text = f"DALI failed at a batch, which the host decodes ({str(error).strip().splitlines()[-2:][0]})"
                     print(f"[rank {self.world.rank}] warning: {text}", file=sys.stderr, flush=True)
                     given = next(i for i, prepared in enumerate(waiting) if prepared.entries)
-                    waiting[given] = self._prepare(waiting[given].job, on_host=True)
+                    waiting[given] = self._prepare(waiting[given].task, on_host=True)
                     redo.extend(waiting)
                     waiting.clear()
                     continue
@@ -165,31 +165,31 @@ class _Batches(Generic[T]):
             while waiting:
                 yield self._finish(waiting.popleft(), [])
 
-    def _prepare(self, job: Job[T], on_host: bool = False) -> Prepared[T]:
+    def _prepare(self, task: DecodeTask[T], on_host: bool = False) -> Prepared[T]:
         """Sizes, crops, and the views of images that DALI is not given (`on_host`: of all)."""
-        images = range(len(job.samples))
+        images = range(len(task.samples))
         notes: list[list[str]] = [[] for _ in images]
 
         def one(i: int) -> tuple[list[Entry], list[tuple[int, Tensor]]]:
             def attempt(sample: int) -> tuple[list[Entry], list[tuple[int, Tensor]]]:
                 path = self.files.folder.root / self.files.folder.paths[sample]
                 width, height = (_ODD, _ODD) if on_host else self._size_of(sample)
-                crops = [] if width == _ODD else job.crops(i, width, height)
+                crops = [] if width == _ODD else task.crops(i, width, height)
                 if not crops or any(map(is_oblong, crops)):
-                    views = self.files.cut(sample, self.size, lambda w, h: job.crops(i, w, h))
-                    return [], list(zip(job.rows[i], views, strict=True))
-                size, rows = (width, height), job.rows[i]
+                    views = self.files.cut(sample, self.size, lambda w, h: task.crops(i, w, h))
+                    return [], list(zip(task.rows[i], views, strict=True))
+                size, rows = (width, height), task.rows[i]
                 if self.views_per_image == 2:
                     return [Entry(str(path), size, crops, rows)], []
                 return [Entry(str(path), size, [crop], (row,)) for crop, row in zip(crops, rows, strict=True)], []
 
             return with_successors(
-                int(job.samples[i]), len(self.files), self.files.root, self.data.on_error, attempt, notes[i]
+                int(task.samples[i]), len(self.files), self.files.root, self.data.on_error, attempt, notes[i]
             )
 
         parts = list(self.pool.map(one, images))
         return Prepared(
-            job,
+            task,
             [entry for entries, _ in parts for entry in entries],
             [view for _, views in parts for view in views],
             tuple(note for image in notes for note in image),
@@ -211,28 +211,28 @@ class _Batches(Generic[T]):
         return int(self.sizes[sample, 0]), int(self.sizes[sample, 1])
 
     def _pipeline(self, next_arguments: Callable[[], list[Any]]) -> Any:
-        job = self.job_of(self.first)
+        task = self.task_of(self.first)
         # Decode once where most images give two views.
-        self.views_per_image = 2 if job.num_rows > 1.5 * len(job.samples) else 1
+        self.views_per_image = 2 if task.num_rows > 1.5 * len(task.samples) else 1
         return _pipeline(
-            next_arguments, self.size, self.views_per_image, job.most_rows or job.num_rows, self.num_threads, self.data,
-            torch.device(self.world.device).index if self.on_gpu else None,
+            next_arguments, self.size, self.views_per_image, task.most_rows or task.num_rows, self.num_threads,
+            self.data, torch.device(self.world.device).index if self.on_gpu else None,
         )  # fmt: skip
 
     def _finish(self, prepared: Prepared[T], outputs: list[Any]) -> tuple[Any, Tensor, tuple[str, ...]]:
         if self.stream is None:
-            return prepared.job.finish, self._views(prepared, outputs), prepared.replaced
+            return prepared.task.finish, self._views(prepared, outputs), prepared.replaced
         with torch.cuda.stream(self.stream):
             views = self._views(prepared, outputs)
         self.stream.synchronize()  # DALI takes its memory back
-        return prepared.job.finish, views, prepared.replaced
+        return prepared.task.finish, views, prepared.replaced
 
     def _views(self, prepared: Prepared[T], outputs: list[Any]) -> Tensor:
         """uint8 (R, 3, S, S), channels-last."""
         device = self.world.device if self.on_gpu else "cpu"
         pinned = not self.on_gpu and self.world.device != "cpu"
         views = torch.empty(
-            prepared.job.num_rows, self.size, self.size, 3, dtype=torch.uint8, device=device, pin_memory=pinned
+            prepared.task.num_rows, self.size, self.size, 3, dtype=torch.uint8, device=device, pin_memory=pinned
         )
         for place, output in enumerate(outputs):
             taken = [(i, entry.rows[place]) for i, entry in enumerate(prepared.entries) if place < len(entry.rows)]

@@ -26,7 +26,7 @@ from PIL import Image
 from torch import Tensor
 
 from moco_dist.data.images import ImageError
-from moco_dist.data.jobs import Crop
+from moco_dist.data.tasks import Crop
 
 CropsFor = Callable[[int, int], list[Crop]]  # of (width, height)
 

@@ -14,9 +14,9 @@ from moco_dist.config.pretrain import DataConfig, PretrainConfig
 from moco_dist.data.batch import CropBatch
 from moco_dist.data.crops import centre_resize
 from moco_dist.data.images import ImageFolder
-from moco_dist.data.jobs import Crop, Job, JobOf, row_job, view_job
 from moco_dist.data.packed import PACKED_SUFFIX, PackedFile
 from moco_dist.data.plan import Plan
+from moco_dist.data.tasks import Crop, DecodeTask, TaskOf, row_task, view_task
 from moco_dist.data.workers import Files, batches_from_workers
 from moco_dist.distributed.world import World
 from moco_dist.errors import UserError
@@ -42,8 +42,8 @@ def pretrain_batches(
 
     `must_end`: looked at while a batch is waited for; true ends the wait by a LoadingError.
     """
-    job_of = functools.partial(view_job, config=config, plan=plan, world=world)
-    return load(folder, job_of, range(start, stop), config.data.image_size, config.data, world, must_end)
+    task_of = functools.partial(view_task, config=config, plan=plan, world=world)
+    return load(folder, task_of, range(start, stop), config.data.image_size, config.data, world, must_end)
 
 
 def eval_batches(
@@ -63,14 +63,14 @@ def eval_batches(
         uint8 (n, 3, S, S) and the n indices.
     """
     batches = [indices[i : i + data.batch_size] for i in range(0, len(indices), data.batch_size)]
-    job_of = functools.partial(_centre_job, batches=batches, resize=resize, size=crop)
-    with contextlib.closing(load(folder, job_of, range(len(batches)), crop, data, world)) as views_of_batches:
+    task_of = functools.partial(_centre_task, batches=batches, resize=resize, size=crop)
+    with contextlib.closing(load(folder, task_of, range(len(batches)), crop, data, world)) as views_of_batches:
         yield from zip(views_of_batches, batches, strict=True)
 
 
 def load(
     folder: ImageFolder,
-    job_of: JobOf[T],
+    task_of: TaskOf[T],
     numbers: range,
     size: int,
     data: DataConfig | EvalDataConfig,
@@ -83,7 +83,7 @@ def load(
 
     Args:
         folder: the images, in files or packed.
-        job_of: number to job.
+        task_of: number to task.
         numbers: which batches.
         size: S, side of a view in pixels.
         data: the loader, its workers, what to do about files that cannot be read.
@@ -103,16 +103,16 @@ def load(
                 f"data.loader ffcv reads a packed file, and {folder.root} is a folder; "
                 "moco-dist data pack FOLDER FILE.beton makes one"
             )
-        return batches_from_workers(PackedFile(folder), job_of, numbers, size, data, world, must_end)
+        return batches_from_workers(PackedFile(folder), task_of, numbers, size, data, world, must_end)
     if data.loader == "dali":
         from moco_dist.data.dali import batches_from_dali
 
-        return batches_from_dali(folder, job_of, numbers, size, data, world, must_end)
-    return batches_from_workers(Files(folder), job_of, numbers, size, data, world, must_end)
+        return batches_from_dali(folder, task_of, numbers, size, data, world, must_end)
+    return batches_from_workers(Files(folder), task_of, numbers, size, data, world, must_end)
 
 
-def _centre_job(number: int, batches: list[NDArray[np.int64]], resize: int, size: int) -> Job[Tensor]:
+def _centre_task(number: int, batches: list[NDArray[np.int64]], resize: int, size: int) -> DecodeTask[Tensor]:
     def crop(row: int, width: int, height: int) -> Crop:
         return Crop((0, 0, width, height), resized=centre_resize(width, height, resize, size))
 
-    return row_job(batches[number], crop)
+    return row_task(batches[number], crop)

@@ -20,8 +20,8 @@ from moco_dist.data.ahead import ahead
 from moco_dist.data.decode import CropsFor, cut
 from moco_dist.data.folder import read_bytes
 from moco_dist.data.images import ImageFolder
-from moco_dist.data.jobs import JobOf, with_successors
 from moco_dist.data.processes import empty, made_by_processes
+from moco_dist.data.tasks import TaskOf, with_successors
 from moco_dist.distributed.world import World
 
 T = TypeVar("T")
@@ -69,29 +69,29 @@ class Files:
 class Batches(Generic[T]):
     """Number to batch, for one rank."""
 
-    def __init__(self, source: Source, job_of: JobOf[T], size: int, on_error: OnError) -> None:
-        self.source, self.job_of, self.size = source, job_of, size
+    def __init__(self, source: Source, task_of: TaskOf[T], size: int, on_error: OnError) -> None:
+        self.source, self.task_of, self.size = source, task_of, size
         self.on_error: OnError = on_error
 
     def __getitem__(self, number: int) -> T:
-        job = self.job_of(number)
-        views = empty(job.num_rows, 3, self.size, self.size)
+        task = self.task_of(number)
+        views = empty(task.num_rows, 3, self.size, self.size)
         replaced: list[str] = []
-        self.source.announce(job.samples)
-        for i, sample in enumerate(job.samples):
+        self.source.announce(task.samples)
+        for i, sample in enumerate(task.samples):
 
             def attempt(candidate: int, i: int = i) -> list[Tensor]:
-                return self.source.cut(candidate, self.size, lambda width, height: job.crops(i, width, height))
+                return self.source.cut(candidate, self.size, lambda width, height: task.crops(i, width, height))
 
             cropped = with_successors(int(sample), len(self.source), self.source.root, self.on_error, attempt, replaced)
-            for row, view in zip(job.rows[i], cropped, strict=True):
+            for row, view in zip(task.rows[i], cropped, strict=True):
                 views[row] = view
-        return job.finish(views, tuple(replaced))
+        return task.finish(views, tuple(replaced))
 
 
 def batches_from_workers(
     source: Source,
-    job_of: JobOf[T],
+    task_of: TaskOf[T],
     numbers: range,
     size: int,
     data: DataConfig | EvalDataConfig,
@@ -100,7 +100,7 @@ def batches_from_workers(
 ) -> Generator[T, None, None]:
     """The batches of `numbers`, in pinned memory where there is a GPU, from `data.num_workers` processes."""
     made = made_by_processes(
-        Batches(source, job_of, size, data.on_error).__getitem__, numbers,
+        Batches(source, task_of, size, data.on_error).__getitem__, numbers,
         worker_count(data.num_workers, world.local_world_size), data.prefetch_batches, must_end,
     )  # fmt: skip
     return made if world.device == "cpu" else ahead(_pinned(made), 1)

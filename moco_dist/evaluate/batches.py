@@ -9,8 +9,8 @@ from torch import Tensor
 
 from moco_dist.data import counter_rng
 from moco_dist.data.crops import crop_box, crop_draws, is_flipped
-from moco_dist.data.jobs import Crop, Job, row_job
 from moco_dist.data.loaders import load
+from moco_dist.data.tasks import Crop, DecodeTask, row_task
 from moco_dist.evaluate.subject import Evaluation
 
 FLIP_PROBABILITY = 0.5
@@ -35,18 +35,18 @@ def crop_batches(
     evaluation: Evaluation, own: list[NDArray[np.int64]], scale: tuple[float, float], seed: int, epoch: int
 ) -> Generator[Tensor, None, None]:
     """Random resized crops and flips of this rank's training images, uint8 (n, 3, S, S) for each batch of `own`."""
-    job_of = functools.partial(random_crops, own=own, scale=scale, seed=seed, epoch=epoch)
+    task_of = functools.partial(random_crops, own=own, scale=scale, seed=seed, epoch=epoch)
     train, data = evaluation.train, evaluation.config.data
-    return load(train, job_of, range(len(own)), evaluation.crop, data, evaluation.world)
+    return load(train, task_of, range(len(own)), evaluation.crop, data, evaluation.world)
 
 
 def random_crops(
     number: int, *, own: list[NDArray[np.int64]], scale: tuple[float, float], seed: int, epoch: int
-) -> Job[Tensor]:
+) -> DecodeTask[Tensor]:
     """Random resized crops of a batch, mirrored half of the time; each a function of (seed, epoch, sample)."""
     draws = crop_draws(seed, epoch, own[number], counter_rng.STREAM_LINEAR)
 
     def crop(row: int, width: int, height: int) -> Crop:
         return Crop(crop_box(draws[row], width, height, scale), is_flipped(draws[row], FLIP_PROBABILITY))
 
-    return row_job(own[number], crop)
+    return row_task(own[number], crop)

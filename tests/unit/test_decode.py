@@ -10,7 +10,7 @@ from torchvision.transforms import CenterCrop, Compose, Resize
 from moco_dist.data.crops import centre_resize
 from moco_dist.data.decode import cut
 from moco_dist.data.images import ImageError
-from moco_dist.data.jobs import Crop
+from moco_dist.data.tasks import Crop
 
 SIZE = 64  # so that only what is meant to be decoded at a smaller size is
 WHOLE = Crop((0, 0, 150, 120))

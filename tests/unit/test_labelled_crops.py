@@ -6,7 +6,7 @@ from moco_dist.evaluate import batches
 
 
 def test_crops_are_new_in_every_epoch_and_half_are_mirrored(monkeypatch):
-    monkeypatch.setattr(batches, "row_job", lambda rows, crop: [crop(i, 100, 80) for i in range(len(rows))])
+    monkeypatch.setattr(batches, "row_task", lambda rows, crop: [crop(i, 100, 80) for i in range(len(rows))])
 
     def crops(seed, epoch):
         return batches.random_crops(0, own=[np.arange(400)], scale=(0.08, 1.0), seed=seed, epoch=epoch)

@@ -15,11 +15,11 @@ from PIL import Image
 from moco_dist.config.evaluate import EvalDataConfig
 from moco_dist.data.beton import read_beton
 from moco_dist.data.images import ImageError
-from moco_dist.data.jobs import view_job
 from moco_dist.data.loaders import eval_batches, pretrain_batches
 from moco_dist.data.packed import PackedFile
 from moco_dist.data.plan import Plan
 from moco_dist.data.sources import find_images
+from moco_dist.data.tasks import view_task
 from moco_dist.data.workers import Files
 from moco_dist.datasets.pack import pack
 from moco_dist.distributed.world import World
@@ -73,15 +73,15 @@ def test_all_loaders_give_the_reference_s_views(photos, loader, root_for):
 
 
 def test_boxes_do_not_depend_on_the_loader_or_on_who_decodes(photos):
-    """A job's crops are a function of step, sample and size: the same for one rank and for each of four."""
+    """A task's crops are a function of step, sample and size: the same for one rank and for each of four."""
     config = config_of(photos, "torchvision")
     plan = Plan(18, BATCH, 0)
 
     def crops(world):
-        job = view_job(3, config, plan, world)
+        task = view_task(3, config, plan, world)
         n = len(plan.query_indices(3, world))
         sample_of = dict(enumerate([*plan.query_indices(3, world), *plan.key_indices(3, world)]))
-        return {(int(sample_of[row]), row >= n): job.crop(row, 500, 375) for rows in job.rows for row in rows}
+        return {(int(sample_of[row]), row >= n): task.crop(row, 500, 375) for rows in task.rows for row in rows}
 
     shares = [crops(world) for world in rank_of(4)]
     assert {key: value for share in shares for key, value in share.items()} == crops(World())
@@ -318,8 +318,8 @@ def test_a_packed_source_goes_to_a_new_process(photos, tmp_path):
     data = pickle.dumps(source)
     assert len(data) < 20_000  # not the file's content
     config = config_of("unused", "ffcv")
-    job = view_job(0, config, Plan(len(source), BATCH, 0), World())
-    args = (int(job.samples[0]), SIZE, lambda w, h: job.crops(0, w, h))
+    task = view_task(0, config, Plan(len(source), BATCH, 0), World())
+    args = (int(task.samples[0]), SIZE, lambda w, h: task.crops(0, w, h))
     assert all(torch.equal(a, b) for a, b in zip(pickle.loads(data).cut(*args), source.cut(*args), strict=True))
 
 

@@ -13,9 +13,9 @@ from moco_dist.cli.main import main
 from moco_dist.data.beton import JPEG, RAW, read_beton
 from moco_dist.data.decode import decode_image
 from moco_dist.data.images import NO_CLASS, subset
-from moco_dist.data.jobs import Crop
 from moco_dist.data.packed import PackedFile
 from moco_dist.data.sources import find_images
+from moco_dist.data.tasks import Crop
 from moco_dist.datasets.pack import pack
 from moco_dist.errors import UserError
 

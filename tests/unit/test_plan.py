@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moco_dist.config.pretrain import PretrainConfig, block_sizes, default_block, shuffle_block
-from moco_dist.data.jobs import view_job
 from moco_dist.data.plan import Plan, plan_of
+from moco_dist.data.tasks import view_task
 from moco_dist.data.traffic import key_traffic
 from moco_dist.distributed.world import World
 from moco_dist.errors import UserError
@@ -170,7 +170,7 @@ def test_decodes_and_bytes_are_those_of_the_jobs(exchange, nodes, local, batch, 
     decodes, received, crossing = [], [], []
     for step in range(steps):
         for world in worlds(nodes, local):
-            decodes.append(len(view_job(step, config, plan, world).samples))
+            decodes.append(len(view_task(step, config, plan, world).samples))
             mates = plan.mates(exchange, world)
             counts = dict(zip(mates, plan.key_route(step, world, mates).receive_counts, strict=True))
             received.append(sum(n for mate, n in counts.items() if mate != world.rank))

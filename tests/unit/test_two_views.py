@@ -7,11 +7,11 @@ import torch
 from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.data import counter_rng
 from moco_dist.data.colours import COLOURS, apply_colours
-from moco_dist.data.jobs import view_job
 from moco_dist.data.key_views import KeyExchange
 from moco_dist.data.loaders import pretrain_batches
 from moco_dist.data.plan import Plan
 from moco_dist.data.sources import find_images
+from moco_dist.data.tasks import view_task
 from moco_dist.distributed.world import World
 
 SAMPLES = 4000
@@ -21,9 +21,9 @@ CROPS = ("left", "top", "right", "bottom", "flip")
 def draws_of():
     """(N, P) of the query's and of the key's crops and colours, row by row of the same sample."""
     config = PretrainConfig.model_validate({"run": {"dir": "unused"}, "data": {"root": "unused"}})
-    job = view_job(5, config, Plan(SAMPLES, SAMPLES, 3), World())
-    batch = job.finish(torch.empty(2 * SAMPLES, 0), ())
-    boxes = np.array([[*crop.box, crop.flip] for crop in (job.crop(row, 500, 375) for row in range(2 * SAMPLES))])
+    task = view_task(5, config, Plan(SAMPLES, SAMPLES, 3), World())
+    batch = task.finish(torch.empty(2 * SAMPLES, 0), ())
+    boxes = np.array([[*crop.box, crop.flip] for crop in (task.crop(row, 500, 375) for row in range(2 * SAMPLES))])
     order_q, order_k = (np.argsort(samples.numpy()) for samples in (batch.samples_q, batch.samples_k))
     query = np.hstack([boxes[:SAMPLES][order_q], batch.colours_q.numpy()[order_q]])
     return query, np.hstack([boxes[SAMPLES:][order_k], batch.colours_k.numpy()[order_k]])

@@ -1,4 +1,4 @@
-"""What a rank decodes and cuts out for one batch. Every loader takes the same jobs, so all give the same views."""
+"""What a rank decodes and cuts out for one batch. Every loader takes the same tasks, so all give the same views."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -47,7 +47,7 @@ class Crop(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Job(Generic[T]):
+class DecodeTask(Generic[T]):
     """The images of one batch and the rows of it that they fill.
 
     Attributes:
@@ -55,7 +55,7 @@ class Job(Generic[T]):
         rows: for each of them the one or two rows that it gives; over all of them 0 .. R-1.
         crop: the Crop of (row, width, height).
         finish: makes the batch out of uint8 (R, 3, S, S) and the notes on files that were replaced.
-        most_rows: that a job of the same kind may have; None: R of this one.
+        most_rows: that a task of the same kind may have; None: R of this one.
     """
 
     samples: NDArray[np.int64]
@@ -70,14 +70,14 @@ class Job(Generic[T]):
         return sum(map(len, self.rows))
 
     def crops(self, image: int, width: int, height: int) -> list[Crop]:
-        """The crops of the job's `image`-th image, once its size is known."""
+        """The crops of the task's `image`-th image, once its size is known."""
         return [self.crop(row, width, height) for row in self.rows[image]]
 
 
-JobOf = Callable[[int], Job[T]]
+TaskOf = Callable[[int], DecodeTask[T]]
 
 
-def view_job(step: int, config: PretrainConfig, plan: Plan, world: World) -> Job[CropBatch]:
+def view_task(step: int, config: PretrainConfig, plan: Plan, world: World) -> DecodeTask[CropBatch]:
     """This rank's share of a step of pre-training: rows 0 .. n-1 are the queries' views, the rest the keys'.
 
     The keys' views are those that this rank encodes, in their order, or where crops travel those of `Plan.key_route`.
@@ -118,12 +118,12 @@ def view_job(step: int, config: PretrainConfig, plan: Plan, world: World) -> Job
             replaced=replaced,
         )
 
-    return Job(np.array(list(rows)), [tuple(r) for r in rows.values()], crop, finish, most_rows=3 * n)
+    return DecodeTask(np.array(list(rows)), [tuple(r) for r in rows.values()], crop, finish, most_rows=3 * n)
 
 
-def row_job(samples: NDArray[np.int64], crop: Callable[[int, int, int], Crop]) -> Job[Tensor]:
+def row_task(samples: NDArray[np.int64], crop: Callable[[int, int, int], Crop]) -> DecodeTask[Tensor]:
     """One view of each of `samples`, in this order."""
-    return Job(samples, [(row,) for row in range(len(samples))], crop, lambda views, _: views)
+    return DecodeTask(samples, [(row,) for row in range(len(samples))], crop, lambda views, _: views)
 
 
 def with_successors(

@@ -1,10 +1,8 @@
 """`moco-dist report`."""
 
-import sys
 from pathlib import Path
 
 from moco_dist.cli.arguments import Parser
-from moco_dist.errors import UserError
 from moco_dist.run.folder import RunFolder
 
 
@@ -20,17 +18,12 @@ def main(words: list[str]) -> int:
     if args.data_root:
         config = config.model_copy(update={"data": config.data.model_copy(update={"root": args.data_root})})
 
-    from moco_dist.report.contact_sheet import view_pairs
+    from moco_dist.report.contact_sheet import pairs_for_report
     from moco_dist.report.page import accuracy_table, write_report
     from moco_dist.run.results import nearest_examples
     from moco_dist.tracking import Tracker, ui_command
 
-    pairs = None
-    try:
-        pairs = view_pairs(config, 8)
-    except (UserError, OSError) as error:
-        print(f"warning: no pairs of views: {error}; --data-root says where the images are now", file=sys.stderr)
-    page = write_report(run_dir, pairs, nearest_examples(run_dir, before, config.data.root))
+    page = write_report(run_dir, pairs_for_report(config, 8), nearest_examples(run_dir, before, config.data.root))
     with Tracker.reopen(run_dir) as tracker:
         tracker.log_artifact(page, "report")
     print(accuracy_table(run_dir))

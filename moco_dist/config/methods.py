@@ -28,6 +28,7 @@ class MocoConfig(Section):
     temperature: float = setting(0.2, "tau", changes="result", source="v2 Table 2; v1 uses 0.07", ge=0.01, le=10)
 
     title: ClassVar = "MoCo"
+    paper: ClassVar = "MoCo v2 (arXiv 2003.04297)"
     chance_formula: ClassVar = "ln(K + 1)"
     num_encoders: ClassVar = 2
 
@@ -78,6 +79,7 @@ class SimclrConfig(Section):
     )
 
     title: ClassVar = "SimCLR"
+    paper: ClassVar = "SimCLR (arXiv 2002.05709)"
     chance_formula: ClassVar = "ln(2B − 1)"
     num_encoders: ClassVar = 1
     queue_keys: ClassVar = 0

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from moco_dist.config.credentials import without_credentials
-from moco_dist.config.pretrain import TrackingConfig
+from moco_dist.config.run import TrackingConfig
 from moco_dist.doctor.finding import Finding, fine, problem, warning
 from moco_dist.launchers.torchrun import INTERFACE_VARIABLES, interface_problem
 from moco_dist.tracking.failure import proxy_of

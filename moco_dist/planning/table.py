@@ -47,7 +47,7 @@ def plan(inputs: Inputs) -> list[Line]:
         *_step(forecast, step, nothing, network_source),
         *_loading(forecast, inputs, loading),
         *_schedule(forecast, inputs, nothing),
-        *_scaling(weak_scaling(sizes, step, rate_within, rate_between, latency), sizes, nothing, hosts, within),
+        *_scaling(weak_scaling(sizes, step, rate_within, rate_between, latency), sizes, nothing),
     ]
 
 
@@ -150,9 +150,7 @@ def _schedule(forecast: Forecast, inputs: Inputs, nothing: str) -> list[Line]:
     return [*lines, Line("whole schedule", f"{steps * seconds / 3600:,.1f} hours", "steps x step; without evaluation")]
 
 
-def _scaling(
-    rows: list[tuple[int, float | None]], sizes: Sizes, nothing: str, hosts: int, within: Measurement | None
-) -> list[Line]:
+def _scaling(rows: list[tuple[int, float | None]], sizes: Sizes, nothing: str) -> list[Line]:
     name = f"efficiency, {sizes.local_batch} samples a GPU"
     if all(efficiency is None for _, efficiency in rows):
         return [Line(name, nothing)]

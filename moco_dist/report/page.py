@@ -16,7 +16,8 @@ from PIL import Image
 from torch import Tensor
 
 from moco_dist.config.credentials import without_credentials
-from moco_dist.config.pretrain import DataConfig, PretrainConfig, RunConfig
+from moco_dist.config.pretrain import DataConfig, PretrainConfig
+from moco_dist.config.run import RunConfig
 from moco_dist.config.source import flatten, leaf_fields
 from moco_dist.files import read_json, write_whole
 from moco_dist.provenance import package_versions

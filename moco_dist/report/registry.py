@@ -20,7 +20,6 @@ from moco_dist.run.folder import RunFolder
 from moco_dist.run.weights import load_trained
 from moco_dist.tracking import saved_run
 
-METHODS = {"moco": "MoCo v2 (arXiv 2003.04297)", "simclr": "SimCLR (arXiv 2002.05709)"}
 ACCURACIES = {"linear_top1": "linear evaluation, top-1", "knn_top1_k20": "kNN, k = 20, top-1"}
 
 
@@ -52,7 +51,7 @@ Output: features, before the projection head.
 `{config.data.root}`, the images alone. Their licence is theirs, and may limit what can be done with this model.
 
 ## Recipe
-{METHODS[config.method]}, {optim.epochs} epochs, batch {optim.global_batch_size}, {optim.optimizer},
+{config.of_method.paper}, {optim.epochs} epochs, batch {optim.global_batch_size}, {optim.optimizer},
 base_lr {optim.base_lr}, seed {config.run.seed}. All settings are parameters of the MLflow run.
 
 ## Numbers

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from moco_dist.config.credentials import without_credentials
-from moco_dist.config.pretrain import TrackingConfig
+from moco_dist.config.run import TrackingConfig
 from moco_dist.errors import UserError, nearest
 from moco_dist.tracking.database import SQLITE, file_of, has_run, open_alone
 from moco_dist.tracking.failure import reason

@@ -11,7 +11,8 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 
 from moco_dist.cli.main import main
-from moco_dist.config.pretrain import PretrainConfig, TrackingConfig
+from moco_dist.config.pretrain import PretrainConfig
+from moco_dist.config.run import TrackingConfig
 from moco_dist.config.source import read_config
 from moco_dist.doctor import machine, network
 

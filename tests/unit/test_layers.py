@@ -1,10 +1,12 @@
-"""What import-linter cannot say: who may talk to torch.distributed, and that help needs no torch."""
+"""What import-linter cannot say: who talks to torch.distributed, that help needs no torch, how long a file may be."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+MOST_LINES = 400
 ALLOWED = {
     "distributed/collectives.py",
     "distributed/heartbeat.py",  # talks to the store, and calls no collective
@@ -41,3 +43,16 @@ def test_help_and_wrong_flags_need_no_torch():
     """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_no_file_is_too_long_to_be_read_at_once():
+    for path in [*Path("moco_dist").rglob("*.py"), *Path("tests").rglob("*.py")]:
+        assert len(path.read_text().splitlines()) <= MOST_LINES, path
+
+
+def test_tests_import_no_other_test_file():
+    """What two of them need is a module of its own: a test that moves breaks no other."""
+    for path in Path("tests").rglob("*.py"):
+        for name in imported(path):
+            assert not any(part.startswith("test_") for part in name.split(".")[1:-1]), (path, name)
+            assert not re.match(r"tests\..*\btest_\w+$", name), (path, name)

@@ -7,8 +7,8 @@ from PIL import Image
 
 from moco_dist.cli.main import main
 from moco_dist.config.pretrain import PretrainConfig
+from moco_dist.data.pairs import view_pairs
 from moco_dist.datasets.prepare import prepare_shapes
-from moco_dist.report.contact_sheet import view_pairs
 
 PLAIN = {"crop_scale": [1.0, 1.0], "jitter_probability": 0, "grayscale_probability": 0, "blur_probability": 0,
          "flip_probability": 0}  # fmt: skip

@@ -16,7 +16,7 @@ from moco_dist.config.source import read_yaml
 from moco_dist.data import storage
 from moco_dist.data.folder import read_bytes
 from moco_dist.data.images import ImageError, cannot_read
-from moco_dist.data.jobs import MAX_SUCCESSORS, with_successors
+from moco_dist.data.tasks import MAX_SUCCESSORS, with_successors
 from moco_dist.datasets import imagenet
 from moco_dist.datasets.published import _downloading, _read_idx
 from moco_dist.distributed.world import World

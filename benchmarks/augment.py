@@ -1,6 +1,6 @@
 """The colours of a batch of views: this program's module, torchvision's image by image, and kornia's batched ones.
 
-    python -m benchmarks.augment [--views 64 --size 224 --repeats 7]      # kornia: pip install kornia
+    python -m benchmarks.augment [--views 64 --size 224 --repeats 7] [--quick]      # kornia: pip install kornia
 
 All get the same parameters, drawn once from the v2 recipe. On a CPU one thread each; on a GPU the bytes that have to
 move (uint8 in, bf16 out) over the time give the share of the memory's rate. They run in turn; medians are kept.
@@ -82,7 +82,7 @@ def main() -> None:
     parser.add_argument("--views", type=int, default=64)
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--repeats", type=int, default=7)
-    args = parser.parse_args()
+    args = results.parse(parser, views=4, size=32, repeats=1)
     torch.set_num_threads(1)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator().manual_seed(0)

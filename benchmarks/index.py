@@ -1,6 +1,6 @@
 """How long a start takes on 1.28 million images: listing the folders, and reading the index instead.
 
-    python -m benchmarks.index [--images 1281167 --folder FOLDER]
+    python -m benchmarks.index [--images 1281167] [--folder FOLDER] [--quick]
 
 Makes empty files in 1,000 class folders in FOLDER (default: a temporary one), which listing cannot tell from images.
 """
@@ -43,7 +43,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=1_281_167)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
-    args = parser.parse_args()
+    args = results.parse(parser, images=2000)
     with tempfile.TemporaryDirectory(dir=args.folder) as scratch:
         make(Path(scratch), args.images)
         listed, indexed = [], []

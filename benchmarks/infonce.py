@@ -5,7 +5,7 @@
 For each number of queries N and queue size K: seconds (medians, in turn), peak memory beside the inputs, and the
 largest error of the gradient against float64, relative to its largest value. On a GPU also with TF32 products
 (`engine.allow_tf32`). Where the N x (1 + K) logits would not fit the machine, the usual way is left out. Five minutes
-on two cores. --quick: seconds, no result.
+on two cores.
 """
 
 import argparse
@@ -99,8 +99,7 @@ def main() -> None:
     """Measure and write the results file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--quick", action="store_true")
-    args = parser.parse_args()
+    args = results.parse(parser)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows = []
     sizes = QUICK_SIZES if args.quick else SIZES
@@ -108,8 +107,7 @@ def main() -> None:
         row = measure(*size, args.repeats, device)
         rows.append(row)
         print(row, flush=True)
-    if not args.quick:
-        results.write("infonce", rows, device, dim=DIM, dtype="float32", threads=torch.get_num_threads())
+    results.write("infonce", rows, device, dim=DIM, dtype="float32", threads=torch.get_num_threads())
 
 
 if __name__ == "__main__":

@@ -4,10 +4,10 @@ The figure is CPU time of the process, all its threads, so other load on the mac
 as seconds of one core: images/s of a core = 1,000 / it. Start-up is left out: the time of few batches is taken from
 that of many. All ways take turns in one run; medians over the rounds are reported.
 
-    python -m benchmarks.loader [--images 320] [--rounds 5]
+    python -m benchmarks.loader [--images 320] [--rounds 5] [--quick]
 
-Photographs: Debian's gnome-backgrounds and mate-backgrounds, cut to pieces. The decode floor is libjpeg-turbo on the
-region around both crops (benchmarks/decode_floor.c; needs cc and libjpeg-dev, else it is left empty).
+Images: benchmarks/photos.py. The decode floor is libjpeg-turbo on the region around both crops
+(benchmarks/decode_floor.c; needs cc and libjpeg-dev, else it is left empty).
 """
 
 import argparse
@@ -28,6 +28,7 @@ from PIL import Image
 from torchvision import transforms
 
 from benchmarks import results
+from benchmarks.photos import HEIGHT, WIDTH, make_photos, source_of_photos
 from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.data import decode
 from moco_dist.data.batch import CropBatch
@@ -41,8 +42,7 @@ from moco_dist.datasets.pack import pack
 from moco_dist.distributed.world import World
 from moco_dist.errors import UserError
 
-BATCH, SIZE, WIDTH, HEIGHT = 32, 224, 500, 375
-BACKGROUNDS = Path("/usr/share/backgrounds")
+BATCH, SIZE = 32, 224
 USUAL = "torchvision transforms, colours and blur on the CPU (usual)"
 
 
@@ -51,7 +51,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=320, help="images a measurement")
     parser.add_argument("--rounds", type=int, default=5, help="times that each way is measured")
-    args = parser.parse_args()
+    args = results.parse(parser, images=64, rounds=1)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch) / "photos"
@@ -72,7 +72,7 @@ def main() -> int:
     print_table(rows, decoding)
     results.write(
         "loader", rows, decoding=decoding, images=args.images, rounds=args.rounds, image_size=[WIDTH, HEIGHT],
-        mean_file_bytes=round(mean_bytes), crops_per_image=2, crop_size=SIZE,
+        mean_file_bytes=round(mean_bytes), cut_out_of=source_of_photos(), crops_per_image=2, crop_size=SIZE,
         decoders={
             package.name: package.version
             for package in metadata.distributions()
@@ -80,32 +80,6 @@ def main() -> int:
         },
     )  # fmt: skip
     return 0
-
-
-def photographs() -> list[Path]:
-    """What there is to cut images out of."""
-    return sorted(path for kind in ("*.jpg", "*.webp") for path in BACKGROUNDS.rglob(kind))
-
-
-def make_photos(root: Path, count: int) -> float:
-    """`count` JPEGs of WIDTH x HEIGHT cut out of photographs, into ROOT/train; their mean size in bytes."""
-    sources = photographs()
-    if not sources:
-        sys.exit(f"no photographs in {BACKGROUNDS}; apt-get install gnome-backgrounds mate-backgrounds")
-    (root / "train" / "photos").mkdir(parents=True)
-    rng, made, sizes = np.random.default_rng(0), 0, []
-    for number, source in enumerate(sources):
-        image = Image.open(source).convert("RGB")
-        while made < count * (number + 1) // len(sources):
-            width = int(min(image.width, image.height * WIDTH / HEIGHT) * rng.uniform(0.2, 1.0))
-            height = width * HEIGHT // WIDTH
-            left, top = rng.integers(image.width - width + 1), rng.integers(image.height - height + 1)
-            path = root / "train" / "photos" / f"{made:05d}.jpg"
-            box = (int(left), int(top), int(left) + width, int(top) + height)
-            image.resize((WIDTH, HEIGHT), Image.Resampling.LANCZOS, box=box).save(path, quality=95)
-            sizes.append(path.stat().st_size)
-            made += 1
-    return statistics.mean(sizes)
 
 
 def usual_ways(root: Path) -> dict[str, Callable[[int], None]]:

@@ -14,7 +14,6 @@ is not compared.
 Each program has processes of its own, as its user would start it; they take turns, `--rounds` times, each with one step
 that is not counted and three that are. A step ends when the last rank is done; ratios are of medians. Without root (or
 iproute2) only loopback is measured. On a machine with two GPUs the ranks use them. Twelve minutes on two cores.
---quick: a small network, seconds, no result.
 """
 
 import argparse
@@ -172,26 +171,22 @@ def main() -> None:
     parser.add_argument("--local-batch", type=int, default=32)
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--queue-size", type=int, default=65536)
-    parser.add_argument("--quick", action="store_true")
-    args = parser.parse_args()
+    args = results.parse(parser, rounds=1, arch="resnet10", local_batch=8, image_size=64, queue_size=4096)
     try:
         import lightly
     except ImportError:
         raise SystemExit("lightly is not installed: pip install 'moco_dist[benchmarks]'") from None
     sizes = {"arch": args.arch, "local_batch": args.local_batch, "image_size": args.image_size,
              "queue_size": args.queue_size}  # fmt: skip
-    if args.quick:
-        sizes = {"arch": "resnet10", "local_batch": 8, "image_size": 64, "queue_size": 4096}
     links: dict[str, float | None] = {"loopback": None, "1 Gb/s": 1.0}
     if reason := why_not():
         print(f"loopback only: {reason}")
         del links["1 Gb/s"]
     device = "cuda" if torch.cuda.device_count() >= RANKS else "cpu"
     rows = measure(links, args.rounds, device, **sizes)
-    if not args.quick:
-        precision = str(compute_dtype("auto", device)).removeprefix("torch.")
-        facts = {"ranks": RANKS, "device": device, "precision": precision, "lightly": lightly.__version__}
-        results.write("peer_step", rows, **facts, **sizes)
+    precision = str(compute_dtype("auto", device)).removeprefix("torch.")
+    facts = {"ranks": RANKS, "precision": precision, "lightly": lightly.__version__}
+    results.write("peer_step", rows, device, **facts, **sizes)
 
 
 if __name__ == "__main__":

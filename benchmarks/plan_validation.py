@@ -1,10 +1,10 @@
 """What `moco-dist plan` predicts, beside what then happens: seconds and bytes of a step on 1 and 2 hosts.
 
-    sudo python -m benchmarks.plan_validation [--rates 1,0.1] [--steps 20]
+    sudo python -m benchmarks.plan_validation [--rates 1,0.1] [--steps 20] [--rounds 3] [--quick]
 
 Hosts are network namespaces (benchmarks/hosts.py), one rank each, links shaped. Each case calibrates, plans with the
 link's rate as a user would give it, and then takes real steps with the real loader. Calibration and steps take turns
-three times in one process, so that a busy machine slows both alike; the error is that of the ratio's median.
+`--rounds` times in one process, so that a busy machine slows both alike; the error is that of the ratio's median.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from moco_dist.planning import calibrate
 from moco_dist.planning.arithmetic import sizes
 from moco_dist.planning.forecast import Forecast
 
-ROUNDS, CALIBRATION_STEPS = 3, 10
+CALIBRATION_STEPS = 10
 PORT = 29477
 COUNTER = Path("/sys/class/net/eth0/statistics/rx_bytes")
 
@@ -51,8 +51,8 @@ def config_of(root: str, world_size: int, exchange: str) -> PretrainConfig:
     })  # fmt: skip
 
 
-def rank_main(root: str, exchange: str, rate: float, steps: int) -> None:
-    """One rank: calibrate and plan, then run, three times in turn; rank 0 prints the readings."""
+def rank_main(root: str, exchange: str, rate: float, steps: int, rounds: int) -> None:
+    """One rank: calibrate and plan, then run, `rounds` times in turn; rank 0 prints the readings."""
     torch.set_num_threads(1)
     world = world_from_env("cpu")
     calibrate.MAX_STEPS = CALIBRATION_STEPS
@@ -60,7 +60,7 @@ def rank_main(root: str, exchange: str, rate: float, steps: int) -> None:
     planned = sizes(config, world.world_size, 1)
     with process_group(world):
         readings = []
-        for number in range(ROUNDS):
+        for number in range(rounds):
             measured = calibrate.calibrate(config, world.world_size, world)
             forecast = Forecast(planned, measured, rate * 1e9 / 8, measured.latency_seconds,
                                 measured.loader_core_seconds, config.data.num_workers)  # fmt: skip
@@ -108,7 +108,7 @@ def received_bytes() -> int:
     return int(COUNTER.read_text()) if COUNTER.exists() else 0
 
 
-def measure(root: str, num_hosts: int, exchange: str, rate: float, steps: int) -> dict:
+def measure(root: str, num_hosts: int, exchange: str, rate: float, steps: int, rounds: int) -> dict:
     """A row: one case on fresh hosts."""
     with hosts(num_hosts) as made, tempfile.TemporaryFile("w+") as out:
         made.shape(rate)
@@ -118,7 +118,7 @@ def measure(root: str, num_hosts: int, exchange: str, rate: float, steps: int) -
                    "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": made.address(0), "MASTER_PORT": str(PORT),
                    "GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1"}  # fmt: skip
             words = [sys.executable, "-m", "benchmarks.plan_validation", "--rank", root, exchange, str(rate),
-                     "--steps", str(steps)]  # fmt: skip
+                     "--steps", str(steps), "--rounds", str(rounds)]  # fmt: skip
             stdout = out if host == 0 else subprocess.DEVNULL
             ranks.append(subprocess.Popen(made.command(host, words), env=env, stdout=stdout))
         if any(rank.wait() for rank in ranks):
@@ -149,9 +149,10 @@ def main() -> None:
     parser.add_argument("--rates", default="1,0.1", help="link rates in Gb/s")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rank", nargs=3, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    parser.add_argument("--rounds", type=int, default=3)
+    args = results.parse(parser, rates="1", steps=2, rounds=1)
     if args.rank:
-        rank_main(args.rank[0], args.rank[1], float(args.rank[2]), args.steps)
+        rank_main(args.rank[0], args.rank[1], float(args.rank[2]), args.steps, args.rounds)
         return
     if reason := why_not():
         raise SystemExit(reason)
@@ -159,7 +160,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as root:
         make_images(Path(root))
         cases = [(1, "loader", first), *((2, "loader", rate) for rate in rates), (2, "all_gather", rates[-1])]
-        rows = [measure(root, *case, steps=args.steps) for case in cases]
+        rows = [measure(root, *case, steps=args.steps, rounds=args.rounds) for case in cases]
     results.write("plan_validation", rows, arch="resnet10", image_size=48, local_batch_size=32, precision="bf16")
 
 

@@ -1,5 +1,6 @@
-"""Where results go, and what they must say: hardware, versions, date, command."""
+"""Where results go, and what they must say: hardware, versions, date, command; and `--quick`, which writes none."""
 
+import argparse
 import datetime
 import json
 import os
@@ -12,10 +13,23 @@ import torch
 from moco_dist.provenance import hardware, package_versions
 
 FOLDER = Path(__file__).parent / "results"
+QUICK = "--quick"
 
 
-def write(theme: str, rows: list[dict[str, Any]], device: str = "cpu", **facts: Any) -> Path:
-    """Write results/THEME_HARDWARE_DATE.json; returns its path.
+def parse(parser: argparse.ArgumentParser, **quick: Any) -> argparse.Namespace:
+    """The command line's arguments. With `--quick` those of `quick` replace the user's, and `write` writes nothing.
+
+    Every benchmark is parsed here, so that a test can try each of them in seconds.
+    """
+    parser.add_argument(QUICK, action="store_true", help="try it in seconds, with the smallest sizes; writes no result")
+    args = parser.parse_args()
+    if args.quick:
+        vars(args).update(quick)
+    return args
+
+
+def write(theme: str, rows: list[dict[str, Any]], device: str = "cpu", **facts: Any) -> None:
+    """Write results/THEME_HARDWARE_DATE.json.
 
     Args:
         theme: what was measured: the script's name.
@@ -23,6 +37,8 @@ def write(theme: str, rows: list[dict[str, Any]], device: str = "cpu", **facts: 
         device: where it was measured, `cpu` or `cuda`, whatever else the machine has.
         facts: what else a reader needs to understand them.
     """
+    if QUICK in sys.argv:
+        return
     date = datetime.datetime.now(datetime.UTC).date().isoformat()
     result = {
         "theme": theme,
@@ -40,4 +56,3 @@ def write(theme: str, rows: list[dict[str, Any]], device: str = "cpu", **facts: 
     path = FOLDER / f"{theme}_{device}-{name}_{date}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(f"wrote {path}")
-    return path

@@ -15,12 +15,10 @@ The floors: the FLOPs of the encoders' convolutions and products / the rate of a
 precision, and the bytes of momentum update and optimiser / the bandwidth of `y += x` on large arrays; both rates are
 measured in the same run.
 
-"Data wait" is of another loop: the program's loader on photographs of 500 x 375 (as in benchmarks.loader), with all
-cores but one, feeding the same step. On CPUs it competes with the step for the cores. Left out where there are no
-photographs.
+"Data wait" is of another loop: the program's loader on images of 500 x 375 (benchmarks/photos.py), with all cores but
+one, feeding the same step. On CPUs it competes with the step for the cores.
 
 On a GPU all local batches 32, 64, 128, 256 and all ways; on a CPU batch 32, eager (three minutes on two cores).
---quick: a small encoder, no result.
 """
 
 import argparse
@@ -41,7 +39,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import results
-from benchmarks.loader import make_photos, photographs
+from benchmarks.photos import make_photos, source_of_photos
 from benchmarks.timing import bytes_per_second, flops_per_second, in_turn, synchronise
 from moco_dist.config.architectures import ARCHITECTURES
 from moco_dist.config.pretrain import PretrainConfig
@@ -199,7 +197,7 @@ def measure(config: PretrainConfig, way: str, repeats: int, world: World) -> dic
     readings = [moco.seconds_of_parts() for _ in range(repeats + 1)][1:]
     parts = {name: statistics.median(reading[name] for reading in readings) for name in readings[0]}
     count = config.optim.global_batch_size
-    parameters = sum(p.numel() for p in moco.state.query_encoder.parameters())
+    parameters = sum(p.numel() for p in moco.method.query_encoder.parameters())
     dtype = compute_dtype(config.optim.precision, world.device)
     floors = {
         "convolutions and products": flops(config, world) / flops_per_second(world.device, dtype),
@@ -210,7 +208,7 @@ def measure(config: PretrainConfig, way: str, repeats: int, world: World) -> dic
         "way": way, "local_batch": count, "seconds": seconds, "images_per_second": count / seconds["moco"],
         "share_of_ceiling": seconds["supervised"] / 0.75 / seconds["moco"],
         "share_of_step": {name: value / total for name, value in parts.items()}, "floor_seconds": floors,
-        "data_wait_share": moco.wait_share(repeats) if photographs() else None,
+        "data_wait_share": moco.wait_share(repeats),
     }  # fmt: skip
 
 
@@ -233,24 +231,20 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[32, 64, 128, 256] if on_gpu else [32])
     parser.add_argument("--ways", choices=list(WAYS), nargs="+", default=list(WAYS) if on_gpu else ["eager"])
     parser.add_argument("--repeats", type=int, default=20 if on_gpu else 3)
-    parser.add_argument("--quick", action="store_true")
-    args = parser.parse_args()
-    if args.quick:
-        args.arch, args.image_size, args.batches, args.repeats = "resnet10", 64, [32], 2
+    args = results.parse(parser, arch="resnet10", image_size=32, batches=[32], repeats=1)
     world = World(device="cuda" if on_gpu else "cpu")
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
-        if photographs():
-            make_photos(Path(scratch), 2 * max(args.batches))
+        make_photos(Path(scratch), 2 * max(args.batches))
         for way in args.ways:
             for batch in args.batches:
                 torch.compiler.reset()
                 row = measure(settings(args.arch, args.image_size, batch, way, scratch), way, args.repeats, world)
                 rows.append(row)
                 print(row, flush=True)
-    if not args.quick:
-        facts = {"arch": args.arch, "image_size": args.image_size, "threads": torch.get_num_threads()}
-        results.write("step_parts", rows, world.device, **facts)
+    facts = {"arch": args.arch, "image_size": args.image_size, "threads": torch.get_num_threads(),
+             "cut_out_of": source_of_photos()}  # fmt: skip
+    results.write("step_parts", rows, world.device, **facts)
 
 
 if __name__ == "__main__":

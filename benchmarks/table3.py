@@ -4,7 +4,6 @@
 
 The same measurement as `moco-dist reproduce table3` (moco_dist/reproduce/table3.py): one rank with its share of the
 batch of 8, each method and batch in a process of its own, in turn. On a CPU smaller images and batches by default.
---quick: seconds, no result.
 """
 
 import argparse
@@ -28,19 +27,15 @@ def main() -> None:
     parser.add_argument("--arch", choices=ARCHITECTURES, default="resnet50")
     parser.add_argument("--image-size", type=int, default=CPU_SIDE if is_cpu else 224)
     parser.add_argument("--batches", type=int, nargs="+", default=CPU_BATCHES if is_cpu else LOCAL_BATCHES)
-    parser.add_argument("--quick", action="store_true")
-    args = parser.parse_args()
-    if args.quick:
-        args.arch, args.image_size, args.batches = "resnet10", 32, [32]
+    args = results.parse(parser, arch="resnet10", image_size=32, batches=[32])
     flags = ["--model.arch", args.arch, "--data.image-size", str(args.image_size), "--run.device", device]
     configs = configs_of(Path("configs"), flags=flags)
     rows = measure(configs, args.batches, device, 1 if args.quick else STEPS, 1 if args.quick else ROUNDS)
     print(as_markdown(rows))
-    if not args.quick:
-        dtype = str(compute_dtype(configs["MoCo"].optim.precision, device)).removeprefix("torch.")
-        queue_size = configs["MoCo"].moco.queue_size
-        results.write("table3", rows, device, arch=args.arch, image_size=args.image_size, dtype=dtype,
-                      queue_size=queue_size, threads=torch.get_num_threads())  # fmt: skip
+    dtype = str(compute_dtype(configs["MoCo"].optim.precision, device)).removeprefix("torch.")
+    queue_size = configs["MoCo"].moco.queue_size
+    results.write("table3", rows, device, arch=args.arch, image_size=args.image_size, dtype=dtype,
+                  queue_size=queue_size, threads=torch.get_num_threads())  # fmt: skip
 
 
 if __name__ == "__main__":

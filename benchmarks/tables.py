@@ -143,9 +143,11 @@ def loader(result: Result) -> str:
         if r["cpu_ms_per_image"] is not None
     ]  # fmt: skip
     decoding = result["decoding"]
-    share = 100 * decoding["share_of_floor"]
-    facts = (f"Decoding alone: {decoding['ours_ms']:.2f} ms; libjpeg-turbo's least for the region around both crops: "
-             f"{decoding['floor_region_ms']:.2f} ms, so {share:.0f} % of the floor.\n")  # fmt: skip
+    facts = f"Decoding alone: {decoding['ours_ms']:.2f} ms"
+    if "share_of_floor" in decoding:
+        facts += (f"; libjpeg-turbo's least for the region around both crops: {decoding['floor_region_ms']:.2f} ms, so "
+                  f"{100 * decoding['share_of_floor']:.0f} % of the floor")  # fmt: skip
+    facts += f". Images cut out of {result.get('cut_out_of', 'photographs')}.\n"
     columns = ["", "CPU ms an image", "images/s a core", "× the usual"]
     return f"{markdown(columns, rows)}\n{facts}{origin(result)}"
 

@@ -11,6 +11,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from moco_dist import __version__
+
 
 def key_of(facts: Any) -> str:
     """16 hex digits of plain values (as JSON has them): a name for what was computed from them."""
@@ -41,8 +43,8 @@ def git_state() -> str:
 
 def package_versions() -> dict[str, str]:
     """Versions of Python and of the packages that a result depends on, as installed here."""
-    packages = {name: metadata.version(name) for name in ("moco_dist", "torch", "torchvision", "numpy", "pillow")}
-    return {"python": ".".join(map(str, sys.version_info[:3])), **packages}
+    packages = {name: metadata.version(name) for name in ("torch", "torchvision", "numpy", "pillow")}
+    return {"python": ".".join(map(str, sys.version_info[:3])), "moco_dist": __version__, **packages}
 
 
 def hardware(device: str) -> str:

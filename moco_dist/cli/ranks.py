@@ -1,6 +1,7 @@
 """What every rank of a command that trains or evaluates does before its work, and undoes after it."""
 
 import contextlib
+import resource
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -23,6 +24,7 @@ def ranks(config: PretrainConfig | EvalConfig | DetectConfig) -> Iterator["World
         UnreachableError: the other ranks cannot be reached.
         InfrastructureError: NCCL cannot use this machine's devices or network.
     """
+    _allow_open_files()
     # torch and everything that needs it: imported once the flags are known to be right.
     from moco_dist.distributed.collectives import process_group
     from moco_dist.distributed.heartbeat import Heartbeat
@@ -43,6 +45,13 @@ def ranks(config: PretrainConfig | EvalConfig | DetectConfig) -> Iterator["World
         locked(config.run.dir, world),
     ):
         yield world
+
+
+def _allow_open_files() -> None:
+    """Raise the soft limit on open files, usually 1,024, to the hard one: rank 0 of 252 ranks needs more than that."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):  # a kernel that gives less than its own hard limit
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _warn_of_machine(config: PretrainConfig, world: "World") -> None:

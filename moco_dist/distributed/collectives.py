@@ -14,7 +14,8 @@ from typing import cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
 
 from moco_dist.distributed.meeting import ended_at_once, meet
 from moco_dist.distributed.world import World
@@ -211,7 +212,8 @@ def as_sharded(shard: Tensor, total_rows: int, world: World) -> Tensor:
     """
     if world.world_size == 1:
         return shard
-    mesh = init_device_mesh(shard.device.type, (world.world_size,))
+    # Of the group that there is: `init_device_mesh` may make a new one, with all its connections, at every call.
+    mesh = DeviceMesh.from_group(cast(dist.ProcessGroup, dist.group.WORLD), shard.device.type)
     shape = torch.Size((total_rows, *shard.shape[1:]))
     return DTensor.from_local(shard, mesh, [Shard(0)], shape=shape, stride=shard.stride(), run_check=False)
 

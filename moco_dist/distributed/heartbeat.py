@@ -11,12 +11,12 @@ import ctypes
 import itertools
 import os
 import secrets
-import select
 import signal
 import socket
 import sys
 import threading
 import time
+from multiprocessing.connection import wait  # unlike `select`, for a process with more than 1,024 open files too
 from pathlib import Path
 from types import TracebackType
 
@@ -123,7 +123,7 @@ class Heartbeat:
         word = ""
         while not word:
             # A closed connection is seen before the store's client is used, which would print what it thinks of it.
-            is_closed = bool(select.select(self._line, [], [], LISTEN_EVERY_SECONDS)[0])
+            is_closed = bool(wait(self._line, LISTEN_EVERY_SECONDS))
             if self._quit.is_set():
                 return
             if is_closed:

@@ -15,7 +15,8 @@ from moco_dist.doctor.finding import Finding, fine, problem, warning
 MEMORY = Path("/proc/meminfo")
 MEMORY_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 FILES_A_WORKER = 4  # its socket, its end, and the batch that it hands over
-FILES_BESIDE = 256  # libraries, sockets to other ranks, the log
+FILES_A_RANK = 4  # rank 0's connections to it: two meshes of gloo, and the two of the store that rank 0 holds
+FILES_BESIDE = 256  # libraries, the log
 INSTALL = {  # package: modules, how to get it
     "dali": ("nvidia.dali", "pip install 'moco_dist[dali]' (CUDA 13 or no GPU), nvidia-dali-cuda120 for CUDA 12"),
     "deepspeed": ("deepspeed", "pip install 'moco_dist[deepspeed]'"),
@@ -28,7 +29,7 @@ def check(config: PretrainConfig, ranks_per_host: int, world_size: int) -> list[
     """What this host has, for so many ranks on it, and in all; `packages` are looked at apart: a run needs them."""
     return [
         memory(config, ranks_per_host, config.optim.global_batch_size // world_size),
-        open_files(config, ranks_per_host),
+        open_files(config, ranks_per_host, world_size),
         cores(config, ranks_per_host),
         gpus(config, ranks_per_host),
         disk(config, world_size),
@@ -62,15 +63,20 @@ def _free_memory() -> int | None:
     return min(found)
 
 
-def open_files(config: PretrainConfig, ranks: int) -> Finding:
-    """Each worker's socket; batches come by file descriptors, which are closed at once."""
+def open_files(config: PretrainConfig, ranks: int, world_size: int) -> Finding:
+    """What rank 0 needs: connections to the other ranks, and its workers' sockets; batches' files are closed at once.
+
+    A run raises the soft limit to the hard one by itself.
+    """
     needed = FILES_BESIDE + worker_count(config.data.num_workers, ranks) * FILES_A_WORKER
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < needed:
-        most = "unlimited" if hard == resource.RLIM_INFINITY else hard
-        return problem("open files", f"a process may open {soft}, and about {needed} are needed: ulimit -n "
-                       f"{max(4096, needed)} (the most without root: {most})")  # fmt: skip
-    return fine("open files", f"a process may open {soft}, about {needed} are needed")
+    if world_size > 1:
+        needed += world_size * FILES_A_RANK
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        return problem("open files", f"a process may open {hard}, and about {needed} are needed: a hard limit "
+                       f"(ulimit -Hn) of {max(4096, needed)}, which only root may raise")  # fmt: skip
+    most = "any number" if hard == resource.RLIM_INFINITY else hard
+    return fine("open files", f"a process may open {most}, about {needed} are needed")
 
 
 def cores(config: PretrainConfig, ranks: int) -> Finding:

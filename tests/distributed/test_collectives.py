@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.distributed import distributed_c10d
 
 from moco_dist.distributed.collectives import (
     all_gather,
@@ -93,3 +94,17 @@ def test_a_world_of_one_needs_no_process_group():
     x = torch.randn(3, 2)
     for function in (all_gather, reduce_scatter_sum, all_reduce_sum, gather_uneven):
         assert function(x, World()) is x
+
+
+def groups_made(world):
+    """Process groups that two sharded tensors make, on a machine that has a GPU and a run that does not use it."""
+    torch.cuda.is_available = lambda: True
+    before = len(distributed_c10d._world.pg_map)
+    for _ in range(2):
+        as_sharded(torch.zeros(2, 3), 2 * world.world_size, world)
+    return len(distributed_c10d._world.pg_map) - before
+
+
+def test_a_sharded_tensor_makes_no_group():
+    """Each would be a connection to every other rank, at every checkpoint."""
+    assert run(groups_made, 2) == [0, 0]

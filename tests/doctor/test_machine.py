@@ -37,7 +37,18 @@ def test_few_files(tmp_path):
     errors = [line for line in done.stdout.splitlines() if line.startswith("error")]
     assert len(errors) == 1
     assert "a process may open 300" in errors[0]
-    assert "ulimit -n 4096" in errors[0]
+    assert "a hard limit (ulimit -Hn) of 4096" in errors[0]
+
+
+def test_the_hard_limit_on_files_has_to_do_for_rank_0_of_many(monkeypatch):
+    """The soft one is raised to it. Rank 0 was found to hold 4 W + 17 connections."""
+    monkeypatch.setattr(machine.resource, "getrlimit", lambda _: (256, 4096))
+    config = config_of("--data.num-workers", "8")
+    assert machine.open_files(config, 8, 512).level == "ok"
+    found = machine.open_files(config, 8, 1024)
+    assert found.level == "error"
+    assert "a process may open 4096, and about 4384 are needed" in found.text
+    assert machine.open_files(config, 8, 1).text == "a process may open 4096, about 288 are needed"
 
 
 def test_little_memory(tmp_path, monkeypatch):

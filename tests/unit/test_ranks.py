@@ -1,13 +1,19 @@
 """Why ranks end, as a status and in words, without starting any."""
 
+import fcntl
+import resource
 import signal
+import socket
 import threading
 
 import pytest
 import torch.distributed as dist
 
+from moco_dist.cli.ranks import ranks
+from moco_dist.config.pretrain import PretrainConfig
+from moco_dist.config.source import read_config
 from moco_dist.distributed.collectives import why_no_group
-from moco_dist.distributed.heartbeat import is_aborting, is_lost_connection
+from moco_dist.distributed.heartbeat import Heartbeat, is_aborting, is_lost_connection
 from moco_dist.distributed.world import World, world_from_env
 from moco_dist.errors import UserError, cause
 
@@ -109,3 +115,39 @@ def test_an_abort_is_told_from_threads_that_block_signals_for_good(blocked, abor
     finally:
         is_seen.set()
         thread.join()
+
+
+def test_the_end_of_the_store_is_seen_by_a_rank_with_thousands_of_open_files():
+    """Among 512 ranks it has them, and `select` takes no file above 1,023."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    here, there = socket.socketpair()
+    heartbeat, ends = Heartbeat(World(1, 1, 2, 2), 5.0), []
+
+    def end(word, tell):
+        ends.append(word)
+        heartbeat._quit.set()
+
+    heartbeat._line, heartbeat._ears = [socket.socket(fileno=fcntl.fcntl(here, fcntl.F_DUPFD, 1500))], dist.HashStore()
+    heartbeat._holder, heartbeat._end = "rank 0 on host a", end
+    try:
+        there.close()
+        heartbeat._listen()
+    finally:
+        heartbeat._line[0].close()
+        here.close()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert ends == ["rank 0 on host a, which holds the rendezvous store, has ended without a word"]
+
+
+def test_a_command_that_trains_may_open_as_many_files_as_the_hard_limit_says(monkeypatch):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(256, hard), hard))
+    monkeypatch.setenv("LOCAL_RANK", "none")  # so that the command goes no further
+    config = read_config(PretrainConfig, None, ["--run.dir", "r", "--data.root", "d"])
+    try:
+        with pytest.raises(UserError, match="LOCAL_RANK is 'none'"), ranks(config):
+            pass
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

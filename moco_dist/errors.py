@@ -40,7 +40,7 @@ class UserError(ValueError):
 
 
 class UnreachableError(UserError):
-    """Other hosts cannot be reached: of the network or of a host that is gone, so starting again may help."""
+    """Other hosts cannot be reached: the network or a host is gone, so starting again may help."""
 
     exit_status = EXIT_UNREACHABLE
 
@@ -118,7 +118,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def not_a_multiple(name: str, value: int, unit: int, what: str) -> str:
-    """That the setting `name` is no multiple of `unit`, which `what` is a description of; and the nearest that are."""
+    """The line that the setting `name` is no multiple of `unit`, which `what` describes, with the nearest multiples."""
     below, above = value // unit * unit, (value // unit + 1) * unit
     allowed = f"{below} and {above} are" if below else f"{above} is the smallest that is"
     return f"{name} {value} is not a multiple of {what}; {allowed}"

@@ -29,7 +29,7 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def read_record(line: bytes) -> dict[str, Any] | None:
-    """A line of a file of JSON objects; None where it is damaged: no log and no journal is a condition of anything."""
+    """A line of a file of JSON objects; None where it is damaged: nothing depends on a whole log or journal."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""What a result depends on beside its settings, and short names for all that it depends on."""
+"""What a result depends on beside its settings, and short names for the whole of it."""
 
 import hashlib
 import json
@@ -25,7 +25,7 @@ def hash_of_list(names: Iterable[str]) -> str:
 
 
 def source_hash(folder: Path = Path(__file__).parent) -> str:
-    """16 hex digits of the contents of the Python files in `folder`: other code under the same version has others."""
+    """16 hex digits of the contents of the Python files in `folder`: other code has others, under one version too."""
     digest = hashlib.sha256()
     for file in sorted(folder.rglob("*.py")):
         digest.update(f"{file.relative_to(folder)}\0".encode() + file.read_bytes() + b"\0")

@@ -97,7 +97,7 @@ def preempted(config: PretrainConfig, step: int, world: World) -> Preempted:
 def require_finite(logbook: Logbook, config: PretrainConfig, plan: Plan) -> None:
     """Stop if a loss since the last log step is not a number. Called by all ranks.
 
-    The engine has left out the steps with such a loss, so nothing was saved, or will be, that one has touched.
+    The engine has left out the steps with such a loss, so no such step has touched what was or will be saved.
 
     Raises:
         UserError: on all ranks, with the step, the loss, the learning rate and the last checkpoint.

@@ -17,11 +17,11 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, **{"allow_abbrev": False, **more})
 
     def add_argument(self, *names: str, **how: Any) -> argparse.Action:
-        """An argument; of one that is a path, `~` at its start is the home folder."""
+        """Add an argument; in a path, `~` at the start is the home folder."""
         return super().add_argument(*names, **{**how, "type": _path} if how.get("type") is Path else how)
 
     def parse_own(self, words: list[str], settings: Iterable[str] = ()) -> tuple[argparse.Namespace, list[str]]:
-        """The arguments, and the words that are a config's; those are `section.key`, but for `--method` and `settings`.
+        """The arguments, and the words that are a config's: `section.key`, `--method` and `settings`.
 
         Args:
             words: of the command line.
@@ -63,7 +63,7 @@ def _path(word: str) -> Path:
 
 
 def require_positive(args: argparse.Namespace, *names: str) -> None:
-    """Those of the arguments that were given.
+    """Refuse a number that was given and is not greater than 0.
 
     Raises:
         UserError: one is 0 or less.

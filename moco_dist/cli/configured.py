@@ -13,7 +13,7 @@ from moco_dist.config.source import help_text, leaf_fields, read_config, read_ya
 from moco_dist.errors import UserError
 
 Config = TypeVar("Config", bound=BaseModel)
-# In this order a file that several would take is the first one's.
+# A file that several commands would take is taken for the first one's.
 SCHEMAS: dict[str, type[BaseModel]] = {
     "pretrain": PretrainConfig, "linear": LinearConfig, "knn": KnnConfig, "finetune": FinetuneConfig,
     "detect": DetectConfig,
@@ -21,7 +21,7 @@ SCHEMAS: dict[str, type[BaseModel]] = {
 
 
 def config_or_help(command: str, schema: type[Config], words: list[str]) -> Config | None:
-    """The config that `[CONFIG.yaml ...] [--section.key VALUE ...]` says; None after `--help`, which is printed.
+    """The config that `[CONFIG.yaml ...] [--section.key VALUE ...]` gives; None after `--help`, which is printed.
 
     Later files go over earlier ones, setting by setting, and flags over all.
 
@@ -46,7 +46,7 @@ def files_and_flags(words: list[str]) -> tuple[list[Path], list[str]]:
 
 
 def require_config_of(schema: type[BaseModel], file: Path) -> None:
-    """A file for another command would be a line for each of its settings.
+    """Refuse a file for another command in one line, where each of its settings would be one.
 
     Raises:
         UserError: more settings of `file` are another command's than `schema`'s; or it cannot be read.

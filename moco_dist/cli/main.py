@@ -40,7 +40,7 @@ COMMANDS = {  # name: what it does, the function in moco_dist.cli; in the order 
     "demo": ("the main job on generated images, in minutes on two cores", "demo:main"),
     "reproduce": ("the paper's tables, beside what was published", "reproduce:main"),
 }
-# What these print is for a person; what they are started for is done elsewhere, or lies in files.
+# These print for a person alone; what they are started for is done elsewhere, or lies in files.
 RESULTS_ARE_FILES = {"pretrain", "launch", "knn", "linear", "finetune", "detect", "demo", "reproduce", "data prepare",
                      "data pack"}  # fmt: skip
 FOOTER = """

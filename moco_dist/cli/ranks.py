@@ -12,7 +12,7 @@ from moco_dist.config.pretrain import PretrainConfig, require_sizes
 if TYPE_CHECKING:
     from moco_dist.distributed.world import World
 
-PEER_TIMEOUT_SECONDS = 60.0  # of an evaluation; a pre-training has run.peer_timeout_seconds
+PEER_TIMEOUT_SECONDS = 60.0  # for an evaluation; a pre-training has run.peer_timeout_seconds
 
 
 @contextlib.contextmanager
@@ -25,7 +25,7 @@ def ranks(config: PretrainConfig | EvalConfig | DetectConfig) -> Iterator["World
         InfrastructureError: NCCL cannot use this machine's devices or network.
     """
     _allow_open_files()
-    # torch and everything that needs it: imported once the flags are known to be right.
+    # torch, and everything that needs it, is imported once the flags are known to be right.
     from moco_dist.distributed.collectives import process_group
     from moco_dist.distributed.heartbeat import Heartbeat
     from moco_dist.distributed.world import world_from_env

@@ -23,12 +23,12 @@ def open_closed_descriptors() -> None:
             if opened != descriptor:
                 os.dup2(opened, descriptor)
                 os.close(opened)
-        if getattr(sys, name) is None:  # as Python sets it where there was none
+        if getattr(sys, name) is None:  # Python sets None where there was no stream
             setattr(sys, name, open(os.devnull, "w" if descriptor else "r", encoding="utf-8"))  # noqa: SIM115
 
 
 def let_lines_be_lost(name: str) -> None:
-    """From now on what cannot be written to `sys.stdout` or `sys.stderr` is lost: a full disk, a reader that is gone.
+    """From now on lose what a full disk or a gone reader keeps from being written to `sys.stdout` or `sys.stderr`.
 
     Args:
         name: stdout or stderr. A stream that is not the process's own, as of a notebook or a test, stays as it is.
@@ -39,7 +39,7 @@ def let_lines_be_lost(name: str) -> None:
     with contextlib.suppress(OSError):
         stream.flush()
     raw = _Lossy(stream.fileno(), "w", closefd=False)
-    is_buffered = not stream.write_through  # or PYTHONUNBUFFERED is set: then no line waits in memory
+    is_buffered = not stream.write_through  # otherwise PYTHONUNBUFFERED is set, and no line waits in memory
     lossy = io.TextIOWrapper(
         io.BufferedWriter(raw) if is_buffered else cast(BinaryIO, raw), stream.encoding, stream.errors,
         line_buffering=stream.line_buffering, write_through=stream.write_through,

@@ -19,11 +19,11 @@ _NAMES = (r"[\w.-]*(?:passw(?:or)?d|passphrase|pwd|token|secret|signature|creden
 _FORMS = (
     # user:password@ of a database. SQLAlchemy takes a password that has a slash in it, even after digits.
     (re.compile(r"(?<=://)(?<!http://)(?<!https://)(?:[^/\s]*@|[^/\s:]*:[^\s@]*@)(?:[^/\s@]*@)*"), ""),
-    # The same of a server: what follows a port is a path.
+    # The same for a server: what follows a port is a path.
     (re.compile(r"(?<=://)(?:[^/\s]*@|[^/\s:]*:(?!\d+/)[^\s@]*@)(?:[^/\s@]*@)*"), ""),
-    # ?password=..., #access_token=..., and what ODBC is told, which is a text of its own.
+    # ?password=..., #access_token=..., and ODBC's parameter, which is a text of its own.
     (re.compile(rf"(?i)(?<=[?&#;])((?:{_NAMES}|sig|pass|auth|code|odbc_connect)=)[^&#;\s'\"]*"), r"\1"),
-    # PWD=...; of ODBC, password=... of libpq, "password": "..." of JSON, in any text.
+    # ODBC's PWD=...;, libpq's password=... and JSON's "password": "...", in any text.
     (
         re.compile(r"(?i)((?:passw(?:or)?d|pwd)(?:['\"]\s?:\s?|=))(?:'[^']*'|\"[^\"]*\"|[^\s;&,'\".$][^\s;&,'\"]*)"),
         r"\1***",
@@ -55,7 +55,7 @@ def has_credentials(text: str) -> bool:
 
 
 class Redacted:
-    """A text stream that passes on what it is given, but for credentials; everything else is the stream's own."""
+    """A text stream that passes on what it is given without credentials; everything else is the stream's own."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -78,7 +78,7 @@ class Redacted:
 def redacted_output() -> Iterator[None]:
     """Keep credentials out of stdout and stderr, whoever writes there: a library's words are not ours to choose.
 
-    After an exception it stays so: the interpreter may print it yet.
+    After an exception the streams stay so: the interpreter may still print it.
     """
     before = sys.stdout, sys.stderr
     for name, stream in zip(("stdout", "stderr"), before, strict=True):

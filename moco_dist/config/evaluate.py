@@ -1,6 +1,6 @@
 """The schema of every setting of `moco-dist knn`, `linear`, `finetune` and `detect`; see `config`.
 
-Sources: v1 = MoCo (arXiv 1911.05722); OpenSelfSup = its benchmark of semi-supervised classification, which has MoCo v2.
+Sources: v1 = MoCo (arXiv 1911.05722); OpenSelfSup = its semi-supervised benchmark, which includes MoCo v2.
 """
 
 from pathlib import Path

@@ -44,9 +44,9 @@ DEFAULT_WORKERS = f"the rank's share of the host's cores but one, 1 to {MOST_WOR
 
 
 def worker_count(num_workers: int | None, local_world_size: int | None) -> int:
-    """`num_workers`, or by default a rank's share of the cores that this process may use, but one for the rank; 1 to 8.
+    """`num_workers`, or by default a rank's share of the cores of this process, less one for the rank itself; 1 to 8.
 
-    `local_world_size`: ranks on this host; None: of a host that is taken to have cores enough.
+    `local_world_size`: ranks on this host; None: on another host, which is taken to have cores enough.
     """
     if num_workers is not None:
         return num_workers

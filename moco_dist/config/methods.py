@@ -43,7 +43,7 @@ class MocoConfig(Section):
         return 2 if self.symmetric else 1
 
     def num_negatives(self, batch: int) -> int:
-        """That a query is compared with, beside its positive; `batch` is the global one."""
+        """How many keys a query is compared with beside its positive; `batch` is the global one."""
         return self.queue_size
 
     def received_numbers(self, local_batch: int, dim: int) -> int:
@@ -86,7 +86,7 @@ class SimclrConfig(Section):
     num_directions: ClassVar = 2
 
     def num_negatives(self, batch: int) -> int:
-        """That a view is compared with: all others of the batch but its positive."""
+        """How many views a view is compared with beside its positive: all others of the batch."""
         return 2 * batch - 2
 
     def received_numbers(self, local_batch: int, dim: int) -> int:

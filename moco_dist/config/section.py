@@ -18,9 +18,9 @@ PositiveInt = Annotated[int, Field(gt=0)]
 Positive = Annotated[float, Field(gt=0)]
 
 
-# What a setting changes, the first that holds: the "shapes" of weights or queue, so that no checkpoint of another value
-# can be loaded; the "result", which is what is computed; its "speed" or memory alone; the "place" where it is computed
-# and read from; the "record", which is how far a run goes now and what is written of it, where and when.
+# What a setting changes; the first that holds counts. "shapes": of weights or queue, so that no checkpoint of another
+# value can be loaded. "result": what is computed. "speed": how fast, or with how much memory. "place": where it is
+# computed, and where data is read. "record": how far a run goes now, and what is written of it, where and when.
 Changes = Literal["shapes", "result", "speed", "place", "record"]
 COMPUTED: tuple[Changes, ...] = ("shapes", "result")
 

@@ -21,10 +21,10 @@ from moco_dist.config.section import COMPUTED, Declaration, declared
 from moco_dist.errors import UserError, file_error, nearest
 
 Config = TypeVar("Config", bound=BaseModel)
-# What PyYAML raises; the others for a value that is not of its tag (!!int one), or has too many digits.
+# What PyYAML raises; all but YAMLError come from a value that is not of its tag (!!int one), or has too many digits.
 NOT_YAML = (yaml.YAMLError, ValueError, KeyError, AttributeError)
 MOST_NESTED = 20  # a config has sections, settings, lists
-MOST_MISTAKES, MOST_CHARACTERS = 50, 500  # that a message has, so that a person sees its end
+MOST_MISTAKES, MOST_CHARACTERS = 50, 500  # lines and letters of a message, so that a person sees its end
 
 
 def read_config(schema: type[Config], path: Path | None, flags: list[str], overlays: Sequence[Path] = ()) -> Config:
@@ -62,7 +62,7 @@ def read_config(schema: type[Config], path: Path | None, flags: list[str], overl
     try:
         config = schema.model_validate(values)
     except ValidationError as error:
-        # What is missing may be what a misspelt flag, told already, was to give.
+        # A misspelt flag, which is told already, may have been meant to give what is missing.
         meant = {line.rpartition("did you mean --")[2].rstrip("?").replace("-", "_") for line in problems}
         told = [line for line in mistakes(error, schema) if line.removesuffix(" is required") not in meant]
         raise UserError(_shortened(problems + told)) from error
@@ -104,7 +104,7 @@ class _Loader(yaml.SafeLoader):
     """A SafeLoader for settings.
 
     A key that is there twice is a mistake: YAML says so, and PyYAML takes the last. Dates and base 60 are not known, so
-    2024-11-25 and 12:30 are text. What is nested deeply, or in itself, is a mistake.
+    2024-11-25 and 12:30 are text. A value that is nested deeply, or in itself, is a mistake.
     """
 
     def __init__(self, stream: Any) -> None:
@@ -182,9 +182,9 @@ def declarations(schema: type[BaseModel]) -> dict[str, Declaration]:
 
 
 def what_is_computed(config: BaseModel, without: Container[str] = ()) -> dict[str, Any]:
-    """The settings that change what is computed, in their sections, as plain JSON values; those of `without` left out.
+    """The settings that change what is computed, in their sections, as plain JSON values, without those of `without`.
 
-    Two configs for which it is equal compute the same.
+    Two configs for which they are equal compute the same.
     """
     flat, computed = flatten(config), {}
     for name, setting in declarations(type(config)).items():

@@ -45,6 +45,6 @@ class CropBatch:
 
 
 def to_device(array: NDArray[np.int64 | np.bool_], device: str | torch.device) -> Tensor:
-    """A small array as a tensor on `device`. The host does not wait: a copy from pageable memory would make it."""
+    """A small array as a tensor on `device`. The host does not wait, as it would for a copy from pageable memory."""
     tensor = torch.from_numpy(array)
     return tensor if torch.device(device).type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)

@@ -58,7 +58,7 @@ class Beton:
     names: list[str]
 
     def problem(self, row: int) -> str:
-        """Why an image cannot be what the file says of it; empty where it can. Nothing of it is read or allocated."""
+        """Why an image cannot be what the file says of it; empty where it can. No pixel is read or allocated."""
         mode, start, size = int(self.mode[row]), int(self.start[row]), int(self.size[row])
         width, height = int(self.width[row]), int(self.height[row])
         if not (start >= 0 and 0 < size <= len(self.content) - start):
@@ -118,7 +118,7 @@ def read_beton(path: Path) -> Beton:
 
 
 class BetonWriter:
-    """Writes a file, image by image. Use it in a `with`; what was not closed has no valid header.
+    """Writes a file, image by image. Use it in a `with`: a file that was not closed has no valid header.
 
     Args:
         file: to write to, opened in binary.

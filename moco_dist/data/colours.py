@@ -42,7 +42,7 @@ _BLUR_BLOCK = 32
 def draw_colours(config: AugmentConfig, seed: int, step: int, samples: NDArray[np.int64], stream: int) -> Tensor:
     """The photometric parameters of each sample's view.
 
-    Distributed as torchvision's ColorJitter (factors U(max(0, 1 - s), 1 + s), hue U(-s, s), the four in random
+    Their distributions: torchvision's ColorJitter (factors U(max(0, 1 - s), 1 + s), hue U(-s, s), the four in random
     order) applied with `config.jitter_probability`, RandomGrayscale, and a blur of sigma U(config.blur_sigma)
     applied with `config.blur_probability`.
 
@@ -91,8 +91,8 @@ def apply_colours(views: Tensor, colours: Tensor, config: AugmentConfig, dtype: 
 def _apply(views: Tensor, colours: Tensor, config: AugmentConfig, dtype: torch.dtype, skip: bool) -> Tensor:
     """`apply_colours`, leaving out what a sample does not need (`skip`), or computing everything for all of them.
 
-    Leaving out needs to know, on the host, which samples those are: a GPU would have to be waited for. There, a
-    sample that needs nothing is blended by 0, turned by 0 or multiplied by the identity.
+    To leave work out, the host has to know for which samples, and would have to wait for a GPU to tell it. On a GPU
+    a sample that needs nothing is therefore blended by 0, turned by 0 or multiplied by the identity.
     """
     size = views.shape[-1]
     compute = torch.float64 if dtype == torch.float64 else torch.float32

@@ -51,7 +51,7 @@ def crop_box(
 
 
 def smallest_side(width: int, height: int, scale: tuple[float, float]) -> float:
-    """No box of `crop_box` has a shorter side, in pixels, up to rounding to a whole one."""
+    """The shortest side, in pixels, that a box of `crop_box` may have before it is rounded to whole pixels."""
     return min(width, height, math.sqrt(RATIO[0] * scale[0] * width * height))
 
 

@@ -1,8 +1,8 @@
 """NVIDIA DALI reads, decodes and crops, on CPU threads or on the GPU.
 
 The pipeline is driven by indices: for every image it gets a path, the region to decode and the crops of it. The file
-is read inside DALI. The host reads only an image's first bytes, once, for its size, which boxes depend on; what is no
-plain and whole JPEG it decodes itself, as the reference loader does, so that odd files look alike everywhere.
+is read inside DALI. The host reads only an image's first bytes, once, for its size, on which the boxes depend. What is
+no plain and whole JPEG, the host decodes itself as the reference loader does, so that odd files look alike everywhere.
 
 Checked against DALI 2.4. A decoder's error ends a pipeline: it is built anew, and the host decodes that batch, which
 finds the file and the reason.
@@ -48,7 +48,7 @@ _NOTHING = Crop((0, 0, 1, 1))  # fills the second place of an image that gives o
 
 
 class Entry(NamedTuple):
-    """An image of (width, height) for the pipeline, the crops of it, and the rows of the batch that they are."""
+    """An image of (width, height) for the pipeline, the crops of it, and the rows of the batch that they fill."""
 
     path: str
     size: tuple[int, int]

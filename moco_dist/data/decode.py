@@ -30,9 +30,9 @@ from moco_dist.data.tasks import Crop
 
 CropsFor = Callable[[int, int], list[Crop]]  # of (width, height)
 
-warnings.filterwarnings("ignore", module="PIL")  # what PIL finds odd and reads all the same: no matter for a user
+warnings.filterwarnings("ignore", module="PIL")  # of odd files that PIL reads all the same
 
-MOST_OBLONG = 32  # times as long as wide: beyond it, only the part of a resized image that a view needs is made
+MOST_OBLONG = 32  # times as long as wide: of a longer image only the part that a view needs is resized
 
 _scratch = threading.local()
 
@@ -90,7 +90,7 @@ def cut_pixels(pixels: NDArray[np.uint8], size: int, crops: list[Crop], factor: 
 
 
 def is_oblong(crop: Crop) -> bool:
-    """Whether the image would be resized to so long a stripe that its memory is a matter: 20,000 x 1 to 4 GB."""
+    """Whether the image would be resized to a stripe that takes too much memory: 20,000 x 1 pixels would take 4 GB."""
     return crop.resized is not None and max(crop.resized) > MOST_OBLONG * min(crop.resized)
 
 
@@ -123,7 +123,7 @@ def decode_image(data: bytes | memoryview, name: str) -> Image.Image:
 
 
 def _cut_jpeg(data: bytes | memoryview, width: int, height: int, size: int, crops: list[Crop]) -> list[Tensor]:
-    """The views, each from the image as decoded for it alone; once for all crops of one scale."""
+    """The views. Each is cut from the image as decoded for it alone; views of one scale share a decode."""
     factors = [_reduction(crop, size) for crop in crops]
     made: dict[int, Tensor] = {}
     for factor in set(factors):

@@ -18,7 +18,7 @@ def folder_images(
 ) -> ImageFolder:
     """The images of one split: of ROOT/train or ROOT/val, or of ROOT itself for training where it has neither.
 
-    An image's class is the first folder on its way, at any depth below; what `is_left_out` names is left out.
+    An image's class is the first folder of its path, however deep it lies; what `is_left_out` names is left out.
     Labels of `val` are those of `train`, even where `val` lacks some of the classes.
 
     Args:
@@ -61,7 +61,7 @@ def folder_images(
 
 
 def read_bytes(path: Path) -> bytes:
-    """The content of an image file, by `read_patiently`. Whole images are read nowhere else, but inside DALI.
+    """The content of an image file, by `read_patiently`. Nothing else but DALI reads whole images.
 
     Raises:
         ImageError: it cannot be read.

@@ -22,7 +22,7 @@ from moco_dist.provenance import hash_of_list
 
 NAME = ".moco_dist_index.json"
 MIN_IMAGES = 10_000  # below it, listing takes less than a second
-SETTLED_SECONDS = 2  # a folder changed later than so long ago may change again within the clock's resolution
+SETTLED_SECONDS = 2  # a folder that changed so recently may change again and keep its modification time
 
 
 def image_paths(folder: Path, remember: bool = True, elsewhere: Path | None = None) -> list[str]:
@@ -89,7 +89,7 @@ def _read(index: Path) -> dict[str, Any] | None:
     try:
         known = json.loads(index.read_bytes())
         is_ours = {"top", "folders", "paths"} <= known.keys()
-        # One of an earlier version may list folders that are left out now.
+        # An index of an earlier version may list folders that are left out now.
         return known if is_ours and not any(is_left_out(Path(name).name) for name in known["folders"]) else None
     except (OSError, ValueError, AttributeError):
         return None

@@ -1,7 +1,7 @@
 """How a rank comes by the key views that it encodes: `shuffle.exchange`. All ways give the same views, bit for bit.
 
-Nothing is exchanged where a rank holds whole blocks. Else, where n samples are a rank's, with views of S x S pixels and
-h the expected share of keys that are encoded where their queries are (on the same rank, or host):
+Nothing is exchanged where a rank holds whole blocks. Otherwise a rank of n samples, with views of S x S pixels, has
+these costs; h is the expected share of keys that are encoded where their queries are (on the same rank, or host):
     loader      2 - h(rank) decodes a sample; nothing is received
     auto        2 - h(host) decodes; (h(host) - h(rank)) n 3 S^2 bytes (uint8) from ranks of the same host
     all_to_all  1 decode; (1 - h(rank)) n 3 S^2 bytes

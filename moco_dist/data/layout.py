@@ -33,7 +33,7 @@ def folder_names(folder: Path) -> list[str]:
 
 
 def require_layout(root: Path, names: list[str]) -> None:
-    """That no folder would silently be left out, or be taken for a class though it is a split.
+    """Refuse a layout in which a folder would silently be left out, or be taken for a class though it is a split.
 
     Args:
         root: the data set's folder.
@@ -68,10 +68,10 @@ def require_layout(root: Path, names: list[str]) -> None:
 
 
 def require_distinct(folder: Path, classes: list[str]) -> None:
-    """That no two classes look the same, being one name in two Unicode forms.
+    """Refuse classes that look the same, because they are one name in two Unicode forms.
 
     Raises:
-        UserError: two do.
+        UserError: two classes do.
     """
     seen: dict[str, str] = {}
     for name in classes:
@@ -81,14 +81,14 @@ def require_distinct(folder: Path, classes: list[str]) -> None:
 
 
 def no_train(root: Path, names: list[str]) -> MissingDataError:
-    """That ROOT has a folder val and none called train."""
+    """The error that ROOT has a folder val and none called train."""
     meant = [name for name in names if _split_of(name) == ("train", "")]
     hint = f"; did you mean {meant[0]}?" if meant else nearest("train", names)
     return MissingDataError(f"{root} has a folder val but none called train{hint}")
 
 
 def _split_of(name: str) -> tuple[str, str] | None:
-    """Which split a name speaks of, and the rest of the name: seg_train is ("train", "seg_"); None where of none."""
+    """The split that a name speaks of, and the rest of the name: seg_train is ("train", "seg_"); None: of no split."""
     found = _SPLIT.search(name.casefold())
     return (_SPLITS[found[1]], name[: found.start()] + name[found.end() :]) if found else None
 

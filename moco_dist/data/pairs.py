@@ -1,4 +1,4 @@
-"""Pairs of views of a step, for eyes."""
+"""Pairs of views of a step, for people to look at."""
 
 import contextlib
 

@@ -150,7 +150,7 @@ class Plan:
         size = self._block
         first, last = positions.start // size, -(-positions.stop // size)
         blocks = [
-            # Of block 0 it is the same generator as of [1, seed, step].
+            # For block 0 this is the same generator as for [1, seed, step].
             block * size + np.random.default_rng([1, self.seed, step, block]).permutation(size)
             for block in range(first, last)
         ]
@@ -181,8 +181,8 @@ def share_at_home(batch: int, block: int, place: int) -> float:
 
     Args:
         batch: samples.
-        block: among so many neighbouring ones keys are shuffled.
-        place: so many neighbouring ones are in one place.
+        block: neighbouring samples among which keys are shuffled.
+        place: neighbouring samples that a rank, or a host, holds.
     """
     edges = np.unique([*range(0, batch, block), *range(0, batch, place), batch])
     return float((np.diff(edges).astype(np.float64) ** 2).sum() / (block * batch))

@@ -120,14 +120,14 @@ class _Worker:
         return _Unpickler(io.BytesIO(text), blocks).load()
 
     def end(self) -> None:
-        """At once, whatever it does: it holds nothing but memory."""
+        """End the process at once, whatever it does: it holds nothing but memory."""
         if hasattr(self, "_process"):
             self._process.kill()
             self._process.join(CLOSE_SECONDS)  # one that waits for a dead file server ends when that comes back
             self._here.close()
 
     def _ask(self) -> bool:
-        """For one more item; false: there is none."""
+        """Ask for one more item; false if there is none."""
         for number in self._left:
             self._promised.append(number)
             self._send(number)
@@ -139,9 +139,9 @@ class _Worker:
             self._here.send(number)
 
     def _wait(self, must_end: Callable[[], bool]) -> None:
-        """Until there is something to read, or the process is gone.
+        """Wait until there is something to read, or the process is gone.
 
-        Seconds are counted, not taken from a clock: those in which this process itself was stopped are nobody's fault.
+        Seconds are counted, not taken from a clock, which would include those in which this process itself was stopped.
         """
         for seconds in itertools.count():
             if connection.wait([self._here, self._process.sentinel], POLL_SECONDS):
@@ -182,7 +182,7 @@ def _work(make: Callable[[int], Any], rank: connection.Connection, parent: int) 
     Slurm, torchrun and terminals signal a rank's whole process group, and the rank's last steps still need their items:
     a worker ends when its rank kills it, or is gone.
     """
-    signal.set_wakeup_fd(-1)  # the rank's, through which it hears of its own
+    signal.set_wakeup_fd(-1)  # this one is the rank's, which hears of its own signals by it
     for signum in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
         signal.signal(signum, signal.SIG_IGN)
     torch.set_num_threads(1)
@@ -218,7 +218,7 @@ def _send_error(rank: connection.Connection, error: BaseException) -> None:
 
 
 class _Blocks:
-    """Within it, a worker's shared memory of one item.
+    """A worker's shared memory of one item, for the length of a `with`.
 
     Attributes:
         current: the one that is in use in this process.
@@ -275,7 +275,7 @@ class _Blocks:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Of what `_Blocks.pickled` made, by the rank."""
+    """Reads, in the rank, what `_Blocks.pickled` made."""
 
     def __init__(self, file: io.BytesIO, blocks: list[Tensor]) -> None:
         super().__init__(file)

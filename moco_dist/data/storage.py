@@ -63,10 +63,10 @@ def open_file(path: Path) -> BinaryIO:
 
 
 def patiently(read: Callable[[], T], name: str) -> T:
-    """`read()`. A read error is tried again, three times within 11 seconds; errors and slowness are told by `name`.
+    """Call `read`, up to four times within 11 seconds if it fails; a line tells of errors and slowness by `name`.
 
     Raises:
-        OSError: of `read`, that waiting does not change, or for the fourth time.
+        OSError: `read`'s, if waiting does not change it, or for the fourth time.
     """
     for wait_seconds in (*WAITS_SECONDS, None):
         started = time.monotonic()

@@ -33,8 +33,8 @@ class Crop(NamedTuple):
     Attributes:
         box: left, top, right, bottom in pixels, within the image.
         flip: whether it is mirrored.
-        resized: (height, width) that the box is resized to, bilinear with antialiasing, no pixel outside of it
-            mattering; the view is the central S x S. None: S x S itself.
+        resized: (height, width) that the box is resized to, bilinear with antialiasing, as if nothing lay outside of
+            it; the view is the central S x S. None: S x S itself.
         smallest: short side in pixels of the smallest crop that may be taken of an image of this size, by which a
             JPEG's decoding scale is chosen; None: this crop's own. What else is cut out of the image, and by whom,
             must not matter to a view.

@@ -11,7 +11,7 @@ FLOAT_BYTES = 4
 
 @dataclass(frozen=True)
 class KeyTraffic:
-    """Of a rank and step.
+    """What the key views of one rank cost in one step.
 
     Attributes:
         block_size: samples among which keys are shuffled.
@@ -44,7 +44,7 @@ class KeyTraffic:
 
 
 def key_traffic(config: PretrainConfig, local_batch: int, world_size: int, local_world_size: int) -> KeyTraffic:
-    """Of `world_size` ranks, `local_world_size` of them on a host, with `local_batch` samples each.
+    """The cost for each of `world_size` ranks, `local_world_size` of them on a host, with `local_batch` samples each.
 
     The batch is what so many ranks have together, whatever the config says: its block is the config's, or the default.
     """

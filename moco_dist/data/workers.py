@@ -67,7 +67,7 @@ class Files:
 
 
 class Batches(Generic[T]):
-    """Number to batch, for one rank."""
+    """A map from a batch's number to the batch, for one rank."""
 
     def __init__(self, source: Source, task_of: TaskOf[T], size: int, on_error: OnError) -> None:
         self.source, self.task_of, self.size = source, task_of, size

@@ -32,7 +32,7 @@ TRAIN, VAL, DEVKIT = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSV
 GROUND_TRUTH, META = "ILSVRC2012_validation_ground_truth.txt", "meta.mat"
 KAGGLE_IMAGES, KAGGLE_VAL, KAGGLE_NAMES = "ILSVRC/Data/CLS-LOC", "LOC_val_solution.csv", "LOC_synset_mapping.txt"
 CLASSES_FILE = "classes.json"
-UNREADABLE = (OSError, tarfile.TarError, EOFError, ValueError, OverflowError, zlib.error)  # of archives
+UNREADABLE = (OSError, tarfile.TarError, EOFError, ValueError, OverflowError, zlib.error)  # what archives raise
 
 
 class Sizes(NamedTuple):
@@ -90,7 +90,7 @@ def find_unpacked(source: Path) -> Unpacked:
 
 
 def _labels_of(source: Path) -> Labels | None:
-    """By what lies in a folder."""
+    """The labels, by what lies in a folder."""
     if (source / KAGGLE_VAL).is_file():
         return _read_kaggle(source)
     paths = (source / DEVKIT, source / _folder_of(DEVKIT))
@@ -224,7 +224,7 @@ def _unpack_val(path: Path, out: Path, labels: Labels, sizes: Sizes) -> None:
 
 
 def _cannot_unpack(path: Path, error: Exception) -> UserError:
-    if isinstance(error, OSError) and error.errno:  # of the archive's disk, or of that which is written to
+    if isinstance(error, OSError) and error.errno:  # the archive's disk, or the one that is written to
         where = f" ({error.filename})" if error.filename else ""
         return file_error(f"{path} cannot be unpacked: {(error.strerror or '').lower()}{where}", error)
     return UserError(f"{path} is damaged: {error}")
@@ -246,7 +246,7 @@ def _files(members: Iterable[tarfile.TarInfo], where: Path | str) -> list[tarfil
 def _appear(folder: Path, places: dict[str, tarfile.TarInfo], archive: tarfile.TarFile) -> None:
     """Write files into `folder`, which is there when it is complete. Names are ours: no member chooses its path.
 
-    Those that an interrupted call has written are kept; the one that it was at is shorter than its member.
+    Files that an interrupted call has written are kept; the one that it was writing is shorter than its member.
     """
     partial = folder.with_name(f".{folder.name}.partial")
     partial.mkdir(parents=True, exist_ok=True)

@@ -22,7 +22,7 @@ from moco_dist.files import write_whole
 T = TypeVar("T")
 
 NAME = ".moco_dist_sizes.npz"
-CHUNK = 64  # images a thread takes at a time, and so what an interrupt waits for
+CHUNK = 64  # images a thread takes at a time; an interrupt waits for them
 _END = "\0"  # the one character that no path has
 
 
@@ -47,7 +47,7 @@ class Measured(NamedTuple):
 
 
 def read_measured(folder: Path) -> Measured | None:
-    """What was written, though images may have come or gone since; None where nothing was, or it is damaged."""
+    """What was written, though images may have come or gone since; None if nothing was written, or it is damaged."""
     try:
         with (folder / NAME).open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             measured = Measured(os.fsdecode(arrays["paths"].tobytes()).split(_END), arrays["sizes"])

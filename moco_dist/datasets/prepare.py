@@ -334,7 +334,7 @@ def _make_class_folders(folder: Path, names: tuple[str, ...]) -> None:
 
 
 def _write_pngs(root: Path, splits: dict[str, published.Split]) -> None:
-    """To ROOT/SPLIT/CLASS/NUMBER.png."""
+    """Write images to ROOT/SPLIT/CLASS/NUMBER.png."""
 
     def write(i: int, folder: Path, part: published.Split) -> None:
         path = folder / part.classes[part.labels[i]] / f"{i:05d}.png"
@@ -346,7 +346,7 @@ def _write_pngs(root: Path, splits: dict[str, published.Split]) -> None:
 
 
 def _measure(found: ImageFolder, what: str) -> dict[str, Size | str]:
-    """Size of every image, by path, decoded on all cores; where it cannot be, the reason."""
+    """The size of every image, by path, decoded on all cores; the reason where it cannot be decoded."""
     read = image_reader(found)
 
     def measure(i: int) -> Size | str:

@@ -19,8 +19,8 @@ from torchvision.datasets.utils import download_url
 
 from moco_dist.errors import UnreachableError, UserError, file_error
 
-OF_A_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS}  # of the folder that is written to, not of a server
-SILENCE_SECONDS = 20  # of a server, before a download is given up
+OF_A_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS}  # the written folder's, not a server's
+SILENCE_SECONDS = 20  # a server may be silent so long before a download is given up
 
 FASHION_MNIST_CLASSES = (
     "0_t-shirt", "1_trouser", "2_pullover", "3_dress", "4_coat",
@@ -177,13 +177,13 @@ def _run(command: list[str], cwd: Path) -> None:
 
 @contextlib.contextmanager
 def _downloading(url: str) -> Iterator[None]:
-    """Says so, and gives up on a server that is silent."""
+    """Says that it downloads, and gives up on a server that is silent."""
     print(f"downloading {url}", flush=True)
     previous = socket.getdefaulttimeout()
     socket.setdefaulttimeout(SILENCE_SECONDS)
     try:
         yield
-    except (RuntimeError, OSError) as error:  # what torchvision raises for a broken or forged download
+    except (RuntimeError, OSError) as error:  # RuntimeError: torchvision's for a broken or forged download
         if getattr(error, "errno", None) in OF_A_DISK:
             raise
         raise _UnavailableError(f"{url} cannot be downloaded ({getattr(error, 'reason', error)})") from error

@@ -2,7 +2,7 @@
 
 Each image shows some copies of one shape, and the shape is its class. Place, size, rotation, aspect, colour and
 texture of every copy, and the background, are drawn independently of the class. So pixels and colours say
-little of the class, while two crops of one image have hardly anything but the shape in common: which is what
+little about the class, while two crops of one image have hardly anything but the shape in common, which
 contrastive learning can find.
 """
 

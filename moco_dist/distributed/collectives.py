@@ -26,8 +26,8 @@ from moco_dist.errors import InfrastructureError, UnreachableError, UserError
 def process_group(world: World, timeout_seconds: float = 600, alone_too: bool = False) -> Iterator[None]:
     """The default process group (NCCL on GPUs, gloo on CPU) for the length of a `with`.
 
-    None in a world of one, but with `alone_too` (DeepSpeed asks for one). After an error it is left as it is: to end
-    it, NCCL would wait for ranks that sit in a collective. The process ends without it.
+    A world of one has none, unless `alone_too` (DeepSpeed asks for one). After an error the group is left as it is: to
+    end it, NCCL would wait for ranks that sit in a collective, and the process ends without that.
 
     Raises:
         UnreachableError: the other ranks cannot be reached.
@@ -64,7 +64,7 @@ def process_group(world: World, timeout_seconds: float = 600, alone_too: bool = 
 
 
 def why_no_group(error: Exception, world: World) -> UserError | None:
-    """What to tell of an error while the process group was made; None: nothing that is known of."""
+    """What to tell of an error that came while the process group was made; None: this error is not known."""
     text = str(error)
     if nccl := re.search(r"nccl\w*(Usage|Argument|Error)\b|NCCL error|CUDA error", text):
         why = " ".join(text.partition("Last error:")[2].split()) or text.splitlines()[0]
@@ -92,8 +92,8 @@ def all_gather_in(x: Tensor, group: dist.ProcessGroup | None, num_ranks: int) ->
     if num_ranks == 1:
         return x
     out = x.new_empty((num_ranks * x.shape[0], *x.shape[1:]))
-    # torch 2.15's name for it, with a warning for the older one, which is all that torch 2.11 knows. By the list of its
-    # parts, NCCL would gather into memory of its own and then copy each of them.
+    # torch 2.15 has a new name for it and warns of the older one, the only one that torch 2.11 knows. Given a list of
+    # parts, NCCL would gather into memory of its own and then copy each part.
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     gather(out, x.contiguous(), group=group)
     return out
@@ -208,7 +208,7 @@ def cpu_group(world: World) -> dist.ProcessGroup | None:
 def as_sharded(shard: Tensor, total_rows: int, world: World) -> Tensor:
     """Rank r's rows of a (total_rows, ...) tensor as one DTensor that torch.distributed.checkpoint understands.
 
-    No bytes. The rows are those of `shard_bounds`.
+    Nothing is received. The rows are those of `shard_bounds`.
     """
     if world.world_size == 1:
         return shard

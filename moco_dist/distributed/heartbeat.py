@@ -145,7 +145,7 @@ class Heartbeat:
         for count in itertools.count(1):
             if self._quit.wait(self._interval) or self._has_heard.is_set():  # all have, and the store may be gone
                 return
-            # What is more than two intervals was none of the watched: this process, or its connection, stood still.
+            # More than two intervals are no silence of the other rank: this process, or its connection, stood still.
             passed, before = min(time.monotonic() - before, 2 * self._interval), time.monotonic()
             aborting = aborting + passed if is_aborting() else 0.0
             if aborting > self._patience:
@@ -177,7 +177,7 @@ class Heartbeat:
         return store.get(key).decode() if store.check([key]) else ""
 
     def _end(self, word: str, status: int = EXIT_UNREACHABLE, tell: str | None = None) -> None:
-        """End this process; the first thread that comes here has the word. `tell` is for the others, if not `word`."""
+        """End this process; the first thread that comes here has the word. The others hear `tell`, or else `word`."""
         self._ending.acquire()
         with contextlib.suppress(OSError):
             print(f"[rank {self._world.rank}] error: {word}", file=sys.stderr, flush=True)
@@ -190,7 +190,7 @@ class Heartbeat:
 
 
 def line_to(store: dist.Store) -> list[socket.socket]:
-    """A connection to the store's server, for its end alone: nothing is said on it. [] where there is no server."""
+    """A connection to the store's server, to see when it ends: nothing is said on it. [] where there is no server."""
     while isinstance(store, dist.PrefixStore):
         store = store.underlying_store
     return [socket.create_connection((store.host, store.port))] if isinstance(store, dist.TCPStore) else []
@@ -207,7 +207,7 @@ def is_lost_connection(error: BaseException) -> bool:
 
 
 def hold_aborts(handler: int | None = None) -> int:
-    """Let a thread that aborts this process stop where it is, instead of ending it. Returns the handler before.
+    """Let a thread that aborts this process stop where it is, instead of ending it. Returns the handler from before.
 
     NCCL's watchdog aborts when the connection to a rank breaks or a collective takes too long, and says not which rank
     it was. The threads above find that out, and then end the process with its name.
@@ -228,7 +228,7 @@ os.register_at_fork(after_in_child=lambda: hold_aborts(0))  # a loader's worker 
 def is_aborting() -> bool:
     """Whether a thread of this process is in the handler of SIGABRT: the kernel blocks a signal while it is handled.
 
-    Memory allocators and other libraries have threads that block all signals for good; those are none.
+    Memory allocators and other libraries have threads that block all signals for good; these are not in the handler.
     """
     for status in Path("/proc/self/task").glob("*/status"):
         with contextlib.suppress(OSError):

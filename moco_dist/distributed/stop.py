@@ -16,7 +16,7 @@ CHECK_EVERY_STEPS = 4
 SAVE, STOP = 1, 2
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)  # the last: its terminal was closed
 SAME_SIGNAL_SECONDS = 5  # schedulers and torchrun may both forward one signal
-PATIENCE_SECONDS = 20  # that a rank among others goes on waiting for its batch when it was asked to stop
+PATIENCE_SECONDS = 20  # a rank among others waits so long for its batch after it was asked to stop
 
 
 class StopRequest:
@@ -85,8 +85,8 @@ class StopRequest:
     def ends_waiting(self) -> bool:
         """Whether this rank may wait no longer for a batch: it was asked to stop.
 
-        Alone it stops between two steps, at once. Among others, which are in the midst of the next step by then,
-        nothing can be saved without its batch: it has some seconds to come.
+        A rank that is alone stops between two steps, at once. Of several ranks the others are in the midst of the next
+        step by then, and nothing can be saved without this rank's batch: it has some seconds to come.
         """
         patience = PATIENCE_SECONDS if self._world.world_size > 1 else 0
         return self._asked_at > 0 and time.monotonic() - self._asked_at >= patience

@@ -26,7 +26,7 @@ INSTALL = {  # package: modules, how to get it
 
 
 def check(config: PretrainConfig, ranks_per_host: int, world_size: int) -> list[Finding]:
-    """What this host has, for so many ranks on it, and in all; `packages` are looked at apart: a run needs them."""
+    """What this host has for so many ranks on it, and in all; `packages`, which a run cannot do without, are apart."""
     return [
         memory(config, ranks_per_host, config.optim.global_batch_size // world_size),
         open_files(config, ranks_per_host, world_size),
@@ -90,7 +90,7 @@ def cores(config: PretrainConfig, ranks: int) -> Finding:
 
 
 def packages(config: PretrainConfig) -> list[Finding]:
-    """Optional packages that this config asks for."""
+    """Whether the optional packages that this config asks for are there."""
     wanted = ["dali"] if config.data.loader == "dali" else []
     wanted += ["deepspeed"] if config.engine.kind == "deepspeed" else []
     uri = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI", "")
@@ -107,7 +107,7 @@ def packages(config: PretrainConfig) -> list[Finding]:
 def _is_missing(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is None
-    except ModuleNotFoundError:  # of a package around it
+    except ModuleNotFoundError:  # the package around it is missing
         return True
 
 

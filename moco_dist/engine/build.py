@@ -23,5 +23,5 @@ def build_engine(encoder: nn.Module, config: PretrainConfig, world: World) -> En
 
 
 def weights_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What weights, queue and momentum are kept in, where encoders compute in `dtype`."""
+    """The dtype of weights, queue and momentum, where encoders compute in `dtype`."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -17,8 +17,8 @@ from moco_dist.engine.speed import compile_options
 class DDPEngine:
     """Forward under autocast, backward, gradient all-reduce, optimiser step; see `Engine`.
 
-    DDP's static graph is left off: it spares a search for parameters without gradient, which is off already, and would
-    not reduce the first step's gradients until all of them are there.
+    DDP's static graph is left off. It would save a search for parameters without gradient, which is off already, and
+    in the first step it would reduce no gradient until all of them are there.
     """
 
     def __init__(
@@ -81,4 +81,4 @@ class DDPEngine:
         return whole_state(self.module, self.optimizer)
 
     def load_optimizer_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Nothing to do: they are the optimiser's own."""
+        """Nothing to do: the tensors are the optimiser's own."""

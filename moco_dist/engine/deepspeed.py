@@ -80,9 +80,9 @@ class DeepSpeedEngine:
         self._engine.step()
 
     def _leave_out_if_not_finite(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        """What GradScaler does in the other engine: tell the optimiser, on the device, to change nothing this time.
+        """As GradScaler does in the other engine, tell the optimiser, on the device, to change nothing now.
 
-        Where each rank holds a part of the gradients, all do as one of them must. One all-reduce of a number.
+        Where each rank holds a part of the gradients, an all-reduce of a number has all ranks do as one of them must.
         """
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         found = torch.zeros((), device=self._world.device)
@@ -90,7 +90,7 @@ class DeepSpeedEngine:
         optimizer.found_inf = found if self._zero is None else all_reduce_sum(found, self._world)  # type: ignore[attr-defined]
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
-        """See `Engine`. Stages 1 and 2: all parts in one all-gather."""
+        """See `Engine`. In stages 1 and 2 all parts come in one all-gather."""
         if self._zero is None:
             return whole_state(self.module, self.optimizer)
         whole = all_gather(self._momentum_of_part(), self._world)
@@ -112,7 +112,7 @@ class DeepSpeedEngine:
         return self.optimizer.state[part]["momentum_buffer"]
 
     def _places(self) -> dict[str, int]:
-        """Where in the buffer of all parameters each of them, by name, begins."""
+        """Where each parameter, by name, begins in the buffer of all parameters."""
         (flat,) = self._zero.bit16_groups_flat
         return {
             name: parameter.storage_offset() - flat.storage_offset()
@@ -166,10 +166,10 @@ def _initialise(module: nn.Module, optimizer: torch.optim.Optimizer, zero_stage:
     from deepspeed.utils import logger
 
     logger.setLevel(logging.ERROR)
-    # From torch 2.14 on, of the names by which DeepSpeed calls collectives.
+    # torch 2.14 and later warn of the names by which DeepSpeed calls collectives.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     if device_type == "cpu":
-        # It would compile, for a minute, an all-reduce through shared memory for inference.
+        # DeepSpeed would compile, for a minute, an all-reduce through shared memory for inference.
         importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
     settings = {
         "train_micro_batch_size_per_gpu": 1,  # for its log alone

@@ -44,7 +44,7 @@ class Partition:
     Attributes:
         pieces: of each parameter that the part touches: its number, and its first and past-last place in the part.
         is_adapted: of each parameter, of this part or another, whether LARS adapts its rate.
-        sum_over_ranks: of a tensor, on all ranks.
+        sum_over_ranks: makes a tensor its sum over all ranks.
         device: where the parameters are.
     """
 
@@ -63,7 +63,7 @@ class Partition:
         return torch.tensor(list(self.adapted.values()), dtype=torch.int64, device=self.device)
 
     def norms_of_whole(self, norms: Tensor) -> Tensor:
-        """Norms (2, n) of the adapted pieces, to those of their whole parameters. One small all-reduce."""
+        """Turn norms (2, n) of the adapted pieces into those of their whole parameters, by one small all-reduce."""
         squares = norms.new_zeros(2, len(self.is_adapted)).index_copy_(1, self._numbers, norms.square())
         return self.sum_over_ranks(squares).sqrt()[:, self._numbers]
 

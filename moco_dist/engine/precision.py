@@ -23,7 +23,7 @@ def slow_on_cpu(dtype: torch.dtype, device: str) -> str:
 
 
 def autocast(dtype: torch.dtype, device: str) -> contextlib.AbstractContextManager:
-    """Autocast to a 16-bit dtype; nothing for the others, whose weights have that dtype themselves."""
+    """Autocast to a 16-bit dtype. For another dtype it does nothing: the weights have that dtype themselves."""
     if dtype in (torch.float32, torch.float64):
         return contextlib.nullcontext()
     return torch.autocast(torch.device(device).type, dtype)

@@ -37,5 +37,5 @@ def learning_rate(config: OptimConfig, step: int, steps_per_epoch: int) -> float
 
 
 def decay(milestones: Sequence[int], now: float, factor: float = 0.1) -> float:
-    """What is left of a learning rate at `now`, in the milestones' unit: `factor` for each that has been reached."""
+    """A learning rate's factor at `now`, in the milestones' unit: one `factor` for each milestone that was reached."""
     return factor ** sum(now >= milestone for milestone in milestones)

@@ -14,7 +14,7 @@ Function = TypeVar("Function", bound=Callable)
 
 
 def set_backends(config: EngineConfig) -> None:
-    """CuDNN's choice of algorithms and TF32, as the config says, whatever torch's defaults are. For this process."""
+    """Set cuDNN's choice of algorithms and TF32 for this process as the config says, whatever torch's defaults are."""
     torch.backends.cudnn.benchmark = config.cudnn_benchmark
     torch.backends.cudnn.allow_tf32 = config.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
@@ -23,9 +23,9 @@ def set_backends(config: EngineConfig) -> None:
 
 
 def keep_freed_memory(device: str) -> None:
-    """On a CPU, keep a step's freed activations for the next step's. For this process; nothing without glibc.
+    """On a CPU with glibc, have this process keep the memory of a step's activations for the next step's.
 
-    By default glibc gives each large block back to the kernel, which clears its pages anew for the next.
+    By default glibc gives each large block back to the kernel, which clears the pages of every new one.
     """
     if device == "cpu" and platform.libc_ver()[0] == "glibc":
         trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
@@ -34,7 +34,7 @@ def keep_freed_memory(device: str) -> None:
 
 
 def compile_options(config: EngineConfig) -> dict[str, Any]:
-    """Of `torch.compile` for an encoder, with CUDA graphs if the config asks for them.
+    """Options of `torch.compile` for an encoder, with CUDA graphs if the config asks for them.
 
     Shapes never change in a run: the last batch of an epoch is a whole one.
     """
@@ -42,7 +42,7 @@ def compile_options(config: EngineConfig) -> dict[str, Any]:
 
 
 def compiled_on_gpu(function: Function, config: EngineConfig, device: str) -> Function:
-    """`function` compiled under `engine.compile: step` on a GPU, else as it is: a CPU is faster leaving out work."""
+    """`function`, compiled under `engine.compile: step` on a GPU; a CPU is faster if it leaves out work."""
     if config.compile != "step" or device == "cpu":
         return function
     return torch.compile(function, dynamic=False)  # type: ignore[return-value]

@@ -27,7 +27,7 @@ def global_batches(num_samples: int, batch_size: int, seed: int, epoch: int) -> 
 
 
 def batches_in_epoch(num_samples: int, batch_size: int) -> int:
-    """How many `global_batches` are."""
+    """How many `global_batches` there are."""
     return num_samples // min(batch_size, num_samples)
 
 

@@ -2,8 +2,8 @@
 
 Every rank has all features of a batch (one all-gather of B x D numbers, less than the gradients of one classifier) and
 trains all classifiers, so no gradient crosses the network and the number of ranks changes nothing, not even rounding.
-Recipe number 0 is the published one, on every training image. The others leave out a part of the training set, by
-which the best of them is chosen: never by the validation images, whose accuracy is the result.
+Recipe number 0 is the published one, on every training image. The others leave out a part of the training set, which
+then chooses the best of them. The validation images never choose: their accuracy is the result.
 """
 
 import math
@@ -32,8 +32,8 @@ from moco_dist.evaluate.progress import Training
 from moco_dist.run.told import Told
 
 CURVE_POINTS = 20
-# Epoch, and how many of its batches to pass over, to batches: features (B, D) on the device, the same on all ranks, and
-# the B numbers of their images.
+# From an epoch, and how many of its batches to pass over, to batches: features (B, D) on the device, the same on all
+# ranks, and the B numbers of their images.
 Feed = Callable[[int, int], Iterator[tuple[Tensor, NDArray[np.int64]]]]
 
 
@@ -142,7 +142,7 @@ def train_classifiers(
                 group["lr"] = recipe.lr * decay(config.milestones, epoch)
             for features, rows in feed(epoch, training.step - epoch * per_epoch):
                 losses = _losses(classifiers(features), labels[to_device(rows, device)], is_left_out[rows])
-                losses.sum().backward()  # of classifiers that share nothing
+                losses.sum().backward()  # the classifiers share nothing
                 sgd.step()
                 sgd.zero_grad()
                 training.add(losses[0])

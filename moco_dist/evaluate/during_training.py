@@ -18,8 +18,8 @@ from moco_dist.evaluate.knn import knn_accuracy
 from moco_dist.evaluate.subject import Evaluation, frozen_copy, labelled_images
 
 TRAINING_K, TRAINING_TEMPERATURE = 20, 0.07
-# Of the mean variance along a direction. On Fashion-MNIST, with 512 dimensions and 600 to 16,000 images, within a point
-# of the best of 0.0001 to 3; less is better where there are many images, more where there are few.
+# A share of the mean variance along a direction. On Fashion-MNIST, with 512 dimensions and 600 to 16,000 images, it is
+# within a point of the best of 0.0001 to 3; less is better for many images, more for few.
 RIDGE = 0.01
 CHUNK = 4096  # rows at once
 
@@ -31,7 +31,7 @@ class Probe:
         """For the run of `config`, which ends at step `stop`.
 
         Raises:
-            UserError: there is no validation set, or images without a class: told now, not after an epoch.
+            UserError: there is no validation set, or images without a class. It is raised now, not after an epoch.
         """
         self._every_steps, self._stop = config.log.knn_every_epochs * steps_per_epoch, stop
         self._evaluation = _evaluation(config, world) if self._every_steps else None

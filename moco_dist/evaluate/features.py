@@ -1,10 +1,10 @@
 """Features of images, encoded once: kept on disk in chunks, so that what was interrupted goes on where it was.
 
-Who is asked to stop writes the chunk that is under way as far as it is.
+A rank that is asked to stop writes the chunk that is under way as far as it is.
 
 A chunk is CHUNK_SAMPLES consecutive images whatever the number of ranks, in RUN/eval/features/KEY/. KEY is a hash of
 everything that features depend on, so another checkpoint, crop or subset has its own folder, and nothing is ever
-out of date but images that were changed under the same name. The folder has to be one that all ranks see.
+out of date unless images were changed under the same name. The folder has to be one that all ranks see.
 """
 
 import contextlib
@@ -42,7 +42,7 @@ class Features:
     Attributes:
         values: float32 (n, D).
         labels: int64 (n,).
-        rows: int64 (n,), their numbers in the split.
+        rows: int64 (n,), the images' numbers in the split.
         total: rows over all ranks.
     """
 
@@ -108,7 +108,7 @@ def extract(
 
 
 def own_chunks(total: int, world: World) -> list[range]:
-    """This rank's chunks, as ranges of rows. Ranks take turns: what an interruption left is shared by all, too."""
+    """This rank's chunks, as ranges of rows. Ranks take turns, so that all share what an interruption left."""
     starts = range(world.rank * CHUNK_SAMPLES, total, world.world_size * CHUNK_SAMPLES)
     return [range(start, min(start + CHUNK_SAMPLES, total)) for start in starts]
 

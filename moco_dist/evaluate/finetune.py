@@ -1,6 +1,6 @@
 """Fine-tuning: the pre-trained backbone and a new linear layer, all trained with labels, or with a share of them.
 
-The usual measure beside linear evaluation; with `data.label_fraction` 0.01 or 0.1, of semi-supervised learning. The
+It is the usual measure beside linear evaluation, and with `data.label_fraction` 0.01 or 0.1 semi-supervised. The
 new layer has a rate of its own. BatchNorm normalises over groups of the pre-training's size, so that 1 and 8 ranks
 compute the same; its running statistics, the mean over all ranks', serve validation.
 
@@ -193,7 +193,7 @@ def _epoch(
 
 
 def _average_statistics(network: Network, world: World) -> None:
-    """Running statistics become the mean over ranks; what follows is the same as if they had been averaged later."""
+    """Make running statistics the mean over ranks; what follows is the same as if they were averaged later."""
     averaged = checkpoint.averaged(network, world)
     for name, buffer in running_statistics(network).items():
         buffer.copy_(averaged[name])

@@ -137,7 +137,7 @@ def nearest(queries: Tensor, memory: Tensor, payload: Tensor, k: int, world: Wor
     similarity, rows = (queries @ memory.T).topk(found, dim=1)
     candidates = payload[rows]
     if world.world_size > 1:
-        # A shard of fewer than k rows fills up with what never wins; then (W·Q, k) to (Q, W·k).
+        # A shard of fewer than k rows is filled up with rows that never win; then (W·Q, k) becomes (Q, W·k).
         similarity = all_gather(F.pad(similarity, (0, k - found), value=-torch.inf), world)
         candidates = all_gather(F.pad(candidates, (0, k - found)), world)
         similarity, candidates = (
@@ -161,7 +161,7 @@ def vote(similarity: Tensor, labels: Tensor, neighbours: Sequence[int], temperat
     Returns:
         int64 (len(neighbours), Q).
     """
-    # Relative to the nearest neighbour, which no class notices and no small temperature makes overflow.
+    # Weights are relative to the nearest neighbour's: all classes change alike, and no small temperature overflows.
     weights = torch.exp((similarity - similarity[:, :1]).double() / temperature)
     scores = weights.new_zeros(len(weights), num_classes)
     winners = {}

@@ -1,6 +1,6 @@
 """A training of an evaluation, kept on disk while it goes on: weights, BatchNorm's statistics, momentum, curve.
 
-It goes on at the very step at which it was stopped. The disk has to be one that all ranks see.
+The training goes on at the very step at which it was stopped. The disk has to be one that all ranks see.
 """
 
 import json
@@ -34,7 +34,7 @@ def progress_path(evaluation: Evaluation, kind: str, encoder: FrozenEncoder, bat
     Args:
         evaluation: settings and images.
         kind: linear or finetune.
-        encoder: what is trained, or on what; as it is before.
+        encoder: what is trained, or gives the features, as it is before the training.
         batch_size: over all ranks.
     """
     facts = [
@@ -75,7 +75,7 @@ class Training:
         self._path, self._module, self._sgd, self._stop, self._world = path, module, sgd, stop, world
         self._settle = settle
         self._losses: list[float] = []  # since the last `mean_loss`, means over ranks
-        self._on_device: list[Tensor] = []  # likewise, this rank's, not asked for yet
+        self._on_device: list[Tensor] = []  # likewise, but this rank's, and not yet taken to the host
         kept = load_progress(path, module, sgd) if path else {}
         self.curve: Curve = kept.get("curve", [])
         self.step: int = kept.get("step", 0)
@@ -129,7 +129,7 @@ def save_progress(path: Path, module: nn.Module, sgd: torch.optim.SGD, facts: di
 
 
 def load_progress(path: Path, module: nn.Module, sgd: torch.optim.SGD) -> dict[str, Any]:
-    """Fill module and SGD; returns the facts, none where the file is missing, cut off or an older version's."""
+    """Fill module and SGD; returns the facts, none if the file is missing, cut off or of an older version."""
     try:
         file = safetensors.safe_open(path, "pt", device=str(next(module.parameters()).device))
     except (FileNotFoundError, safetensors.SafetensorError):

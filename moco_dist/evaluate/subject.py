@@ -97,7 +97,7 @@ class FrozenEncoder:
 
     @functools.cached_property
     def _mean_and_std(self) -> Tensor:
-        """(2, 3, 1, 1). Made once: a GPU would be waited for each time."""
+        """(2, 3, 1, 1). It is made once: each time, a GPU would be waited for."""
         dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
         augment = self.pretrain.augment
         return torch.tensor([augment.mean, augment.std], dtype=dtype, device=self.device)[..., None, None]
@@ -107,7 +107,7 @@ class Pixels(nn.Module):
     """The image itself as features: flattened, averaged down to at most 32 x 32 pixels, divided by sqrt(D).
 
     The average keeps features of large crops at a size that can be stored; the division keeps a feature's squared
-    length near 1 whatever D, so that one learning rate serves. Cosines do not change by it.
+    length near 1 whatever D, so that one learning rate serves. It changes no cosine.
     """
 
     def forward(self, images: Tensor) -> Tensor:
@@ -243,7 +243,7 @@ def _calibrate(encoder: FrozenEncoder, evaluation: Evaluation) -> None:
             told.add()
     encoder.module.eval()
     for buffer in running_statistics(encoder.module).values():
-        buffer.copy_(all_gather(buffer[None], world)[0])  # rank 0's, should GPUs round differently
+        buffer.copy_(all_gather(buffer[None], world)[0])  # rank 0's, in case GPUs round differently
 
 
 @contextlib.contextmanager
@@ -251,7 +251,7 @@ def frozen(encoder: FrozenEncoder) -> Iterator[None]:
     """Check that the encoder comes out of a `with` as it went in: weights and BatchNorm statistics, bit by bit.
 
     Raises:
-        RuntimeError: it does not.
+        RuntimeError: it has changed.
     """
     before = digest(encoder.module)
     yield

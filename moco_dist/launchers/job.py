@@ -54,7 +54,7 @@ class Job:
 
     @property
     def name(self) -> str:
-        """The last part of the run's folder, in the letters that every scheduler takes; of an evaluation, with what."""
+        """The last part of the run's folder, in letters that every scheduler takes; an evaluation's says which."""
         letters = re.sub(r"[^a-z0-9]+", "-", self.run_dir.name.lower()).strip("-")[:MAX_NAME_LENGTH].strip("-")
         name = letters if letters[:1].isalpha() else f"run-{letters}".strip("-")
         return name if self.words[0] == "pretrain" else f"{name}-{self.words[0]}"
@@ -130,7 +130,7 @@ def sweep(
 
 
 def refuse_credentials(words: Sequence[str], where: str) -> None:
-    """What is rendered is kept and shown by a scheduler, so no password may stand in it.
+    """Refuse passwords in what is rendered, since a scheduler keeps and shows it.
 
     Args:
         words: of a command, or of a config.
@@ -147,7 +147,7 @@ def refuse_credentials(words: Sequence[str], where: str) -> None:
 
 
 def path_problems(config: PretrainConfig) -> list[str]:
-    """What is not on this machine and should be, where the hosts share its file system."""
+    """What is not on this machine, and should be if the hosts share its file system."""
     problems = []
     root, run_dir = config.data.root, config.run.dir.absolute()
     if not root.exists():
@@ -160,7 +160,7 @@ def path_problems(config: PretrainConfig) -> list[str]:
 
 
 def check_paths(config: PretrainConfig, dry_run: bool) -> None:
-    """A file system that only the hosts see is no mistake in a dry run: there it is a warning.
+    """Refuse paths that are not there. A dry run only warns: the hosts' file system may be another one.
 
     Raises:
         UserError: a path is not there, and this is no dry run.

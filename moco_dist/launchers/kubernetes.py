@@ -1,4 +1,4 @@
-"""Kubernetes: a manifest of everything a run needs but its two volume claims, and its creation."""
+"""Kubernetes: a manifest of everything that a run needs, without its two volume claims, and the manifest's creation."""
 
 import re
 import subprocess
@@ -95,7 +95,7 @@ def _problems(config: PretrainConfig | LinearConfig) -> list[str]:
     is_pretraining = isinstance(config, PretrainConfig)
     run = ("run.dir", config.run.dir, RUNS) if is_pretraining else ("run-dir", config.run_dir, RUNS)
     for name, path, volume in (("data.root", config.data.root, DATA), run):
-        if path is None:  # the pre-training's
+        if path is None:  # it is the pre-training's
             continue
         inside = PurePosixPath(path.as_posix())
         if ".." in inside.parts or not inside.is_relative_to(volume) or str(inside) == RUNS:
@@ -138,7 +138,7 @@ def require_what_pods_wait_for(options: KubernetesOptions) -> None:
 
 
 def submit(job: Job, text: str, options: KubernetesOptions) -> list[str]:
-    """Give the manifest to the cluster that kubectl is set up for; what it refuses in part is taken back.
+    """Give the manifest to the cluster that kubectl is set up for; if it refuses a part, the rest is taken back.
 
     There is no dry run by the server first: Trainer's webhook refuses a TrainJob whose runtime is not there.
 

@@ -113,7 +113,7 @@ def is_one_machine(args: Namespace) -> bool:
 
 
 def rank_status(exit_code: int) -> int:
-    """A rank's status by what Python says of its end: one that a signal ended is lost, but for who asked it to end."""
+    """A rank's status by Python's exit code: a rank that a signal ended is lost, unless it was asked to end."""
     asked = (-signal.SIGTERM, -signal.SIGINT)
     return exit_code if exit_code >= 0 else 128 - exit_code if exit_code in asked else EXIT_UNREACHABLE
 
@@ -186,7 +186,7 @@ def _ending_with_ranks(status_folder: Path | None) -> Iterator[None]:
 
 
 def _exit_status(pid: int) -> int:
-    """Of a child that has ended; the child is left for others to wait for."""
+    """The exit status of a child that has ended; the child is left for others to wait for."""
     end = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
     assert end is not None
     return rank_status(end.si_status if end.si_code == os.CLD_EXITED else -end.si_status)
@@ -234,7 +234,7 @@ def answers_as_store(head: str, port: str) -> bool:
 
 
 def port_taken(head: str, port: str) -> str:
-    """That another program has the port, and which one if it is on this host."""
+    """The line that another program has the port, and which one if it is on this host."""
     name = ""
     with contextlib.suppress(psutil.Error, OSError):
         listening = (c for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN and c.laddr and c.pid)

@@ -77,7 +77,7 @@ def info_nce(q: Tensor, k: Tensor, q_all: Tensor, queue_keys: Tensor, temperatur
 
 
 class _InfoNCE(torch.autograd.Function):
-    """The scalar loss with its gradient by q written out; k and the queue have none."""
+    """The scalar loss, with its gradient with respect to q written out; k and the queue get none."""
 
     @staticmethod
     def forward(ctx, q, k, out, lse, temperature):
@@ -119,9 +119,10 @@ def weighted_sums(q: Tensor, keys: Tensor, temperature: float) -> Tensor:
 
 
 def _by_flash(q: Tensor, keys: Tensor, temperature: float, dtype: torch.dtype) -> Tensor:
-    """By the flash-attention kernel that PyTorch has for CPUs.
+    """`weighted_sums` by the flash-attention kernel that PyTorch has for CPUs.
 
-    It gives a thread blocks of 32 queries of a head. With fewer blocks than threads, parts of the queue are its heads.
+    The kernel gives each thread blocks of 32 queries of one head. Where there are fewer blocks than threads, parts of
+    the queue take the place of heads.
     """
     threads_per_block = max(1, torch.get_num_threads() // math.ceil(q.shape[0] / 32))
     parts = math.gcd(keys.shape[0], 1 << threads_per_block.bit_length() - 1)  # a power of two, that divides
@@ -134,7 +135,7 @@ def _by_flash(q: Tensor, keys: Tensor, temperature: float, dtype: torch.dtype) -
 
 
 def _by_blocks(q: Tensor, keys: Tensor, temperature: float) -> Tensor:
-    """By matrix products, a block of the queue at a time: any device, any dtype."""
+    """`weighted_sums` by matrix products, one block of the queue at a time, on any device and in any dtype."""
     sums = q.new_zeros(q.shape[0], q.shape[1] + 1)
     for block in keys.split(_BLOCK_ROWS):
         weights = torch.exp((q @ block.T - 1) / temperature)

@@ -46,8 +46,8 @@ def _kernel(
 def launch_options(dim: int, precision: str) -> dict[str, Any]:
     """Block sizes and options of the kernel for C = `dim`, chosen by what ptxas makes of it.
 
-    With these no register goes to memory (blocks of 64 x 64 in `ieee` put 7 kB a thread there), a block fits the 99 kB
-    of the smallest cards since Ampere, and two fit an A100's or H100's multiprocessor.
+    With these options no register spills to memory (with blocks of 64 x 64 in `ieee` 7 kB a thread do), one block fits
+    the 99 kB of the smallest cards since Ampere, and two blocks fit a multiprocessor of an A100 or H100.
     """
     block_c = max(16, triton.next_power_of_2(dim))
     # Tensor cores of Hopper take 64 rows.

@@ -32,7 +32,7 @@ class MoCo:
         self.encoders: dict[str, nn.Module] = {"query_encoder": self.query_encoder, "key_encoder": self.key_encoder}
         self.engine = build_engine(self.query_encoder, config, world)
         if config.engine.zero_stage:
-            # As ZeRO laid out the query encoder's, so that the momentum update is one pass over both.
+            # Its weights lie as ZeRO laid out the query encoder's, so that the momentum update is one pass over both.
             self.key_encoder.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         if config.engine.compile != "off":
             self.key_encoder.compile(**compile_options(config.engine))
@@ -102,7 +102,7 @@ class MoCo:
         return [torch.cat(pair) for pair in zip(positives, back, strict=True)]
 
     def _monitor(self, q_all: Tensor, k: Tensor) -> dict[str, Tensor]:
-        """Of the last micro-batch: contrastive accuracy in percent, and the embeddings' spread over the sphere."""
+        """The last micro-batch's contrastive accuracy in percent, and its embeddings' spread over the sphere."""
         top1, top5 = contrastive_accuracy(q_all, all_gather(k, self._world), self.queue.keys, self._world)
         return {"contrastive_top1": top1, "contrastive_top5": top5, "embedding_std": spread(q_all)}
 

@@ -2,7 +2,7 @@
 
 Every rank's features are gathered; each rank computes the losses of its own rows against all of them. A feature is a
 query on its own rank and a key on every rank, so its gradient is the sum of what all ranks find: exact, as if one
-process had the whole batch (a gather without it would drop the keys' part).
+process had the whole batch (a gather without gradient would drop the keys' part).
 """
 
 import torch

@@ -11,7 +11,7 @@ from moco_dist.method.queue import Queue
 
 
 class StepResult(NamedTuple):
-    """What a step leaves for the log: this rank's mean loss (), and of a monitored step the scalars () to log."""
+    """What a step leaves for the log: this rank's mean loss (), and, if it was monitored, the scalars () to log."""
 
     loss: Tensor
     scalars: dict[str, Tensor]
@@ -20,8 +20,8 @@ class StepResult(NamedTuple):
 class Method(Protocol):
     """A way of pre-training, with all that it keeps from step to step; everything else is recomputed from the config.
 
-    What follows from the config alone (chance loss, negatives, a line that describes it), its section of the config
-    says.
+    What follows from the config alone (chance loss, negatives, a line that describes the run) is in the method's
+    section of the config.
 
     Attributes:
         query_encoder: the encoder that is trained, evaluated and exported.

@@ -16,7 +16,7 @@ DDP_FIRST_BUCKET_BYTES, DDP_BUCKET_BYTES = 2**20, 25 * 2**20  # torch's Distribu
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of one rank of `world_size`, `local_world_size` of them on a host.
+    """What one rank of `world_size` has, with `local_world_size` of them on a host.
 
     Attributes:
         parameters: of one encoder.
@@ -32,7 +32,7 @@ class Sizes:
     local_batch: int
 
     def memory(self) -> dict[str, int]:
-        """Bytes a rank by part, those of temporary buffers and of the CUDA context left out."""
+        """Bytes of a rank by part, without those of temporary buffers and of the CUDA context."""
         c, floats = self.config, self.parameters * FLOAT_BYTES
         stage = c.engine.zero_stage
         size = c.data.image_size
@@ -147,7 +147,7 @@ def saved_bytes(encoder: nn.Module, images: torch.Tensor, dtype: torch.dtype) ->
 
 
 def dtype_of(config: PretrainConfig) -> torch.dtype:
-    """The dtype that the encoders compute in; `auto` as on the GPUs of a cluster: bf16, but on a CPU fp32."""
+    """The dtype that the encoders compute in; `auto` is bf16, as on the GPUs of a cluster, and fp32 on a CPU."""
     precision, is_cpu = config.optim.precision, config.run.device == "cpu"
     names = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64,
              "auto": torch.float32 if is_cpu else torch.bfloat16}  # fmt: skip

@@ -83,7 +83,7 @@ def calibrate(config: PretrainConfig, planned_world_size: int, world: World) -> 
 
 
 class Step:
-    """`Method.train_step` alone on this rank, on random crops: the loss's work is N x K also when it is shared."""
+    """`Method.train_step` of this rank alone on random crops. The loss is N x K work also where ranks share it."""
 
     def __init__(self, config: PretrainConfig, local_batch: int, world: World) -> None:
         self._world = World(device=world.device)

@@ -2,8 +2,8 @@
 
     step = max(compute + latency + (features + images + gradients not hidden behind the backward pass) / rate, loading)
 
-DDP begins to all-reduce a bucket as soon as its gradients are there. What cannot hide is the last bucket, and what is
-left when the backward pass has ended. Collectives are rings, each of which crosses a host's link once.
+DDP begins to all-reduce a bucket as soon as its gradients are there. The last bucket cannot hide behind the backward
+pass, nor can what is left when that has ended. Collectives are rings, each of which crosses a host's link once.
 """
 
 from dataclasses import dataclass, replace
@@ -37,11 +37,11 @@ class Forecast:
 
     @property
     def compute_seconds(self) -> float | None:
-        """Of a rank's step alone: colours, both encoders, loss, optimiser."""
+        """Seconds of a rank's step alone: colours, both encoders, loss, optimiser."""
         return self.step.parts["step"] if self.step else None
 
     def transfer_seconds(self) -> dict[str, float] | None:
-        """By part, if nothing else happened; None: the rate is not known."""
+        """Seconds of each part's transfer, if nothing else happened; None: the rate is not known."""
         if self.sizes.world_size == 1:
             return dict.fromkeys(self.sizes.received(), 0.0)
         if self.bytes_per_second is None:
@@ -62,11 +62,11 @@ class Forecast:
 
     @property
     def loading_seconds(self) -> float | None:
-        """Of a rank's batch, by its workers."""
+        """Seconds in which a rank's workers load its batch."""
         return None if self.loader_core_seconds is None else self.loader_core_seconds / max(1, self.workers)
 
     def step_seconds(self) -> float | None:
-        """Of the whole step. A loader that was not measured is taken to keep up."""
+        """Seconds of the whole step. A loader that was not measured is taken to keep up."""
         compute, network, loading = self.compute_seconds, self.waited_for_network(), self.loading_seconds
         if compute is None or network is None:
             return None

@@ -20,7 +20,7 @@ class Inputs:
         link_gigabit_per_second: of a host; None: as measured between hosts, if it was.
         num_images: in the data set, and where that number comes from; None: not known.
         known: all measurements.
-        benchmark: of the loader, a file; for where no measurement has timed it.
+        benchmark: seconds of the loader a file, for where no measurement has timed it.
         places: the folders that measurements were looked for in.
     """
 

@@ -127,7 +127,7 @@ def read(where: list[Path]) -> list[Measurement]:
 
 
 def benchmark_of_loader(where: list[Path], config: PretrainConfig) -> CoreSeconds | None:
-    """A file's, by the newest result of benchmarks/loader.py for this loader and size of crops; None: there is none.
+    """Seconds a file, by the newest result of benchmarks/loader.py for this loader and size of crops; None: no result.
 
     Raises:
         UserError: a file is damaged.
@@ -153,12 +153,12 @@ def benchmark_of_loader(where: list[Path], config: PretrainConfig) -> CoreSecond
 
 
 def of_gpu(measurements: list[Measurement], gpu: str | None) -> list[Measurement]:
-    """Those whose hardware's name has `gpu` in it, without regard to case; None: of any hardware."""
+    """The measurements whose hardware's name has `gpu` in it, without regard to case; None: of any hardware."""
     return [m for m in measurements if gpu is None or gpu.lower() in m.hardware.lower()]
 
 
 def for_step(measurements: list[Measurement], config: PretrainConfig, local_batch: int) -> Measurement | None:
-    """The newest that timed this very step; of those on several ranks, which contend, the one on the most."""
+    """The newest measurement of this very step; of one day's, the one on the most ranks, since ranks contend."""
     fitting = [m for m in measurements if m.local_batch == local_batch and _is_of(m, config, "step")]
     return max(fitting, key=lambda m: (m.date, m.world_size), default=None)
 
@@ -166,7 +166,7 @@ def for_step(measurements: list[Measurement], config: PretrainConfig, local_batc
 def for_loader(
     measurements: list[Measurement], config: PretrainConfig, local_batch: int, world_size: int
 ) -> Measurement | None:
-    """The newest that loaded this very share of a batch."""
+    """The newest measurement that loaded this very share of a batch."""
     fitting = [m for m in measurements
                if m.loader_core_seconds is not None and m.loader_world_size == world_size
                and m.local_batch == local_batch and _is_of(m, config, "loader")]  # fmt: skip
@@ -174,14 +174,14 @@ def for_loader(
 
 
 def _is_of(measured: Measurement, config: PretrainConfig, part: str) -> bool:
-    """Whether it was made with the values that `config` has of all settings that this part's time depends on."""
+    """Whether all settings that this part's time depends on had the values that `config` has."""
     settings = declarations(PretrainConfig)
     return all(measured.settings.get(name) == value for name, value in settings_of(config).items()
                if part in settings[name]["times"])  # fmt: skip
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """By dotted names: files of version 0.1 have whole sections under the section's name."""
+    """The settings by dotted names. Files of version 0.1 have whole sections under the section's name."""
     flat: dict[str, Any] = {}
     for name, value in settings.items():
         flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
@@ -189,7 +189,7 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def for_network(measurements: list[Measurement], num_nodes: int) -> Measurement | None:
-    """The newest that all-reduced on one host, or between hosts, as the planned run will."""
+    """The newest measurement of an all-reduce on one host, or between hosts, as the planned run does it."""
     fitting = [m for m in measurements if m.world_size > 1 and (m.num_nodes > 1) == (num_nodes > 1)]
     return fitting[-1] if fitting else None
 

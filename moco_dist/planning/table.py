@@ -52,7 +52,7 @@ def plan(inputs: Inputs) -> list[Line]:
 
 
 def _loader_core_seconds(inputs: Inputs) -> CoreSeconds | None:
-    """Of a rank's batch: calibrated, or the benchmark's for its files."""
+    """Seconds for a rank's batch, as calibrated, or as the benchmark has them for its files."""
     sizes, file = inputs.sizes, inputs.benchmark
     calibrated = measurements.for_loader(inputs.known, inputs.config, sizes.local_batch, sizes.world_size)
     if calibrated and calibrated.loader_core_seconds is not None:

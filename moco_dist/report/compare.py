@@ -86,7 +86,7 @@ class Comparison:
         heads: `run`, the settings that differ, and the results.
         rows: a run each.
         links: a page of MLflow for each row, or "".
-        curves: charts with a line a run.
+        curves: charts with one line for each run.
         note: which runs have a line, where not all have; or "".
     """
 
@@ -206,7 +206,7 @@ def compare(records: list[RunRecord]) -> Comparison:
 
 
 def _best(records: list[RunRecord], count: int) -> tuple[list[RunRecord], str]:
-    """The best runs, in their own order, and what they are best by: an accuracy that one has, else the last loss."""
+    """The best runs, in their own order, and what they are best by: an accuracy if there is one, else the last loss."""
 
     def loss(record: RunRecord) -> float:
         return next((row["loss"] for row in reversed(record.log) if "loss" in row), math.inf)

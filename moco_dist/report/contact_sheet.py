@@ -1,4 +1,4 @@
-"""Pairs of views for eyes: of a report, or as a picture of their own."""
+"""Pairs of views for people to look at, in a report or as a picture of their own."""
 
 import sys
 from pathlib import Path

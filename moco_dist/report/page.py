@@ -46,7 +46,8 @@ class AccuracyTable(NamedTuple):
 def accuracy_table(run_dir: Path) -> str:
     """Top-1 accuracy of raw pixels, the untrained and the pre-trained encoder by kNN and linear evaluation, as text.
 
-    `–` where not evaluated; below it, what pre-training added. Percent, of the images that the notes name.
+    `–` stands where nothing was evaluated; below the rows is what pre-training added. The numbers are percent of the
+    images that the notes name.
     """
     table = _accuracies(run_dir)
     left = max(len(label) for label, _ in table.rows)
@@ -107,7 +108,7 @@ def evaluations(run_dir: Path) -> dict[tuple[str, str], dict[str, Any]]:
 
 
 def _kinds(found: dict[tuple[str, str], dict[str, Any]]) -> list[str]:
-    """The columns: those that are always there, then those of which there is a result; as `evaluations` calls them."""
+    """The columns as `evaluations` calls them: first the ones that are always there, then those that have a result."""
     return list(dict.fromkeys([*ALWAYS_SHOWN, *(kind for kind, _ in found)]))
 
 
@@ -188,7 +189,7 @@ def _summary(config: PretrainConfig, rows: list[dict[str, Any]]) -> list[str]:
 def _curves(
     rows: list[dict[str, Any]], found: dict[tuple[str, str], dict[str, Any]], config: PretrainConfig
 ) -> list[Picture]:
-    """The charts of what was logged, and of the linear classifiers' training; none for what was not."""
+    """The charts of what was logged, and of the linear classifiers' training; what was not logged has none."""
 
     def logged(key: str) -> tuple[list[float], list[float]]:
         points = [(row["step"], row[key]) for row in rows if key in row]

@@ -89,7 +89,7 @@ def register(record: RunRecord, run_dir: Path, name: str) -> str:
     has_format = "serialization_format" in inspect.signature(mlflow.pytorch.save_model).parameters
     safe: dict[str, Any] = {"serialization_format": "pt2"} if has_format else {"export_model": True}
     with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # mlflow's, of its own choices
+        warnings.simplefilter("ignore")  # mlflow warns of its own choices
         folder, card = Path(scratch) / "backbone", model_card(record, config)
         mlflow.pytorch.save_model(
             backbone, str(folder), signature=signature, input_example=example,

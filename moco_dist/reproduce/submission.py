@@ -36,11 +36,11 @@ class Step(NamedTuple):
 
     @property
     def name(self) -> str:
-        """As a person reads it."""
+        """The name as a person reads it."""
         return f"{self.row.row.label}, seed {self.row.seed}"
 
     def left(self) -> tuple[Job, Job | None]:
-        """What is to be run next, and what after it has ended well."""
+        """What is to be run next, and what is to be run after that has ended well."""
         return (self.evaluation, None) if self.row.is_pretrained else (self.pretraining, self.evaluation)
 
 
@@ -137,7 +137,7 @@ def _to_kubernetes(steps: list[Step], options: kubernetes.KubernetesOptions, out
 
 
 def _by_torchrun(steps: list[Step], options: TorchrunOptions, dry_run: bool) -> None:
-    """One after the other, in this terminal; the same command on every host."""
+    """Run one after the other, in this terminal; every host is given the same command."""
 
     def launched(command: list[str]) -> list[str]:
         step = next(step for step in steps if command in step.row.commands)

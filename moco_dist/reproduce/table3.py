@@ -1,9 +1,9 @@
 """Memory and time of MoCo beside the end-to-end method, Table 3 of MoCo v2 (arXiv 2003.04297), on this machine.
 
 The paper's rows are of 8 GPUs; what is measured is one rank with its share of the batch: the real `train_step` on
-random crops, colours included, loading and the network not. Every measurement is a process of its own, so that no
-memory of another one counts, and the methods take turns. Each is kept as soon as it is there: who stops and starts
-again goes on with the next.
+random crops, with colours, without loading and without the network. Every measurement is a process of its own, so that
+no other's memory counts, and the methods take turns. A measurement is kept as soon as it is there: whoever stops and
+starts again goes on with the next.
 """
 
 import json
@@ -122,7 +122,7 @@ def _read(kept: Path, key: str) -> list[Reading]:
 def _alone(config: PretrainConfig, local_batch: int, steps: int, device: str) -> Reading:
     """Peak bytes and seconds of a step, in a process of its own; None where memory is too small.
 
-    On a host it is not tried where the activations alone are more than is free: the kernel might end another process.
+    On a CPU it is not tried where the activations alone exceed free memory: the kernel might end another process.
     """
     if device == "cpu":
         values, group = config.model_dump(mode="json"), config.model.bn_group_size
@@ -134,7 +134,7 @@ def _alone(config: PretrainConfig, local_batch: int, steps: int, device: str) ->
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), **is_deaf) as pool:
         try:
             return pool.submit(_measured, config, local_batch, steps, device, torch.get_num_threads()).result()
-        except (torch.OutOfMemoryError, BrokenProcessPool):  # of a GPU; of a host, where the kernel ends the process
+        except (torch.OutOfMemoryError, BrokenProcessPool):  # a GPU's; a host's, where the kernel ends the process
             return None
         except KeyboardInterrupt:  # the pool waits for its process
             for process in multiprocessing.active_children():

@@ -19,7 +19,7 @@ from moco_dist.files import read_json
 from moco_dist.run.folder import RunFolder
 from moco_dist.tracking import page_of
 
-SMALL_EPOCHS = 6  # of a row of 200 at `--scale small`
+SMALL_EPOCHS = 6  # for a row of 200 at `--scale small`
 SMALL_BATCH = 512  # at most, there
 MISSING = "–"
 
@@ -163,7 +163,7 @@ def run_trials(trials: list[Trial], launched: Callable[[list[str]], list[str]]) 
             status = subprocess.run(launched(command)).returncode
             if status:
                 error = UserError(f"{command[0]} of {trial.row.label} ended with {status}; run this again to go on")
-                error.exit_status = status if status > 0 else 128 - status  # as a shell has it of a signal
+                error.exit_status = status if status > 0 else 128 - status  # as a shell reports a signal
                 raise error
 
 

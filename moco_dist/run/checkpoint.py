@@ -40,7 +40,7 @@ from moco_dist.run.folder import RunFolder
 from moco_dist.run.image_list import listed
 from moco_dist.run.manifest import MANIFEST, read_manifest
 
-CANNOT_WRITE = (Exception, CheckpointException)  # the latter is none of the former
+CANNOT_WRITE = (Exception, CheckpointException)  # the latter is no Exception
 OPTIMIZER = "optimizer."
 
 
@@ -60,7 +60,7 @@ def facts_of(config: PretrainConfig, images: ImageFolder) -> dict[str, Any]:
 
 
 def snapshot(method: Method, facts: dict[str, Any], world: World) -> Snapshot:
-    """Copy the method to host memory: all that a training has to wait for. Called by all ranks.
+    """Copy the method to host memory: a training has to wait for nothing else. Called by all ranks.
 
     Args:
         method: what to save.
@@ -125,7 +125,7 @@ def write(taken: Snapshot, run_dir: Path, world: World, group: dist.ProcessGroup
             shutil.rmtree(left_over, ignore_errors=True)
     try:
         barrier(world, group)
-        # It makes the folder too, and where one rank cannot, all raise.
+        # The writer makes the folder too, and where one rank cannot, all raise.
         writer = _Writer(str(partial), save_distributed=True)
         with _alone_on_purpose():
             dcp.save(taken.tensors, storage_writer=writer, no_dist=world.world_size == 1, process_group=group)
@@ -139,7 +139,7 @@ def write(taken: Snapshot, run_dir: Path, world: World, group: dist.ProcessGroup
             shutil.rmtree(folder, ignore_errors=True)  # the same step again, after a rewind
             partial.rename(folder)
     except CANNOT_WRITE:
-        if world.local_rank == 0:  # a disk that is full of it has no room for anything else
+        if world.local_rank == 0:  # or a disk that is full of it has no room for anything else
             shutil.rmtree(partial, ignore_errors=True)
         raise
     return folder
@@ -178,7 +178,7 @@ def damage(folder: Path, world: World) -> str:
     try:
         files = read_manifest(folder)["files"]
     except UserError as error:
-        return str(error)  # all ranks read it
+        return str(error)  # all ranks read this file
     found = []
     for name, expected in sorted(files.items())[world.rank :: world.world_size]:
         path = folder / name
@@ -192,7 +192,7 @@ def damage(folder: Path, world: World) -> str:
 
 
 def set_aside(folder: Path) -> None:
-    """Rename a damaged checkpoint: it is for people, and neither kept in place of an intact one nor evaluated."""
+    """Rename a damaged checkpoint, for people to look at: it takes no intact one's place, and is not evaluated."""
     shutil.rmtree(aside(folder), ignore_errors=True)
     folder.rename(aside(folder))
 
@@ -245,7 +245,7 @@ def load_query_encoder(encoder: nn.Module, folder: Path) -> int:
 
 
 def reason(error: BaseException) -> str:
-    """Why a checkpoint could not be written, in a few words: of the first rank that failed."""
+    """Why a checkpoint could not be written, in a few words of the first rank that failed."""
     if isinstance(error, CheckpointException):
         error = next((e for e, _ in error.failures.values() if isinstance(e, Exception)), error)
     if isinstance(error, OSError) and error.strerror:
@@ -317,7 +317,7 @@ def _read(tensors: dict[str, Tensor], folder: Path, world: World) -> None:
 
 @contextlib.contextmanager
 def _alone_on_purpose() -> Iterator[None]:
-    """Without the warning that there is no process group: a world of one has none."""
+    """Silence the warning that there is no process group: a world of one has none."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
         yield

@@ -30,7 +30,7 @@ class RunFolder:
         return self.root / ".lock"
 
     def token(self, name: str) -> Path:
-        """There for a moment at the start: rank 0 writes it, and every rank looks whether it sees the same folder."""
+        """A file for a moment at the start: rank 0 writes it, and every rank looks whether it sees the same folder."""
         return self.root / f".start_{name}"
 
     @property
@@ -49,7 +49,7 @@ class RunFolder:
 
     @property
     def stopped(self) -> Path:
-        """There while a run has been stopped early and has not gone on. Launchers requeue by it."""
+        """It is there while a run has been stopped early and has not gone on: launchers then queue it again."""
         return self.root / "preempted.json"
 
     @property

@@ -1,4 +1,4 @@
-"""Over which images a run goes. Its list is kept, so that a changed one is seen before a step is done over it."""
+"""The images that a run goes over. Their list is kept, so that another list is seen before a step is done over it."""
 
 import gzip
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ class ImageList(TypedDict):
 
 
 def listed(images: ImageFolder) -> ImageList:
-    """The list of `images` as a checkpoint keeps it. Where the images lie is no part of it: they may be moved."""
+    """The list of `images` as a checkpoint keeps it. It does not say where the images lie: they may be moved."""
     return {"count": len(images.paths), "hash": hash_of_list(images.paths)}
 
 
@@ -44,7 +44,7 @@ def difference(images: ImageFolder, before: ImageList, run: RunFolder) -> str:
         return ""
     try:
         kept = gzip.decompress(run.images(before["hash"]).read_bytes()).decode("utf-8", "surrogateescape").split("\n")
-    except (OSError, EOFError, ValueError):  # the list was lost or damaged: it is a condition of nothing
+    except (OSError, EOFError, ValueError):  # the list was lost or damaged: nothing depends on it
         return f"{before['count']:,} images before, {now['count']:,} now"
     old, new = set(kept), set(images.paths)
     came, went = [path for path in images.paths if path not in old], [path for path in kept if path not in new]

@@ -30,9 +30,9 @@ WATCH_SECONDS = 2.0
 def locked(run_dir: Path, world: World) -> Iterator[None]:
     """Rank 0 holds RUN/.lock for the length of a `with`. The kernel lets go of it however the process ends.
 
-    By `lockf`: what `flock` takes would be held by forked loader workers too, which may outlive a killed rank.
-    A file system that has no locks is warned of, and used. A holder on another host may have lost its power, and its
-    file server not know it yet: that one is waited for.
+    It is taken by `lockf`: forked loader workers, which may outlive a killed rank, would hold what `flock` takes too.
+    A file system that has no locks is warned of, and used. A holder on another host may have lost its power while its
+    file server does not know it yet, so such a holder is waited for.
 
     Where somebody removes RUN, it is made and locked again, and this process is told to stop as a scheduler tells it:
     what it has learned is saved there. Where another run has begun there before that, this process ends at once.
@@ -78,7 +78,7 @@ def require_shared(run_dir: Path, world: World) -> None:
         return
     run, token = RunFolder(run_dir), ""
     if world.is_main:
-        with contextlib.suppress(OSError):  # a disk that is full: then nothing is known
+        with contextlib.suppress(OSError):  # the disk is full: then nothing is known
             for left_over in run.root.glob(run.token("*").name):
                 left_over.unlink()
             name = secrets.token_hex(8)
@@ -133,7 +133,7 @@ def _watch(file: TextIO, run: RunFolder, held: contextlib.ExitStack, quit: threa
             continue
         try:
             run.root.mkdir(parents=True, exist_ok=True)
-            # It stays open: to close a file frees what this process has locked of it, by whatever name it was opened.
+            # The file stays open: to close it frees what this process has locked of it, by whatever name it was opened.
             file = held.enter_context(run.lock.open("a+", encoding="utf-8"))
         except OSError as error:
             if not is_told:
@@ -149,7 +149,7 @@ def _watch(file: TextIO, run: RunFolder, held: contextlib.ExitStack, quit: threa
                 _say(f"error: run.dir {run.root} was removed or replaced, and another run is there; this one ends")
                 os._exit(EXIT_IN_USE)
         file.seek(0)
-        if file.read() == _signature():  # a file system that numbers its files anew
+        if file.read() == _signature():  # the file system numbers its files anew
             continue
         _sign(file)
         if run.config.is_file():

@@ -24,7 +24,7 @@ from moco_dist.tracking import Tracker
 class Logbook:
     """Collects an interval's numbers on the device; `write` brings them to the host, once an interval.
 
-    Only rank 0 writes. Times are wall-clock seconds of this process.
+    Only rank 0 writes. All times are wall-clock seconds of this process.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Logbook:
             tracker: gets every row too.
             world: this process.
             start: steps done so far.
-            stop: the last one.
+            stop: the last step.
             pending_losses: `pending_losses` of the checkpoint that the run goes on from.
         """
         self._config, self._world, self._tracker, self._stop = config, world, tracker, stop
@@ -168,7 +168,7 @@ class Logbook:
 
 
 def _end_of_step(log: Path, step: int) -> int:
-    """Where in log.jsonl the rows up to `step` end: rows are in order. Damaged lines between them stay."""
+    """Where in log.jsonl the rows up to `step` end, since rows are in order. Damaged lines between them stay."""
     end = position = 0
     with log.open("rb") as file:
         for line in file:

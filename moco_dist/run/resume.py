@@ -61,7 +61,7 @@ def resume(method: Method, config: PretrainConfig, images: ImageFolder, world: W
     damaged: dict[Path, str] = {}
     pending_losses: list[float] = []
     other_images = ""
-    # As rank 0 sees it: a shared file system may show a new folder to some hosts a little later.
+    # What rank 0 sees counts: a shared file system may show a new folder to some hosts a little later.
     seen = " ".join(folder.name for folder in checkpoint.complete_checkpoints(config.run.dir))
     for name in reversed(gather_texts(seen, world)[0].split()):
         folder = run.checkpoints / name
@@ -97,7 +97,7 @@ def refuse_changes(config: PretrainConfig, folder: Path) -> None:
     """Compare with the settings that a checkpoint was made with.
 
     Raises:
-        UserError: some that change what is computed differ; each is named.
+        UserError: settings that change what is computed differ; each is named.
     """
     saved, now = (
         {**flatten(c), "shuffle.block_size": shuffle_block(c)} for c in (saved_config(folder), config)
@@ -116,7 +116,7 @@ def refuse_changes(config: PretrainConfig, folder: Path) -> None:
 
 
 def refuse_other_images(config: PretrainConfig, images: ImageFolder, folder: Path) -> str:
-    """Compare with the list of images that a checkpoint was made over; one without a list goes on over any.
+    """Compare with the list of images that a checkpoint was made over; a checkpoint without a list goes on over any.
 
     Returns:
         with run.resume `changed`, what became of the list and of the schedule; "" where the list is the same.

@@ -16,8 +16,8 @@ from moco_dist.run.checkpoint import Snapshot
 class Saver:
     """Writes checkpoints of one run, one at a time. All ranks call the same methods at the same steps.
 
-    A checkpoint that cannot be written (a full disk) is told and hurts nothing: training goes on, the older ones
-    stay, and the next interval tries again.
+    A checkpoint that cannot be written (a full disk) is told and hurts nothing: training goes on, the older
+    checkpoints stay, and the next interval tries again.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Saver:
         self._problem = ""
 
     def is_due(self, step: int, asked: int | None) -> bool:
-        """Whether to save after `step` steps: it is time, the end, or asked for."""
+        """Whether to save after `step` steps: because it is time, the end, or asked for."""
         return step % self._config.checkpoint.every_steps == 0 or step == self._stop or asked is not None
 
     def save(self, method: Method, pending_losses: list[float]) -> None:

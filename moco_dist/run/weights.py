@@ -1,6 +1,6 @@
 """Weights that go out to other programs (`moco-dist export`) and come in from them (`moco-dist import`).
 
-Inside, a backbone has torchvision's names. Files are safetensors, or torch's own format where the other program asks
+Here a backbone has torchvision's names. Files are safetensors, or torch's own format where the other program asks
 for it; what comes in is read with `weights_only=True`, which runs no code of the file.
 """
 

@@ -28,7 +28,7 @@ def file_of(uri: str) -> Path | None:
 
 
 def open_alone(path: Path, open_it: Callable[[], Opened]) -> Opened:
-    """What `open_it` returns, while no other process that calls this opens a database in the same folder.
+    """What `open_it` returns; no other process that calls this opens a database in the same folder meanwhile.
 
     MLflow makes and updates its tables when it first opens a database, by dozens of steps that two processes must
     not take at once. What an interrupted or doubled set-up has left can never be opened again: without a run in it,
@@ -36,7 +36,7 @@ def open_alone(path: Path, open_it: Callable[[], Opened]) -> Opened:
 
     Raises:
         RuntimeError: the database is broken and has runs, or is no database; the text says what to do.
-        Exception: of `open_it`.
+        Exception: any that `open_it` raises.
     """
     with _folder_locked(path.parent):
         if path.is_file() and _beginning(path) not in (HEADER, b""):

@@ -21,8 +21,8 @@ Record = dict[str, Any]
 class Outbox:
     """RUN/mlflow/NAME.jsonl: one record a line, sent in order by a thread of its own.
 
-    How much of it was sent is in the remote run's file. A record that was sent just before a crash is sent again:
-    each is such that a second time changes nothing (metrics have their time, which MLflow compares).
+    The remote run's file says how much of it was sent. A record that was sent just before a crash is sent again, which
+    changes nothing the second time (metrics have their time, which MLflow compares).
     """
 
     def __init__(self, path: Path, remote: RemoteRun, say: Callable[[str], None]) -> None:
@@ -83,7 +83,7 @@ class Outbox:
             return False
         try:
             self.remote.deliver(batch)
-        except Refused:  # one of them, for good: the others shall not wait for it
+        except Refused:  # one record is refused for good: the others shall not wait for it
             for record, end in zip(batch, ends, strict=True):
                 try:
                     self.remote.deliver([record])
@@ -109,7 +109,7 @@ class Outbox:
                     return
 
     def _send_all(self) -> None:
-        """The thread. A failure is told once an outage; while it lasts, pauses grow to a minute."""
+        """The thread's work. A failure is told once an outage; while the outage lasts, pauses grow to a minute."""
         pause = 1.0
         while True:
             closing = self._is_closing

@@ -31,7 +31,7 @@ class RemoteRun:
 
     Attributes:
         uri: of the server; it may have a password.
-        sent_bytes: how much of the journal it has.
+        sent_bytes: how much of the journal the server has.
     """
 
     def __init__(self, file: Path, uri: str, parent_file: Path | None = None, watches_system: bool = False) -> None:
@@ -156,13 +156,13 @@ class RemoteRun:
         metrics = [Metric(name, value, time_ms, step) for name, value in record["metrics"].items()]
         client.log_batch(saved["run_id"], metrics=metrics)
         description = client.get_run(saved["run_id"]).data.tags.get(DESCRIPTION, "")
-        if record["note"] not in description:  # else it was told just before a crash
+        if record["note"] not in description:  # otherwise it was told just before a crash
             client.set_tag(saved["run_id"], DESCRIPTION, f"{description}\n{record['note']}")
 
     def _watch_system(self) -> None:
         """CPU, memory, disk, network and, with nvidia-ml-py installed, GPU, every 30 s; nothing without psutil.
 
-        MLflow's monitor ends when a server fails: then there is a new one.
+        MLflow's monitor ends when a server fails; then a new one is started.
         """
         if self._monitor is not None and self._monitor._process is not None and self._monitor._process.is_alive():
             return
@@ -186,7 +186,7 @@ class RemoteRun:
 
 
 def _find(client: "MlflowClient", run_id: str) -> "Run | None":
-    """The run, if this server has it."""
+    """Look for the run; None if this server does not have it."""
     from mlflow.exceptions import MlflowException
 
     try:

@@ -68,7 +68,7 @@ def absolute(uri: str) -> str:
 
 
 def require_usable(uri: str, given_by: str = "tracking.uri") -> None:
-    """Whether there is a server at an address, time tells; but a misspelt scheme never works, nor a cut token.
+    """Refuse what never works: a misspelt scheme, or a cut token. Whether a server answers is seen later.
 
     Args:
         uri: of a server or a database.
@@ -102,7 +102,7 @@ def experiment_of(config: TrackingConfig) -> str:
 
 
 def ignored_variables() -> list[str]:
-    """What the environment tells MLflow and this program does otherwise: a line each."""
+    """A line for each variable that tells MLflow something and that this program does not follow."""
     said = {
         "MLFLOW_EXPERIMENT_ID": "name the experiment by --tracking.experiment or MLFLOW_EXPERIMENT_NAME",
         "MLFLOW_RUN_ID": "a run's folder says which MLflow run it is",
@@ -202,7 +202,7 @@ def original_of(run_dir: Path, saved: dict[str, str], uri: str) -> Path | None:
     if not saved["folder"] or not saved["run_id"] or original == here:
         return None
     other, database = read_saved(record_path(original)), file_of(uri)
-    if other is None or other["run_id"] != saved["run_id"] or original.samefile(here):  # the latter: mounted twice
+    if other is None or other["run_id"] != saved["run_id"] or original.samefile(here):  # or one folder, mounted twice
         return None
     is_own = database is not None and database.parent == here.parent and has_run(database, saved["run_id"])
     return None if is_own else original

@@ -153,7 +153,7 @@ class Tracker:
     def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """Numbers of an optimiser step; returns at once.
 
-        After a rewind to an older checkpoint, steps are done again: those that were told are not told twice.
+        After a rewind to an older checkpoint, steps are done again; what was told of them is not told twice.
         """
         if self._outbox is None:
             return
@@ -258,7 +258,7 @@ def _description(config: PretrainConfig) -> str:
 def _part_from_original(run_dir: Path, uri: str) -> None:
     """A copy of a run that is trained further is a run of its own, told all that the copied journal has.
 
-    Else two trainings would be one line of points.
+    Otherwise the points of two trainings would be one line.
     """
     record, journal = record_path(run_dir), journal_path(run_dir, PRETRAIN)
     saved = read_saved(record)

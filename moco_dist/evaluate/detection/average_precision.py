@@ -22,7 +22,7 @@ RECALLS = 11
 
 
 def require_pycocotools() -> None:
-    """Say so before the training, not after it.
+    """Refuse to begin a training that could not be scored.
 
     Raises:
         UserError: it is not installed.
@@ -51,7 +51,7 @@ def average_precision(
 
     class VocEval(COCOeval):
         def computeIoU(self, imgId, catId):
-            """A crowd, as which difficult objects are given, has another IoU in COCO; here all have the same."""
+            """Give all objects the same IoU: in COCO a crowd, as which difficult objects are given, has another."""
             objects = self._gts[imgId, catId]  # type: ignore[attr-defined]  # set by `evaluate`
             found = sorted(self._dts[imgId, catId], key=lambda d: -d["score"])  # type: ignore[attr-defined]
             found = found[: self.params.maxDets[-1]]
@@ -61,7 +61,7 @@ def average_precision(
 
     boxes = detections[:, 1:5].copy()
     boxes[:, 2:] -= boxes[:, :2]  # to left, top, width, height
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints as it goes
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints as it goes
         coco = COCO()
         coco.dataset = _as_coco(truth, num_classes)  # type: ignore[assignment]
         coco.createIndex()

@@ -1,6 +1,6 @@
 """Faster R-CNN as MoCo measures a backbone: R50-C4 with trained BatchNorm (v1, arXiv 1911.05722, sec. 4.2 and A.2).
 
-Of torchvision's builders it is `FasterRCNN` itself: `fasterrcnn_resnet50_fpn` would put a feature pyramid on the
+It is torchvision's `FasterRCNN` itself: the builder `fasterrcnn_resnet50_fpn` would put a feature pyramid on the
 backbone, which the paper's VOC numbers do not have. Features are those of layer3, at stride 16; regions of them go
 through layer4, a further BatchNorm and the mean. Anchors, numbers of proposals and short sides are those of the
 original release's configuration for detectron2. What stays torchvision's: the box losses are smooth (beta 1/9) instead
@@ -87,7 +87,7 @@ def build_detector(backbone: Backbone, config: DetectConfig, pixels: AugmentConf
             box_predictor=FastRCNNPredictor(resnet.fc.in_features, len(config.data.classes) + 1),
         )
     if world.world_size > 1 and world.device != "cpu":
-        nn.SyncBatchNorm.convert_sync_batchnorm(detector)  # in place, but for a module that is a BatchNorm itself
+        nn.SyncBatchNorm.convert_sync_batchnorm(detector)  # in place, unless the module is a BatchNorm itself
     return detector.to(world.device)
 
 

@@ -99,7 +99,7 @@ def run_detection(config: DetectConfig, world: World) -> dict[str, Any]:
 
 
 def learning_rate(config: DetectConfig, step: int) -> float:
-    """Of a step, from 0: a linear warm-up, then a tenth at each milestone."""
+    """The rate of a step, counted from 0: a linear warm-up, then a tenth at each milestone."""
     warmup = min(1.0, WARMUP_START + (1 - WARMUP_START) * step / config.warmup_steps) if config.warmup_steps else 1.0
     return config.lr * warmup * decay(config.milestones, step)
 
@@ -137,7 +137,7 @@ def _train(
     sgd = torch.optim.SGD(weight_groups(detector, config.weight_decay), lr=config.lr, momentum=config.sgd_momentum)
 
     def settle() -> None:
-        detector.load_state_dict(averaged(detector, world), strict=False)  # equal already but on CPUs
+        detector.load_state_dict(averaged(detector, world), strict=False)  # on GPUs they are equal already
 
     training = Training(progress, detector, sgd, stop, world, settle)
     plan = Plan(len(train), config.global_batch_size, config.seed)
@@ -215,7 +215,7 @@ def _detections(
 ) -> NDArray[np.float64]:
     """(n, 7) of all ranks' images: number, left, top, right, bottom, score, label.
 
-    This rank's so far are in the file `kept`, if it was stopped.
+    If this rank was stopped, the file `kept` has those that it had found.
     """
     own = np.arange(world.rank, len(test), world.world_size)
     size = config.global_batch_size // world.world_size

@@ -70,7 +70,7 @@ def read_sets(root: Path, names: Sequence[str], classes: Sequence[str]) -> list[
 
 
 class _NoDoctype(ElementTree.TreeBuilder):
-    """Annotations need no DOCTYPE, and it is where XML can be made to grow or to read other files."""
+    """Refuses a DOCTYPE: annotations need none, and by it XML can be made to grow or to read other files."""
 
     def doctype(self, name: str, pubid: str | None, system: str | None) -> None:
         raise ValueError("has a DOCTYPE, which an annotation does not need")
@@ -106,7 +106,7 @@ def _object(
     if name not in classes:
         raise ValueError(f"has the class {name!r}, which is not one of data.classes{nearest(name, classes)}")
     left, top, right, bottom = (float(_text(item, f"bndbox/{edge}")) for edge in ("xmin", "ymin", "xmax", "ymax"))
-    # Programs that count from 0 write one less: a box may be one pixel out on the left and above.
+    # Programs that count from 0 write one less, so a box may begin one pixel left of or above the image.
     if not (0 <= left <= right <= width and 0 <= top <= bottom <= height and right >= 1 and bottom >= 1):
         box = f"({left:g}, {top:g}, {right:g}, {bottom:g})"
         raise ValueError(f"has a {name} with the box {box}, which is not inside the image of {width} x {height} pixels")

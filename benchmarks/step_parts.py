@@ -27,12 +27,11 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 from unittest import mock
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -43,24 +42,17 @@ from benchmarks.photos import make_photos, source_of_photos
 from benchmarks.timing import bytes_per_second, flops_per_second, in_turn, synchronise
 from moco_dist.config.architectures import ARCHITECTURES
 from moco_dist.config.pretrain import PretrainConfig
-from moco_dist.data import counter_rng
-from moco_dist.data.batch import CropBatch
-from moco_dist.data.colours import apply_colours, draw_colours
 from moco_dist.data.loaders import pretrain_batches
 from moco_dist.data.plan import Plan
 from moco_dist.data.sources import find_images
-from moco_dist.data.views import Views
 from moco_dist.distributed.world import World
-from moco_dist.engine import Engine
 from moco_dist.engine.ddp import DDPEngine
 from moco_dist.engine.optimizer import build_optimizer
 from moco_dist.engine.precision import compute_dtype
-from moco_dist.engine.speed import compiled_on_gpu
 from moco_dist.method import moco
-from moco_dist.method.build import build_method
 from moco_dist.method.encoder import build_encoder
 from moco_dist.method.queue import Queue
-from moco_dist.planning.calibrate import Marks
+from moco_dist.planning.random_step import Marks, RandomStep
 
 CLASSES = 1000
 WAYS: dict[str, dict[str, Any]] = {
@@ -110,64 +102,30 @@ class Supervised:
         self._engine.step(0.0)
 
 
-class Moco:
-    """The program's step on one rank, as `train.pretrain` does it: colours of both views, then `train_step`."""
-
-    def __init__(self, config: PretrainConfig, world: World) -> None:
-        self._config, self._world = config, world
-        self.method = build_method(config, world)
-        self._colour = compiled_on_gpu(apply_colours, config.engine, world.device)
-        self._random = random_batch(config).to(torch.device(world.device))
-
-    def step(self, batch: CropBatch | None = None, marks: Marks | None = None) -> None:
-        """One step, of random crops if no others are given."""
-        batch, dtype = batch or self._random, self.method.dtype
-        with marks.part("colours") if marks else nullcontext():
-            query = self._colour(batch.view_q, batch.colours_q, self._config.augment, dtype)
-            key = self._colour(batch.view_k, batch.colours_k, self._config.augment, dtype)
-        order = torch.arange(len(key), device=self._world.device)
-        engine = self.method.engine
-        self.method.engine = cast(Engine, marks) if marks else engine
-        self.method.train_step(Views(query, key, order), 0.0, monitored=False)
-        self.method.engine = engine
-
-    def seconds_of_parts(self) -> dict[str, float]:
-        """Of one step, the device waited for between parts."""
-        marks = Marks(self.method.engine, self._world)
-        with marked(marks):
-            started = marks.now()
-            self.step(marks=marks)
-            elapsed = marks.now() - started
-        return {**marks.seconds, "other": elapsed - sum(marks.seconds.values())}
-
-    def wait_share(self, steps: int) -> float:
-        """Share of the loop spent waiting for the loader, after two steps that are not counted."""
-        folder = find_images(self._config.data.root, "train")
-        plan = Plan(len(folder.paths), self._config.optim.global_batch_size, 0)
-        waited = started = 0.0
-        with closing(pretrain_batches(folder, self._config, plan, self._world, 0, steps + 2)) as batches:
-            for number in range(steps + 2):
-                asked = time.perf_counter()
-                batch = next(batches).to(torch.device(self._world.device))
-                if number == 2:
-                    synchronise(self._world.device)
-                    waited, started = 0.0, asked
-                waited += time.perf_counter() - asked
-                self.step(batch)
-        synchronise(self._world.device)
-        return waited / (time.perf_counter() - started)
+def seconds_of_parts(step: RandomStep) -> dict[str, float]:
+    """Seconds of one step by part, the device being waited for between them."""
+    marks = step.marks()
+    with marked(marks):
+        return step.seconds_of_parts(marks, "other")
 
 
-def random_batch(config: PretrainConfig) -> CropBatch:
-    """Crops of noise, with colours as step 0 draws them."""
-    count, side = config.optim.global_batch_size, config.data.image_size
-    crops = torch.randint(0, 256, (count, side, side, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
-    samples = np.arange(count)
-    colours = [
-        draw_colours(config.augment, 0, 0, samples, stream)
-        for stream in (counter_rng.STREAM_COLOUR_Q, counter_rng.STREAM_COLOUR_K)
-    ]
-    return CropBatch(crops, crops, torch.from_numpy(samples), torch.from_numpy(samples), *colours)
+def wait_share(step: RandomStep, world: World, steps: int) -> float:
+    """Share of the loop spent waiting for the loader, after two steps that are not counted."""
+    config = step.config
+    folder = find_images(config.data.root, "train")
+    plan = Plan(len(folder.paths), config.optim.global_batch_size, 0)
+    waited = started = 0.0
+    with closing(pretrain_batches(folder, config, plan, world, 0, steps + 2)) as batches:
+        for number in range(steps + 2):
+            asked = time.perf_counter()
+            batch = next(batches).to(torch.device(world.device))
+            if number == 2:
+                synchronise(world.device)
+                waited, started = 0.0, asked
+            waited += time.perf_counter() - asked
+            step.step(batch)
+    synchronise(world.device)
+    return waited / (time.perf_counter() - started)
 
 
 @contextmanager
@@ -191,10 +149,11 @@ def timed(function: Callable, marks: Marks, part: str) -> Callable:
 
 def measure(config: PretrainConfig, way: str, repeats: int, world: World) -> dict[str, Any]:
     """One row."""
-    moco, supervised = Moco(config, world), Supervised(config, world)
+    moco = RandomStep(config, config.optim.global_batch_size, world.device)
+    supervised = Supervised(config, world)
     moco.step()  # compiles
     seconds = in_turn({"moco": moco.step, "supervised": supervised.step}, repeats, world.device)
-    readings = [moco.seconds_of_parts() for _ in range(repeats + 1)][1:]
+    readings = [seconds_of_parts(moco) for _ in range(repeats + 1)][1:]
     parts = {name: statistics.median(reading[name] for reading in readings) for name in readings[0]}
     count = config.optim.global_batch_size
     parameters = sum(p.numel() for p in moco.method.query_encoder.parameters())
@@ -208,17 +167,18 @@ def measure(config: PretrainConfig, way: str, repeats: int, world: World) -> dic
         "way": way, "local_batch": count, "seconds": seconds, "images_per_second": count / seconds["moco"],
         "share_of_ceiling": seconds["supervised"] / 0.75 / seconds["moco"],
         "share_of_step": {name: value / total for name, value in parts.items()}, "floor_seconds": floors,
-        "data_wait_share": moco.wait_share(repeats),
+        "data_wait_share": wait_share(moco, world, repeats),
     }  # fmt: skip
 
 
 def flops(config: PretrainConfig, world: World) -> int:
     """Of the products and convolutions of one step's encoders, counted on an eager copy."""
     values = config.model_dump(mode="json")
-    eager = Moco(PretrainConfig.model_validate({**values, "engine": {}}), world)
+    eager = PretrainConfig.model_validate({**values, "engine": {}})
+    step = RandomStep(eager, eager.optim.global_batch_size, world.device)
     counter = FlopCounterMode(display=False)
     with counter:
-        eager.step()
+        step.step()
     return counter.get_total_flops()
 
 

@@ -4,31 +4,27 @@ import dataclasses
 import datetime
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from moco_dist.config.pretrain import PretrainConfig
-from moco_dist.data import counter_rng
-from moco_dist.data.colours import apply_colours, draw_colours
 from moco_dist.data.loaders import pretrain_batches
 from moco_dist.data.plan import plan_of
 from moco_dist.data.sources import find_training_images
-from moco_dist.data.views import Views
 from moco_dist.distributed import collectives
 from moco_dist.distributed.collectives import all_reduce_sum, barrier
 from moco_dist.distributed.world import World, world_from_env
 from moco_dist.errors import UserError
-from moco_dist.method.build import build_method
 from moco_dist.planning import measurements
 from moco_dist.planning.measurements import Measurement, settings_of
+from moco_dist.planning.random_step import WARM_UP_STEPS, RandomStep, synchronise
 from moco_dist.provenance import hardware, package_versions
 
-WARM_UP_STEPS, MAX_STEPS, LOADER_STEPS = 2, 50, 8
+MAX_STEPS, LOADER_STEPS = 50, 8
 STEP_SECONDS, LOADER_SECONDS = 30.0, 15.0
 REDUCE_CALLS, LATENCY_CALLS = 5, 20
 
@@ -64,11 +60,12 @@ def calibrate(config: PretrainConfig, planned_world_size: int, world: World) -> 
     if config.engine.kind == "deepspeed":
         raise UserError("--calibrate times engine.kind ddp; a plan for deepspeed has no measured step")
     local_batch = config.optim.global_batch_size // planned_world_size
-    step = Step(config, local_batch, world)
+    step = RandomStep(config, local_batch, world.device)
     barrier(world)
-    parts = step.parts()
+    parts = _parts(step)
     peak = torch.cuda.max_memory_allocated() if world.device != "cpu" else 0
-    gradients = torch.zeros(step.parameters, device=world.device)
+    parameters = sum(p.numel() for p in step.method.query_encoder.parameters())
+    gradients = torch.zeros(parameters, device=world.device)
     reduce_seconds = latency = 0.0
     if world.world_size > 1:
         reduce_seconds = timed(lambda: all_reduce_sum(gradients, world), REDUCE_CALLS, world)
@@ -82,109 +79,21 @@ def calibrate(config: PretrainConfig, planned_world_size: int, world: World) -> 
     )  # fmt: skip
 
 
-class Step:
-    """`Method.train_step` of this rank alone on random crops. The loss is N x K work also where ranks share it."""
-
-    def __init__(self, config: PretrainConfig, local_batch: int, world: World) -> None:
-        self._world = World(device=world.device)
-        values = config.model_dump(mode="json")
-        values["optim"]["global_batch_size"] = local_batch
-        self._config = PretrainConfig.model_validate(values)
-        self._method = build_method(self._config, self._world)
-        self.parameters = sum(p.numel() for p in self._method.query_encoder.parameters())
-        side, samples = config.data.image_size, torch.arange(local_batch).numpy()
-        crops = torch.randint(0, 256, (local_batch, side, side, 3), dtype=torch.uint8)
-        self._crops = crops.permute(0, 3, 1, 2).to(world.device)
-        self._colours = [
-            draw_colours(config.augment, config.run.seed, 0, samples, stream)
-            for stream in (counter_rng.STREAM_COLOUR_Q, counter_rng.STREAM_COLOUR_K)
-        ]
-        self._order = torch.randperm(local_batch).to(world.device)
-
-    def parts(self) -> dict[str, float]:
-        """Median seconds of a whole step, and of its parts: the device is waited for only when parts are timed."""
-        wholes: list[float] = []
-        parts: dict[str, list[float]] = {}
-        deadline = time.perf_counter() + STEP_SECONDS
-        for number in range(WARM_UP_STEPS + MAX_STEPS):
-            whole = self._timed(self._step)
-            engine = self._method.engine
-            marks = Marks(engine, self._world)
-            started = time.perf_counter()
-            self._method.engine = cast(Any, marks)
-            self._step(marks)
-            self._method.engine = engine
-            elapsed = marks.now() - started
-            if number >= WARM_UP_STEPS:
-                wholes.append(whole)
-                marks.seconds["keys, loss, queue"] = elapsed - sum(marks.seconds.values())
-                for name, seconds in marks.seconds.items():
-                    parts.setdefault(name, []).append(seconds)
-                if time.perf_counter() > deadline:
-                    break
-        return {"step": statistics.median(wholes), **{name: statistics.median(p) for name, p in parts.items()}}
-
-    def seconds(self, steps: int) -> float:
-        """Median seconds of `steps` steps after the warm-up; the device is waited for after each."""
-        readings = [self._timed(self._step) for _ in range(WARM_UP_STEPS + steps)]
-        return statistics.median(readings[WARM_UP_STEPS:])
-
-    def _step(self, marks: "Marks | None" = None) -> None:
-        mark = marks.part if marks else _unmarked
-        with mark("colours"):
-            query, key = (
-                apply_colours(self._crops, colours, self._config.augment, self._method.dtype)
-                for colours in self._colours
-            )
-        self._method.train_step(Views(query, key, self._order), 0.0, monitored=False)
-
-    def _timed(self, function: Callable[[], Any]) -> float:
-        started = time.perf_counter()
-        function()
-        synchronise(self._world)
-        return time.perf_counter() - started
-
-
-class Marks:
-    """The engine, with the seconds of its parts."""
-
-    def __init__(self, engine: Any, world: World) -> None:
-        self._engine, self._world = engine, world
-        self.seconds: dict[str, float] = {}
-
-    def __call__(self, images: Tensor, synchronise: bool = True) -> Tensor:
-        with self.part("query forward"):
-            return self._engine(images, synchronise=synchronise)
-
-    def backward(self, loss: Tensor) -> None:
-        """See `Engine`."""
-        with self.part("backward"):
-            self._engine.backward(loss)
-
-    def step(self, lr: float) -> None:
-        """See `Engine`."""
-        with self.part("optimiser"):
-            self._engine.step(lr)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._engine, name)
-
-    def now(self) -> float:
-        """The time when the device has done all that it was given."""
-        synchronise(self._world)
-        return time.perf_counter()
-
-    @contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        """Add the seconds inside to a part."""
-        started = self.now()
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + self.now() - started
-
-
-@contextmanager
-def _unmarked(name: str) -> Iterator[None]:
-    yield
+def _parts(step: RandomStep) -> dict[str, float]:
+    """Median seconds of a whole step, and of its parts: the device is waited for only when parts are timed."""
+    wholes: list[float] = []
+    parts: dict[str, list[float]] = {}
+    deadline = time.perf_counter() + STEP_SECONDS
+    for number in range(WARM_UP_STEPS + MAX_STEPS):
+        whole = step.seconds_of_one()
+        of_parts = step.seconds_of_parts(step.marks(), "keys, loss, queue")
+        if number >= WARM_UP_STEPS:
+            wholes.append(whole)
+            for name, seconds in of_parts.items():
+                parts.setdefault(name, []).append(seconds)
+            if time.perf_counter() > deadline:
+                break
+    return {"step": statistics.median(wholes), **{name: statistics.median(p) for name, p in parts.items()}}
 
 
 def loader_core_seconds(config: PretrainConfig, world_size: int) -> float | None:
@@ -218,12 +127,6 @@ def timed(function: Callable[[], Any], calls: int, world: World) -> float:
         barrier(world)
         started = time.perf_counter()
         function()
-        synchronise(world)
+        synchronise(world.device)
         readings.append(time.perf_counter() - started)
     return statistics.median(readings)
-
-
-def synchronise(world: World) -> None:
-    """Wait for the device."""
-    if world.device != "cpu":
-        torch.cuda.synchronize()

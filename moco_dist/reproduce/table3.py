@@ -25,7 +25,7 @@ from moco_dist.distributed.world import World
 from moco_dist.errors import Preempted
 from moco_dist.files import write_whole
 from moco_dist.planning.arithmetic import sizes
-from moco_dist.planning.calibrate import Step
+from moco_dist.planning.random_step import RandomStep
 from moco_dist.provenance import hardware, key_of, package_versions, source_hash
 from moco_dist.run.told import Told
 
@@ -145,7 +145,7 @@ def _alone(config: PretrainConfig, local_batch: int, steps: int, device: str) ->
 def _measured(config: PretrainConfig, local_batch: int, steps: int, device: str, threads: int) -> tuple[int, float]:
     torch.set_num_threads(threads)
     before = psutil.Process().memory_info().rss
-    seconds = Step(config, local_batch, World(device=device)).seconds(steps)
+    seconds = RandomStep(config, local_batch, device).seconds(steps)
     if device != "cpu":
         return torch.cuda.max_memory_allocated(), seconds
     status = Path("/proc/self/status").read_text()

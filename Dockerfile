@@ -15,7 +15,8 @@ WORKDIR /src
 # A layer of its own: it is made anew only when the lock changes.
 COPY requirements.lock ./
 RUN pip install --require-hashes --requirement requirements.lock
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml setup.py README.md LICENSE ./
+COPY configs ./configs
 COPY moco_dist ./moco_dist
 RUN pip install --no-deps --no-build-isolation .
 

@@ -27,9 +27,9 @@ def main(words: list[str]) -> int:
     encoders = ["--encoders", "[pixels, untrained, trained]", "--data.num-workers", "0"]
     steps = [
         ("1/4  data", lambda: data.main(["prepare", "shapes", "--out", str(DATA)])),
-        ("2/4  pre-training on 2 ranks", lambda: ranks(["pretrain", "configs/demo.yaml"])),
+        ("2/4  pre-training on 2 ranks", lambda: ranks(["pretrain", "demo.yaml"])),
         ("3/4  kNN", lambda: ranks(["knn", "--run-dir", str(RUN), *encoders])),
-        ("3/4  linear", lambda: ranks(["linear", "configs/demo_linear.yaml", *encoders])),
+        ("3/4  linear", lambda: ranks(["linear", "demo_linear.yaml", *encoders])),
         ("4/4  report", lambda: report.main([str(RUN)])),
     ]
     started = time.monotonic()

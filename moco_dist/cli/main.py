@@ -26,6 +26,7 @@ COMMANDS = {  # name: what it does, the function in moco_dist.cli; in the order 
     "data": ("get, check, look at or pack a data set", "data:main"),
     "doctor": ("what is wrong with a machine, a config or a run", "doctor:main"),
     "plan": ("memory, network and hours of a run, before it starts", "plan:main"),
+    "configs": ("the configs that come with it, by name", "configs:main"),
     "pretrain": ("pre-train an encoder by MoCo v2; again: go on", "pretrain:main"),
     "launch": ("the same by torchrun, Slurm or Kubernetes", "launch:main"),
     "knn": ("nearest-neighbour accuracy of a run", "evaluate:knn"),

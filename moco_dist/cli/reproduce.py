@@ -25,7 +25,8 @@ def main(words: list[str]) -> int:
     parser.add_argument("--ranks", type=int, default=1, help="processes on this machine, one a GPU [1]")
     parser.add_argument("--out", type=Path, help="folder for runs and table [runs/TABLE_SCALE]")
     parser.add_argument("--data-root", type=Path, help="images [those of the configs]")
-    parser.add_argument("--configs", type=Path, default=Path("configs"), help="folder of the configs [configs]")
+    parser.add_argument("--configs", type=Path, default=Path(),
+                        help="folder of configs of your own, under the same names [those of moco_dist]")  # fmt: skip
     parser.add_argument("--small-epochs", type=int, default=SMALL_EPOCHS,
                         help=f"small: epochs for each 200 of the row [{SMALL_EPOCHS}]")  # fmt: skip
     parser.add_argument("--launcher", help="submit every row: slurm, kubernetes, torchrun [run them here]")
@@ -41,7 +42,7 @@ def main(words: list[str]) -> int:
     if not all(seed.isdecimal() for seed in seeds):
         raise UserError(f"--seeds {args.seeds!r} is not a list of whole numbers such as 0,1,2")
     if not args.configs.is_dir():
-        raise UserError(f"--configs {args.configs} is not a folder; it is configs/ of a checkout of moco_dist")
+        raise UserError(f"--configs {args.configs} is not a folder; without it, moco_dist's own configs are used")
     if min(args.ranks, args.small_epochs) < 1:
         raise UserError("--ranks and --small-epochs are at least 1")
 

@@ -17,6 +17,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from moco_dist.config import packaged
 from moco_dist.config.section import COMPUTED, Declaration, declared
 from moco_dist.errors import UserError, file_error, nearest
 
@@ -72,18 +73,20 @@ def read_config(schema: type[Config], path: Path | None, flags: list[str], overl
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file.
+    """The mapping in a YAML file, or in the packaged config of that name where there is no such file.
 
     Raises:
         UserError: the file is missing, unreadable, not a mapping, or has a key twice; a missing one names its nearest
             neighbour.
     """
     try:
-        with path.open(encoding="utf-8") as file:
+        with packaged.located(path).open(encoding="utf-8") as file:
             values = _Loader(file).get_single_data()
     except FileNotFoundError as error:
         siblings = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
-        raise UserError(f"config file {path} does not exist{nearest(path.name, siblings)}") from error
+        others = "; moco-dist configs lists those that come with moco_dist"
+        near = nearest(path.name, siblings) or others + nearest(path.stem, packaged.names())
+        raise UserError(f"config file {path} does not exist{near}") from error
     except IsADirectoryError as error:
         raise UserError(f"{path} is a folder where a config file is expected; a run's is given by a flag") from error
     except OSError as error:

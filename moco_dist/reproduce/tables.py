@@ -114,7 +114,7 @@ def trials_of(
         scale: `full`, as published; `small`, configs/reproduce_small.yaml over every row and `small_epochs` for 200.
         seeds: one run of each row for each.
         out: folder for the runs and the table.
-        configs: folder of the configs.
+        configs: folder of the configs; `Path()` for those that come with the package.
         data_root: images; None: those of the config.
         small_epochs: epochs for each 200 of the row, at `--scale small`.
 

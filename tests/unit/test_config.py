@@ -7,6 +7,7 @@ import torch
 
 from moco_dist.cli.configured import config_or_help
 from moco_dist.cli.main import main
+from moco_dist.config import packaged
 from moco_dist.config.evaluate import DetectConfig, FinetuneConfig, KnnConfig, LinearConfig
 from moco_dist.config.loading import worker_count
 from moco_dist.config.pretrain import AugmentConfig, ModelConfig, PretrainConfig, size_problems
@@ -236,6 +237,19 @@ def test_configs_are_valid_and_say_what_they_are(path):
             break
     else:
         read_config(PretrainConfig, path, [])
+
+
+def test_a_name_is_a_file_first_then_a_packaged_config(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for word in ("demo", "demo.yaml"):
+        assert packaged.located(Path(word)) == packaged.FOLDER / "demo.yaml"
+        assert read_config(PretrainConfig, Path(word), []).moco.queue_size == 1024
+    (tmp_path / "demo").mkdir()  # a folder is no config
+    (tmp_path / "demo.yaml").write_text("run: {dir: r}\ndata: {root: a}\nmoco: {queue_size: 512}\n")
+    assert read_config(PretrainConfig, Path("demo.yaml"), []).moco.queue_size == 512
+    assert read_config(PretrainConfig, Path("demo"), []).moco.queue_size == 1024
+    with pytest.raises(UserError, match="config file elsewhere/demo does not exist"):
+        read_config(PretrainConfig, Path("elsewhere/demo"), [])
 
 
 def test_later_files_go_over_earlier_ones_and_flags_over_all(tmp_path):

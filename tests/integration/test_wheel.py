@@ -70,6 +70,7 @@ def test_configs_by_name_are_enough_to_start(installed, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # eight processes, one after the other, on a busy machine
 def test_the_demo_runs_in_any_folder(installed, tmp_path):
     """Fewer images, a smaller network and one epoch, by files of the demo's names in the folder."""
     shapes = prepare_shapes(tmp_path / "data" / "shapes", num_train=240, num_val=40)
@@ -82,7 +83,7 @@ def test_the_demo_runs_in_any_folder(installed, tmp_path):
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(settings))
     out = run(installed, "demo", cwd=tmp_path, HOME=str(tmp_path), OMP_NUM_THREADS="1")
     assert "pre-trained − untrained" in out
-    assert (tmp_path / "runs" / "demo" / "report.html").is_file(), out[-500:]
+    assert (tmp_path / "runs" / "demo" / "report" / "index.html").is_file(), out[-500:]
     found = run(installed, "doctor", "demo", "--run.device", "cpu", cwd=tmp_path, HOME=str(tmp_path))
     assert "240 images in data/shapes" in found
     assert os.listdir(tmp_path / "runs") == ["demo"]

@@ -1,12 +1,15 @@
 """Pre-training: builds everything, then the loop. What a step does is in `method/moco.py`."""
 
+import contextlib
+import functools
 import json
+from collections.abc import Generator
 from pathlib import Path
 
 from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.data.colours import apply_colours
-from moco_dist.data.plan import Plan, plan_of
-from moco_dist.data.views import views_of_steps
+from moco_dist.data.plan import Plan, filling_steps, plan_of
+from moco_dist.data.views import Views, views_of_steps
 from moco_dist.distributed.agreement import require_agreement
 from moco_dist.distributed.stop import STOP, StopRequest
 from moco_dist.distributed.world import World
@@ -37,6 +40,7 @@ def pretrain(config: PretrainConfig, world: World, tracker: Tracker) -> Path:
     stop_request = StopRequest(config.checkpoint.every_seconds, world)
     images = training_images(config, world)
     plan = plan_of(config, len(images.paths))
+    filling = filling_steps(config, plan)
     require_agreement(facts_to_agree_on(config, images), world)
     total_steps = config.optim.epochs * plan.steps_per_epoch
     stop = min(total_steps, config.run.stop_at_step or total_steps)
@@ -48,11 +52,17 @@ def pretrain(config: PretrainConfig, world: World, tracker: Tracker) -> Path:
         logbook.say(line)
     saver = Saver(config, checkpoint.facts_of(config, images), plan.steps_per_epoch, stop, world, logbook.say)
     colour = compiled_on_gpu(apply_colours, config.engine, world.device)
-    feed = views_of_steps(
-        images, config, plan, world, method.step, stop, method.dtype, colour, stop_request.ends_waiting
-    )
+    views_of = functools.partial(views_of_steps, images, config, plan, world, dtype=method.dtype, colour=colour,
+                                 must_end=stop_request.ends_waiting)  # fmt: skip
+    feed = views_of(start=method.step, stop=stop)
 
     try:
+        if filling and not method.step:
+            logbook.say(f"fills the queue with the keys of {len(filling)} batches before the first step")
+            with logbook.paused():
+                method.fill_queue(
+                    until_asked(views_of(start=filling.start, stop=filling.stop), config, stop_request, world)
+                )
         for views, wait_seconds in feed:
             lr = learning_rate(config.optim, method.step, plan.steps_per_epoch)
             result = method.train_step(views, lr, monitored=logbook.is_due(method.step + 1))
@@ -85,6 +95,21 @@ def pretrain(config: PretrainConfig, world: World, tracker: Tracker) -> Path:
     finally:
         feed.close()
         logbook.close()
+
+
+def until_asked(
+    feed: Generator[tuple[Views, float], None, None], config: PretrainConfig, stop_request: StopRequest, world: World
+) -> Generator[Views, None, None]:
+    """The views that fill the queue.
+
+    Raises:
+        Preempted: a scheduler, or a person, asked to stop; the run begins anew.
+    """
+    with contextlib.closing(feed):
+        for batch, (views, _) in enumerate(feed, 1):
+            yield views
+            if stop_request.agreed(batch) == STOP:
+                raise preempted(config, 0, world)
 
 
 def preempted(config: PretrainConfig, step: int, world: World) -> Preempted:

@@ -73,6 +73,15 @@ class Reference:
             running[name] = 0.9 * running[name] + 0.1 * batch_mean
         return out
 
+    def fill(self, batches):
+        """The keys of `batches` of (x_k, shuffle) by the initial weights, in the place of the queue's random ones."""
+        for x_k, shuffle in batches:
+            with torch.no_grad():
+                shuffled = encode(self.f_k, x_k[shuffle], self.group)
+            for i in range(len(shuffle)):
+                self.queue[self.ptr] = shuffled[shuffle.tolist().index(i)]
+                self.ptr = (self.ptr + 1) % len(self.queue)
+
     def step(self, x_q, x_k, shuffle, lr):
         """One step on the global batch; returns the loss and the gradients by name."""
         self.sgd.param_groups[0]["lr"] = lr

@@ -4,7 +4,7 @@
 `moco_dist/method` and a line in `moco_dist/method/build.py`.
 """
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from moco_dist.config.section import Section, setting
 
@@ -14,6 +14,13 @@ class MocoConfig(Section):
 
     queue_size: int = setting(
         65536, "K, keys in the queue", changes="shapes", times=("step",), unit="keys", source="v1 sec. 3.3", gt=0
+    )
+    queue_start: Literal["random", "keys"] = setting(
+        "random",
+        "what the queue holds before the first step; keys: those that the untrained encoder makes of the batches that "
+        "end the first epoch, ceil(K / keys of a step) of them, without a gradient",
+        changes="result",
+        source="the original release: random",
     )
     symmetric: bool = setting(
         False,
@@ -41,6 +48,10 @@ class MocoConfig(Section):
     def num_directions(self) -> int:
         """Views of a sample that are queries, and so go through the encoder with gradient."""
         return 2 if self.symmetric else 1
+
+    def num_filling_batches(self, batch: int) -> int:
+        """Batches of `batch` samples that fill the queue before the first step; 0 where it starts with random keys."""
+        return -(-self.queue_size // (self.num_directions * batch)) if self.queue_start == "keys" else 0
 
     def num_negatives(self, batch: int) -> int:
         """How many keys a query is compared with beside its positive; `batch` is the global one."""
@@ -84,6 +95,10 @@ class SimclrConfig(Section):
     num_encoders: ClassVar = 1
     queue_keys: ClassVar = 0
     num_directions: ClassVar = 2
+
+    def num_filling_batches(self, batch: int) -> int:
+        """There is no queue to fill."""
+        return 0
 
     def num_negatives(self, batch: int) -> int:
         """How many views a view is compared with beside its positive: all others of the batch."""

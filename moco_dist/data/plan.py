@@ -176,6 +176,22 @@ def plan_of(config: PretrainConfig, num_samples: int) -> Plan:
     return Plan(num_samples, config.optim.global_batch_size, config.run.seed, shuffle_block(config))
 
 
+def filling_steps(config: PretrainConfig, plan: Plan) -> range:
+    """The steps whose batches fill the queue before step 0 (`moco.queue_start keys`): the last of the first epoch.
+
+    Their samples come again as late as can be, when none of these keys is left in the queue. Empty for random keys.
+
+    Raises:
+        UserError: an epoch has fewer batches.
+    """
+    batch = config.optim.global_batch_size
+    count = config.of_method.num_filling_batches(batch)
+    if count > plan.steps_per_epoch:
+        raise UserError(f"moco.queue_start keys: the queue takes {count} batches of {batch}, and an epoch has "
+                        f"{plan.steps_per_epoch}; random works, or a smaller moco.queue_size")  # fmt: skip
+    return range(plan.steps_per_epoch - count, plan.steps_per_epoch)
+
+
 def share_at_home(batch: int, block: int, place: int) -> float:
     """The expected share of a batch's keys that are encoded where their queries are.
 

@@ -41,7 +41,7 @@ def run(run_dir: Path) -> list[Finding]:
 
 def _loss(rows: list[dict[str, Any]], config: PretrainConfig) -> list[Finding]:
     batch, method = config.optim.global_batch_size, config.of_method
-    fill_steps = -(-method.queue_keys // batch)
+    fill_steps = 0 if method.num_filling_batches(batch) else -(-method.queue_keys // batch)
     last, chance = rows[-1], math.log(method.num_negatives(batch) + 1)
     recent = rows[-LAST_ROWS:]
     loss, std, top1 = (statistics.median(row[key] for row in recent)

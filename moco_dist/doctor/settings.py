@@ -73,7 +73,10 @@ def _queue(config: PretrainConfig, num_images: int | None) -> list[Finding]:
                              f"--moco.queue-size {max(optim.global_batch_size, num_images // 4)} or less"))  # fmt: skip
     if num_images is not None:
         turns = num_images // optim.global_batch_size * optim.epochs * optim.global_batch_size / queue
-        if turns < FEW_TURNS:
+        if moco.num_filling_batches(optim.global_batch_size) > num_images // optim.global_batch_size:
+            found.append(problem("queue", f"moco.queue_start keys fills {queue} keys from one epoch, which has fewer: "
+                                 "random, or a smaller --moco.queue-size"))  # fmt: skip
+        elif turns < FEW_TURNS and moco.queue_start == "random":
             found.append(warning("queue", f"it turns over {turns:.1f} times in the whole schedule, and starts with "
                                  "random keys: a smaller moco.queue_size or more epochs"))  # fmt: skip
     if queue < 4 * optim.global_batch_size:

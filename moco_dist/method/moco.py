@@ -1,6 +1,7 @@
 """Momentum Contrast: Algorithm 1 of v1 (arXiv 1911.05722), line by line; v2 differs in settings alone."""
 
 import copy
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from moco_dist.distributed.world import World
 from moco_dist.engine.build import build_engine, weights_dtype
 from moco_dist.engine.precision import autocast, compute_dtype
 from moco_dist.engine.speed import compile_options
-from moco_dist.method.batch_norm import set_micro_batch
+from moco_dist.method.batch_norm import running_statistics, set_micro_batch
 from moco_dist.method.encoder import build_encoder
 from moco_dist.method.infonce import contrastive_accuracy, gather_and_unshuffle, info_nce
 from moco_dist.method.queue import Queue
@@ -40,6 +41,24 @@ class MoCo:
             config.moco.queue_size, config.model.embedding_dim, config.run.seed, world, weights_dtype(self.dtype)
         )
         self.step = 0
+
+    @torch.no_grad()
+    def fill_queue(self, batches: Iterable[Views]) -> None:
+        """See `Method`. The key encoder's running statistics stay those of steps."""
+        statistics = running_statistics(self.key_encoder)
+        before = {name: buffer.clone() for name, buffer in statistics.items()}
+        self.queue.ptr.zero_()
+        try:
+            for views in batches:
+                if self._config.engine.cuda_graphs:
+                    torch.compiler.cudagraph_mark_step_begin()
+                key_views = [views.key, views.query] if self._config.moco.symmetric else [views.key]
+                keys = torch.cat([self._encode_keys(view) for view in key_views])
+                _, k_all = gather_and_unshuffle(keys[:0], keys, views.key_order, self._world)
+                self.queue.enqueue(k_all.flatten(0, 1))
+        finally:
+            for name, buffer in statistics.items():
+                buffer.copy_(before[name])
 
     def train_step(self, views: Views, lr: float, monitored: bool) -> StepResult:
         """See `Method`. The same losses and weights at any world size and number of micro-batches.

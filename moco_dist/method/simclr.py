@@ -1,5 +1,7 @@
 """SimCLR (arXiv 2002.05709, Algorithm 1), for comparison: one encoder, end to end, the batch its own dictionary."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 
@@ -25,6 +27,9 @@ class SimCLR:
         self.engine = build_engine(self.query_encoder, config, world)
         self.queue = None
         self.step = 0
+
+    def fill_queue(self, batches: Iterable[Views]) -> None:
+        """There is none."""
 
     def train_step(self, views: Views, lr: float, monitored: bool) -> StepResult:
         """See `Method`.

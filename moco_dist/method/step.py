@@ -1,5 +1,6 @@
 """What the loop, checkpoints and evaluations know of a method: the protocol, and what a step leaves behind."""
 
+from collections.abc import Iterable
 from typing import NamedTuple, Protocol
 
 import torch
@@ -42,6 +43,13 @@ class Method(Protocol):
 
     @property
     def queue(self) -> Queue | None: ...
+
+    def fill_queue(self, batches: Iterable[Views]) -> None:
+        """Before the first step: the keys of `batches`, oldest first, take the place of the random ones.
+
+        Nothing else changes, and done again it comes to the same. Not called where the config asks for no batch.
+        """
+        ...
 
     def train_step(self, views: Views, lr: float, monitored: bool) -> StepResult:
         """One optimiser step, the same at any world size.

@@ -27,8 +27,11 @@ VERSIONS = {
 
 
 @functools.cache
-def reference(steps=STEPS, queue_size=152, version=None, block=None):
-    """What plain PyTorch computes with the settings of `small_config`, or of one of VERSIONS over them."""
+def reference(steps=STEPS, queue_size=152, version=None, block=None, filling=()):
+    """What plain PyTorch computes with the settings of `small_config`, or of one of VERSIONS over them.
+
+    `filling`: the steps whose keys fill the queue first.
+    """
     config = small_config(moco={"queue_size": queue_size}, shuffle={"block_size": block})
     config = small_config(**VERSIONS[version]) if version else config
     hidden, optim = config.model.head_hidden_dims, config.optim
@@ -48,6 +51,8 @@ def reference(steps=STEPS, queue_size=152, version=None, block=None):
     )
     plan, table = plan_of(config, NUM_SAMPLES), images()
     losses, gradients = [], []
+    of_filling = [table[torch.from_numpy(plan.global_indices(step))][:, 1] for step in filling]
+    plain.fill(zip(of_filling, (torch.from_numpy(plan.key_permutation(step)) for step in filling), strict=True))
     for step in range(steps):
         batch = table[torch.from_numpy(plan.global_indices(step))]
         epoch = step // (NUM_SAMPLES // optim.global_batch_size)

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from moco_dist.config.pretrain import PretrainConfig
-from moco_dist.data.plan import plan_of
+from moco_dist.data.plan import filling_steps, plan_of
 from moco_dist.data.views import Views
 from moco_dist.distributed.collectives import gather_uneven
 from moco_dist.engine.schedule import learning_rate
@@ -78,6 +78,8 @@ def run_program(world, config, steps, mutate=None):
 
     method.engine.optimizer.register_step_pre_hook(remember)
     table = images(next(method.query_encoder.parameters()).dtype)
+    if steps and (filling := filling_steps(config, plan)):
+        method.fill_queue(views_at(table, plan, step, world) for step in filling)
     losses = []
     for step in range(steps):
         views = views_at(table, plan, step, world)

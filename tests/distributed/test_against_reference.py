@@ -29,6 +29,16 @@ def test_v1_and_v2_equal_the_reference_over_a_whole_schedule(version, world_size
     assert max(found.values()) < 1e-10, found
 
 
+@pytest.mark.parametrize(("world_size", "accum", "queue_size"), [(1, 2, 101), (2, 1, 101), (2, 2, 64)])
+def test_a_queue_that_starts_with_keys(world_size, accum, queue_size):
+    """One batch fills it, or the two of the epoch, the second over the end."""
+    config = small_config(moco={"queue_size": queue_size, "queue_start": "keys"}, optim={"grad_accum_steps": accum})
+    filling = (0, 1) if queue_size > 64 else (1,)
+    found = differences(run(run_program, world_size, config, 3), reference(3, queue_size, filling=filling))
+    assert max(found.values()) < 1e-10, found
+    assert reference(1, queue_size, filling=filling)["losses"][0] > reference(1, queue_size)["losses"][0] + 0.1
+
+
 def test_v1_and_v2_differ():
     """Each schedule moves within the 20 steps, and the two heads and temperatures give other losses."""
     rates = {

@@ -11,7 +11,7 @@ from moco_dist.data.colours import apply_colours
 from moco_dist.data.plan import Plan, filling_steps, plan_of
 from moco_dist.data.views import Views, views_of_steps
 from moco_dist.distributed.agreement import require_agreement
-from moco_dist.distributed.stop import STOP, StopRequest
+from moco_dist.distributed.stop import FAILED, STOP, StopRequest
 from moco_dist.distributed.world import World
 from moco_dist.engine.schedule import learning_rate
 from moco_dist.engine.speed import compiled_on_gpu
@@ -52,8 +52,12 @@ def pretrain(config: PretrainConfig, world: World, tracker: Tracker) -> Path:
         logbook.say(line)
     saver = Saver(config, checkpoint.facts_of(config, images), plan.steps_per_epoch, stop, world, logbook.say)
     colour = compiled_on_gpu(apply_colours, config.engine, world.device)
-    views_of = functools.partial(views_of_steps, images, config, plan, world, dtype=method.dtype, colour=colour,
-                                 must_end=stop_request.ends_waiting)  # fmt: skip
+    views_of = functools.partial(
+        views_of_steps, images, config, plan, world, dtype=method.dtype, colour=colour,
+        must_end=stop_request.ends_waiting,
+        # A rank alone saves without its batch; among others the step that they are in the midst of needs the batch.
+        on_lost=stop_request.fail if world.world_size > 1 else None,
+    )  # fmt: skip
     feed = views_of(start=method.step, stop=stop)
 
     try:
@@ -78,15 +82,17 @@ def pretrain(config: PretrainConfig, world: World, tracker: Tracker) -> Path:
             if saver.is_due(step, asked):
                 with logbook.paused():
                     saver.save(method, logbook.pending_losses())
-            if asked == STOP and step != stop:
+            if asked in (STOP, FAILED) and step != stop:
                 saver.finish()
+                if asked == FAILED:
+                    raise stop_request.failure or LoadingError(f"another rank cannot load; saved at step {step}")
                 raise preempted(config, step, world)
         saver.finish()
         checkpoint.export_backbone(method, RunFolder(config.run.dir).backbone, world)
         return checkpoint.latest(config.run.dir)
     except LoadingError:
         if world.world_size > 1:
-            raise  # the others are in the midst of a step, which needs this rank's batch
+            raise  # saved above, if there was a batch to finish the step with; not so where its storage hangs
         saver.save(method, logbook.pending_losses())
         saver.finish()
         if stop_request.ends_waiting():

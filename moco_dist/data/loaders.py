@@ -19,7 +19,7 @@ from moco_dist.data.plan import Plan
 from moco_dist.data.tasks import Crop, DecodeTask, TaskOf, row_task, view_task
 from moco_dist.data.workers import Files, batches_from_workers
 from moco_dist.distributed.world import World
-from moco_dist.errors import UserError
+from moco_dist.errors import LoadingError, UserError
 
 T = TypeVar("T")
 
@@ -37,13 +37,14 @@ def pretrain_batches(
     start: int,
     stop: int,
     must_end: Callable[[], bool] = never,
+    on_lost: Callable[[LoadingError], None] | None = None,
 ) -> Generator[CropBatch, None, None]:
     """This rank's CropBatch of steps start .. stop-1, in pinned memory or on the GPU where there is one.
 
-    `must_end`: looked at while a batch is waited for; true ends the wait by a LoadingError.
+    `must_end` and `on_lost`: as in `load`.
     """
     task_of = functools.partial(view_task, config=config, plan=plan, world=world)
-    return load(folder, task_of, range(start, stop), config.data.image_size, config.data, world, must_end)
+    return load(folder, task_of, range(start, stop), config.data.image_size, config.data, world, must_end, on_lost)
 
 
 def eval_batches(
@@ -76,6 +77,7 @@ def load(
     data: DataConfig | EvalDataConfig,
     world: World,
     must_end: Callable[[], bool] = never,
+    on_lost: Callable[[LoadingError], None] | None = None,
 ) -> Generator[T, None, None]:
     """The batches of `numbers`, one after the other, some of them ahead of time.
 
@@ -89,6 +91,7 @@ def load(
         data: the loader, its workers, what to do about files that cannot be read.
         world: this process.
         must_end: looked at while a batch is waited for; true ends the wait by a LoadingError.
+        on_lost: called where workers cannot make the batches, which this process then does; None: a LoadingError.
 
     Raises:
         UserError: the loader is not installed, or does not read this kind of data; while batches are taken, an
@@ -103,12 +106,12 @@ def load(
                 f"data.loader ffcv reads a packed file, and {folder.root} is a folder; "
                 "moco-dist data pack FOLDER FILE.beton makes one"
             )
-        return batches_from_workers(PackedFile(folder), task_of, numbers, size, data, world, must_end)
+        return batches_from_workers(PackedFile(folder), task_of, numbers, size, data, world, must_end, on_lost)
     if data.loader == "dali":
         from moco_dist.data.dali import batches_from_dali
 
         return batches_from_dali(folder, task_of, numbers, size, data, world, must_end)
-    return batches_from_workers(Files(folder), task_of, numbers, size, data, world, must_end)
+    return batches_from_workers(Files(folder), task_of, numbers, size, data, world, must_end, on_lost)
 
 
 def _centre_task(number: int, batches: list[NDArray[np.int64]], resize: int, size: int) -> DecodeTask[Tensor]:

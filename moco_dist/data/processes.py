@@ -3,7 +3,8 @@
 A worker hands an item over by a socket to its rank alone. Large tensors in it lie in anonymous memory (memfd) whose
 file descriptor goes along: nothing of it is in /dev/shm or in TMPDIR, whose size and length do not matter. A worker
 makes, pickles and sends in one thread, so whatever goes wrong there is an exception that the rank raises. A worker that
-is killed is started again: an item is a function of its number.
+is killed is started again: an item is a function of its number. So a rank can also make the items itself, where other
+ranks cannot do without: slowly, but with no more memory and files than one of them needs.
 """
 
 import contextlib
@@ -38,12 +39,17 @@ CLOSE_SECONDS = 10
 STATES = {"D": "it waits for storage", "T": "it is stopped", "R": "it computes", "Z": "it has ended"}
 
 
+class LostWorkersError(LoadingError):
+    """Workers are killed again and again, or cannot hand over what they make."""
+
+
 def made_by_processes(
     make: Callable[[int], T],
     numbers: Sequence[int],
     num_workers: int,
     depth: int,
     must_end: Callable[[], bool] = lambda: False,
+    on_lost: Callable[[LoadingError], None] | None = None,
 ) -> Generator[T, None, None]:
     """`make(number)` of each number, in their order, made ahead of time; the workers end with the generator.
 
@@ -53,10 +59,12 @@ def made_by_processes(
         num_workers: processes; 0: none.
         depth: items that each of them may be ahead.
         must_end: looked at while an item is waited for; true: nobody may wait any longer.
+        on_lost: called once where workers are killed again and again, or cannot hand an item over; all that are left
+            are then made in this process. None: that is an error.
 
     Raises:
-        LoadingError: workers are killed again and again, an item cannot be handed over, none has come for half an hour,
-            or `must_end` said so.
+        LoadingError: workers are lost and nobody goes on without them, no item has come for half an hour, or `must_end`
+            said so.
         Exception: of `make`, as it was.
     """
     if not num_workers:
@@ -68,10 +76,22 @@ def made_by_processes(
         for worker in workers:
             worker.start()
         for i in range(len(numbers)):
-            yield workers[i % len(workers)].take(must_end)
+            try:
+                item = workers[i % len(workers)].take(must_end)
+            except LostWorkersError as error:
+                if on_lost is None:
+                    raise
+                _tell(f"{error}; this process makes what is still needed itself")
+                on_lost(error)
+                break
+            yield item
+        else:
+            return
     finally:
         for worker in workers:
             worker.end()
+    for number in numbers[i:]:
+        yield make(number)
 
 
 def empty(*shape: int) -> Tensor:
@@ -171,7 +191,7 @@ class _Worker:
         self._deaths += 1
         self.end()
         if self._deaths == MOST_DEATHS:
-            raise LoadingError(f"{text}, the {MOST_DEATHS}rd at this batch")
+            raise LostWorkersError(f"{text}, the {MOST_DEATHS}rd at this batch")
         _tell(f"{text}; another one makes its batches")
         self.start()
 
@@ -300,14 +320,14 @@ def _mapped(descriptor: int, size: int) -> Tensor:
         os.close(descriptor)
 
 
-def _cannot_hand_over(error: OSError) -> LoadingError:
+def _cannot_hand_over(error: OSError) -> LostWorkersError:
     reason = (error.strerror or str(error)).lower()
     hint = {
         errno.EMFILE: "; ulimit -n 4096 allows more", errno.ENFILE: "; the host's limit is fs.file-max",
         errno.ENOMEM: "; fewer data.num_workers or data.prefetch_batches need less",
     }.get(error.errno or 0, "")  # fmt: skip
     where = f" ({error.filename})" if error.filename else ""
-    return LoadingError(f"a loader's worker cannot make or hand over a batch: {reason}{where}{hint}")
+    return LostWorkersError(f"a loader's worker cannot make or hand over a batch: {reason}{where}{hint}")
 
 
 def _tell(text: str) -> None:

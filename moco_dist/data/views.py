@@ -16,6 +16,7 @@ from moco_dist.data.key_views import KeyExchange
 from moco_dist.data.loaders import never, pretrain_batches
 from moco_dist.data.plan import Plan
 from moco_dist.distributed.world import World
+from moco_dist.errors import LoadingError
 
 
 class Views(NamedTuple):
@@ -44,6 +45,7 @@ def views_of_steps(
     dtype: torch.dtype,
     colour: Callable[..., Tensor] = apply_colours,
     must_end: Callable[[], bool] = never,
+    on_lost: Callable[[LoadingError], None] | None = None,
 ) -> Generator[tuple[Views, float], None, None]:
     """The views of steps start .. stop-1, each with the seconds that its crops were waited for. Close it.
 
@@ -58,10 +60,12 @@ def views_of_steps(
         stop: one past the last.
         dtype: of the views.
         colour: `apply_colours`, compiled or not.
-        must_end: as in `pretrain_batches`.
+        must_end: as in `load`.
+        on_lost: as in `load`.
     """
     device = torch.device(world.device)
-    with contextlib.closing(pretrain_batches(images, config, plan, world, start, stop, must_end)) as loader:
+    loading = pretrain_batches(images, config, plan, world, start, stop, must_end, on_lost)
+    with contextlib.closing(loading) as loader:
         keys = KeyExchange(config, plan, world)
         batches = keys.exchanged((batch.to(device) for batch in loader), start)
         for step in range(start, stop):

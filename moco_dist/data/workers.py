@@ -23,6 +23,7 @@ from moco_dist.data.images import ImageFolder
 from moco_dist.data.processes import empty, made_by_processes
 from moco_dist.data.tasks import TaskOf, with_successors
 from moco_dist.distributed.world import World
+from moco_dist.errors import LoadingError
 
 T = TypeVar("T")
 
@@ -97,11 +98,13 @@ def batches_from_workers(
     data: DataConfig | EvalDataConfig,
     world: World,
     must_end: Callable[[], bool],
+    on_lost: Callable[[LoadingError], None] | None,
 ) -> Generator[T, None, None]:
     """The batches of `numbers`, in pinned memory where there is a GPU, from `data.num_workers` processes."""
     made = made_by_processes(
         Batches(source, task_of, size, data.on_error).__getitem__, numbers,
         worker_count(data.num_workers, world.local_world_size), data.prefetch_batches, must_end,
+        on_lost,
     )  # fmt: skip
     return made if world.device == "cpu" else ahead(_pinned(made), 1)
 

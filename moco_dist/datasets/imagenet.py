@@ -18,15 +18,17 @@ import json
 import shutil
 import tarfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
-
-from tqdm import tqdm
+from typing import NamedTuple, TypeVar
 
 from moco_dist.data.images import NO_CLASS, ImageFolder
 from moco_dist.data.sources import find_images
+from moco_dist.distributed.world import World
 from moco_dist.errors import UserError, file_error, nearest
+from moco_dist.told import Told
+
+T = TypeVar("T")
 
 TRAIN, VAL, DEVKIT = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz"
 GROUND_TRUTH, META = "ILSVRC2012_validation_ground_truth.txt", "meta.mat"
@@ -187,7 +189,7 @@ def _unpack_train(path: Path, out: Path, labels: Labels, sizes: Sizes) -> None:
             members = [member for member in _files(archive, path) if member.name.endswith(".tar")]
             if len(members) != sizes.classes:
                 raise UserError(f"{path} has {len(members)} classes instead of {sizes.classes}")
-            for member in tqdm(members, desc="unpacking train", unit="classes", disable=None):
+            for member in _told(members, "unpacking train", "classes"):
                 name = PurePosixPath(member.name).stem
                 if name not in labels.names:
                     raise UserError(f"{path} has a class {name} that the development kit does not know")
@@ -223,6 +225,13 @@ def _unpack_val(path: Path, out: Path, labels: Labels, sizes: Sizes) -> None:
         raise _cannot_unpack(path, error) from error
 
 
+def _told(items: Sequence[T], what: str, unit: str) -> Iterator[T]:
+    with Told(what, len(items), unit, World()) as told:
+        for item in items:
+            yield item
+            told.add()
+
+
 def _cannot_unpack(path: Path, error: Exception) -> UserError:
     if isinstance(error, OSError) and error.errno:  # the archive's disk, or the one that is written to
         where = f" ({error.filename})" if error.filename else ""
@@ -250,7 +259,7 @@ def _appear(folder: Path, places: dict[str, tarfile.TarInfo], archive: tarfile.T
     """
     partial = folder.with_name(f".{folder.name}.partial")
     partial.mkdir(parents=True, exist_ok=True)
-    for place, member in tqdm(places.items(), desc=folder.name, unit="images", disable=None, leave=False):
+    for place, member in _told(list(places.items()), f"unpacking {folder.name}", "images"):
         target = partial / place
         if target.is_file() and target.stat().st_size == member.size:
             continue

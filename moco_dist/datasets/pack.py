@@ -11,7 +11,6 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 import simplejpeg
 from PIL import Image
-from tqdm import tqdm
 
 from moco_dist.data.beton import JPEG, RAW, BetonWriter
 from moco_dist.data.decode import decode_image
@@ -20,7 +19,9 @@ from moco_dist.data.images import ImageError, ImageFolder
 from moco_dist.data.packed import PACKED_SUFFIX
 from moco_dist.data.sources import find_splits
 from moco_dist.data.storage import raise_if_storage_failed
+from moco_dist.distributed.world import World
 from moco_dist.errors import UserError, file_error
+from moco_dist.told import Told
 
 CHUNK = 256  # images read and encoded between two writes
 
@@ -65,7 +66,7 @@ def pack(source: Path, out: Path, max_side: int | None = None, quality: int = 90
     with (
         _appearing(out) as file,
         BetonWriter(file, total) as writer,
-        tqdm(total=total, desc=f"packing {out.name}", unit="images", disable=None) as bar,
+        Told(f"packing {out.name}", total, "images", World()) as told,
         ThreadPoolExecutor(os.cpu_count()) as pool,
     ):
         for split, folder in splits.items():
@@ -78,7 +79,7 @@ def pack(source: Path, out: Path, max_side: int | None = None, quality: int = 90
                         unreadable.append(image.problem)
                     else:
                         writer.add(f"{split}/{folder.paths[i]}", int(folder.labels[i]), *image[:4])
-                bar.update(len(chunk))
+                told.add(len(chunk))
         if len(unreadable) == total:
             raise UserError(f"none of the {total} images of {source} can be read; {unreadable[-1]}")
     note = ""

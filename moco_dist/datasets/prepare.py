@@ -18,16 +18,25 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from moco_dist.data.images import ImageError, ImageFolder
-from moco_dist.data.sources import find_images, find_splits, image_reader
-from moco_dist.data.storage import raise_if_storage_failed
+from moco_dist.data.images import ImageFolder
+from moco_dist.data.sources import find_images, find_splits
 from moco_dist.datasets import imagenet, published
-from moco_dist.datasets.measured import Size, differences, in_threads, read_measured, write_measured
+from moco_dist.datasets.measured import NAME as SIZES
+from moco_dist.datasets.measured import (
+    Size,
+    differences,
+    in_threads,
+    measure_images,
+    read_measured,
+    readable,
+    write_measured,
+)
 from moco_dist.datasets.shapes import SHAPES, ShapeSettings, draw_image
 from moco_dist.errors import UserError, file_error
 
 MARKER = "dataset.json"
 UNREADABLE = "unreadable.txt"
+STOPPED = ".stopped.npz"  # ends the name of a file that keeps what was decoded before somebody asked for an end
 
 
 def prepare_fashion_mnist(out: Path, source: Path | None = None) -> Path:
@@ -131,7 +140,9 @@ def prepare_imagefolder(out: Path, source: Path) -> Path:
     if _is_there(out, recipe):
         return out
     with _appearing(out, recipe) as partial:
-        unreadable = [line for split, found in splits.items() for line in _link(found, found.paths, partial / split)]
+        unreadable = [
+            line for split, found in splits.items() for line in _link(found, found.paths, partial / split, out)
+        ]
         if unreadable:
             (partial / UNREADABLE).write_text("\n".join(unreadable) + "\n", "utf-8", "surrogateescape")
     return out
@@ -189,13 +200,13 @@ def prepare_imagenet(
     imagenet.unpack(source, unpacked, sizes)
     problems = []
     for split, found in [("train", find_images(unpacked, "train")), ("val", find_images(unpacked, "val"))]:
-        measured = _measure(found, f"reading {split}")
+        measured = measure_images(found, f"reading {split}", unpacked / f".{split}{STOPPED}")
         bad = {path: problem for path, problem in measured.items() if isinstance(problem, str)}
         for name in {path.partition("/")[0] for path in bad}:  # to be unpacked anew by the next call
             shutil.rmtree(found.root / name if split == "train" else found.root, ignore_errors=True)
         problems += bad.values()
         if not bad:
-            write_measured(found.root, _good(measured))
+            write_measured(found.root / SIZES, readable(measured))
     if problems:
         count = f"{len(problems)} image(s) of {source} cannot be read"
         raise UserError("\n".join([*problems[:10], f"{count}; repeat to unpack their classes again"]))
@@ -211,8 +222,8 @@ def _link_imagenet(out: Path, source: Path, sizes: imagenet.Sizes, recipe: dict[
         raise UserError(f"{source} has {_of(numbers)}; ImageNet-1k has {_of(sizes)}")
     with _appearing(out, recipe) as partial:
         unreadable = [
-            *_link(found.train, found.train.paths, partial / "train"),
-            *_link(found.val, found.val_places, partial / "val"),
+            *_link(found.train, found.train.paths, partial / "train", out),
+            *_link(found.val, found.val_places, partial / "val", out),
         ]
         if unreadable:
             count = f"{len(unreadable)} image(s) of {source} cannot be read"
@@ -232,16 +243,18 @@ def verify(root: Path) -> list[str]:
 
     Raises:
         UserError: there is no data set.
+        Preempted: Ctrl-C or SIGTERM; what was decoded is kept, where ROOT can be written to.
     """
     splits = find_splits(root)
     problems: list[str] = []
     for split, found in splits.items():
-        sizes = _measure(found, f"reading {split}")
+        kept = root.with_name(f".{root.name}.{split}{STOPPED}") if root.is_file() else root / f".{split}{STOPPED}"
+        sizes = measure_images(found, f"reading {split}", kept)
         wrong = [problem for problem in sizes.values() if isinstance(problem, str)]
-        known = read_measured(found.root)
+        known = read_measured(found.root / SIZES)
         wrong += differences(found.root, known, sizes) if known else []
         if not wrong:
-            write_measured(found.root, _good(sizes))
+            write_measured(found.root / SIZES, readable(sizes))
         problems += wrong
     if (root / MARKER).is_file():
         written = json.loads((root / MARKER).read_text())["images"]
@@ -345,22 +358,7 @@ def _write_pngs(root: Path, splits: dict[str, published.Split]) -> None:
         in_threads(functools.partial(write, folder=root / split, part=part), len(part.images), f"writing {split}")
 
 
-def _measure(found: ImageFolder, what: str) -> dict[str, Size | str]:
-    """The size of every image, by path, decoded on all cores; the reason where it cannot be decoded."""
-    read = image_reader(found)
-
-    def measure(i: int) -> Size | str:
-        try:
-            num_bytes, image = read(i)
-        except ImageError as error:
-            raise_if_storage_failed(error)
-            return str(error)
-        return Size(num_bytes, image.width, image.height)
-
-    return dict(zip(found.paths, in_threads(measure, len(found.paths), what), strict=True))
-
-
-def _link(found: ImageFolder, places: list[str], folder: Path) -> list[str]:
+def _link(found: ImageFolder, places: list[str], folder: Path, out: Path) -> list[str]:
     """Decode every image; `folder` becomes links to those that can be read, by `places`, in the order of found.paths.
 
     Returns:
@@ -368,8 +366,9 @@ def _link(found: ImageFolder, places: list[str], folder: Path) -> list[str]:
 
     Raises:
         UserError: none can.
+        Preempted: Ctrl-C or SIGTERM; what was decoded is kept beside `out`, which `folder` will be in.
     """
-    sizes = _measure(found, f"reading {folder.name}")
+    sizes = measure_images(found, f"reading {folder.name}", out.with_name(f".{out.name}.{folder.name}{STOPPED}"))
     unreadable = [problem for problem in sizes.values() if isinstance(problem, str)]
     if len(unreadable) == len(sizes):
         raise UserError(f"none of the {len(sizes)} files in {found.root} can be read; {unreadable[-1]}")
@@ -380,9 +379,5 @@ def _link(found: ImageFolder, places: list[str], folder: Path) -> list[str]:
             link.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to(found.root / path)
             good[place] = size
-    write_measured(folder, good)
+    write_measured(folder / SIZES, good)
     return unreadable
-
-
-def _good(sizes: dict[str, Size | str]) -> dict[str, Size]:
-    return {path: size for path, size in sizes.items() if isinstance(size, Size)}

@@ -10,27 +10,32 @@ import torch
 
 from moco_dist.distributed.collectives import start_all_reduce_max
 from moco_dist.distributed.world import World
-from moco_dist.errors import EXIT_TERMINATED
+from moco_dist.errors import EXIT_TERMINATED, LoadingError
 
 CHECK_EVERY_STEPS = 4
-SAVE, STOP = 1, 2
+SAVE, STOP, FAILED = 1, 2, 3  # of what several ranks say, the greatest holds
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)  # the last: its terminal was closed
 SAME_SIGNAL_SECONDS = 5  # schedulers and torchrun may both forward one signal
 PATIENCE_SECONDS = 20  # a rank among others waits so long for its batch after it was asked to stop
 
 
 class StopRequest:
-    """What ranks have to agree on between steps: whether to save now, or to save and stop.
+    """What ranks have to agree on between steps: whether to save now, or to save and stop, and for which reason.
 
     SIGTERM, SIGUSR1, SIGHUP or Ctrl-C at any rank asks for STOP; a second one, seconds later, ends that process
-    at once. Rank 0's clock asks for SAVE. Ranks tell each other every CHECK_EVERY_STEPS steps by an all-reduce of one
-    byte on the CPU, which nobody waits for: its result is read at the next check, when it has long arrived.
+    at once. A rank that cannot go on for long asks for FAILED. Rank 0's clock asks for SAVE. Ranks tell each other
+    every CHECK_EVERY_STEPS steps by an all-reduce of one byte on the CPU, which nobody waits for: its result is read
+    at the next check, when it has long arrived.
+
+    Attributes:
+        failure: why this rank asked for FAILED.
     """
 
     def __init__(self, save_every_seconds: float, world: World) -> None:
         self._world, self._save_every_seconds = world, save_every_seconds
         self._saved_at = time.monotonic()
         self._asked_at = 0.0
+        self.failure: LoadingError | None = None
         self._word = torch.zeros(1, dtype=torch.uint8)
         self._pending: Any = None
         reader, self._writer = os.pipe()
@@ -67,8 +72,12 @@ class StopRequest:
         """Whether this rank was asked to stop: for work that ranks do apart from each other."""
         return bool(self._asked_at)
 
+    def fail(self, error: LoadingError) -> None:
+        """Ask for FAILED: this rank can do the steps until all have saved, and no more."""
+        self.failure = error
+
     def agreed(self, step: int) -> int | None:
-        """SAVE, STOP or None after `step` steps: the same on all ranks. Called by all, after every step."""
+        """SAVE, STOP, FAILED or None after `step` steps: the same on all ranks. Called by all, after every step."""
         if self._world.world_size > 1 and step % CHECK_EVERY_STEPS:
             return None
         word = self._own_word()
@@ -92,6 +101,8 @@ class StopRequest:
         return self._asked_at > 0 and time.monotonic() - self._asked_at >= patience
 
     def _own_word(self) -> int:
+        if self.failure:
+            return FAILED
         if self._asked_at:
             return STOP
         if self._world.is_main and time.monotonic() - self._saved_at > self._save_every_seconds:

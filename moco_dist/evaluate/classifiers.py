@@ -29,7 +29,7 @@ from moco_dist.errors import UserError
 from moco_dist.evaluate.batches import batches_in_epoch
 from moco_dist.evaluate.features import Features
 from moco_dist.evaluate.progress import Training
-from moco_dist.run.told import Told
+from moco_dist.told import Told
 
 CURVE_POINTS = 20
 # From an epoch, and how many of its batches to pass over, to batches: features (B, D) on the device, the same on all

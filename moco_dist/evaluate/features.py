@@ -30,7 +30,7 @@ from moco_dist.evaluate.subject import Evaluation, FrozenEncoder, digest
 from moco_dist.files import write_whole
 from moco_dist.provenance import hash_of_list, key_of
 from moco_dist.run.folder import RunFolder
-from moco_dist.run.told import Told
+from moco_dist.told import Told
 
 CHUNK_SAMPLES = 512
 

@@ -35,7 +35,7 @@ from moco_dist.evaluate.progress import SAVE_SECONDS, Curve, Training, progress_
 from moco_dist.evaluate.subject import Evaluation, FrozenEncoder, frozen_encoder, open_evaluation, write_trained
 from moco_dist.method.batch_norm import running_statistics
 from moco_dist.run import checkpoint
-from moco_dist.run.told import Told
+from moco_dist.told import Told
 
 
 class Network(nn.Module):

@@ -30,7 +30,7 @@ from moco_dist.evaluate.subject import (
 )  # fmt: skip
 from moco_dist.files import write_whole
 from moco_dist.run.folder import RunFolder
-from moco_dist.run.told import Told
+from moco_dist.told import Told
 
 QUERIES = 256  # of a rank at once: the similarities take 4 x 256 x (size of the whole memory) bytes a rank
 NUM_EXAMPLES, EXAMPLE_NEIGHBOURS = 8, 5

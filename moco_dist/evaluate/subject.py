@@ -32,8 +32,8 @@ from moco_dist.method.encoder import build_encoder
 from moco_dist.run import checkpoint
 from moco_dist.run.folder import RunFolder
 from moco_dist.run.known_data import has_evaluated_on, has_trained_on, missed_if_gone, remember
-from moco_dist.run.told import Told
 from moco_dist.run.weights import load_trained
+from moco_dist.told import Told
 
 CALIBRATION_SAMPLES = 512  # training images that give the untrained network its BatchNorm statistics
 MAX_PIXEL_SIDE = 32

@@ -30,8 +30,8 @@ from moco_dist.method.encoder import build_encoder
 from moco_dist.report.page import write_report
 from moco_dist.run import told as told_module
 from moco_dist.run.logbook import read_log
-from moco_dist.run.told import Told
 from moco_dist.run.weights import load_trained
+from moco_dist.told import Told
 
 TINY = [
     "--data.image-size", "32", "--data.num-workers", "0", "--model.arch", "resnet10",

@@ -19,7 +19,7 @@ from moco_dist.cli.main import main
 from moco_dist.data.sources import find_images
 from moco_dist.datasets import imagenet
 from moco_dist.datasets.imagenet import DEVKIT, TRAIN, VAL, Sizes
-from moco_dist.datasets.measured import read_measured
+from moco_dist.datasets.measured import NAME, read_measured
 from moco_dist.datasets.prepare import prepare_imagenet, verify
 from moco_dist.errors import UserError
 
@@ -165,7 +165,7 @@ def test_a_folder_whose_validation_images_have_no_class_folders(source, flat, tm
         ours, reference = find_images(out, split), find_images(unpacked, split)
         assert (ours.paths, ours.classes) == (reference.paths, reference.classes)
         assert np.array_equal(ours.labels, reference.labels)
-        assert read_measured(out / split).paths == ours.paths
+        assert read_measured(out / split / NAME).paths == ours.paths
         for path in ours.paths:
             assert (ours.root / path).read_bytes() == (reference.root / path).read_bytes()
     assert json.loads((out / "classes.json").read_text()) == CLASSES
@@ -369,4 +369,4 @@ def test_a_class_with_an_unreadable_image_is_unpacked_again(source, tmp_path):
         prepare_imagenet(tmp_path / "imagenet", source, "tars", SIZES)
     out = prepare_imagenet(tmp_path / "imagenet", source, "tars", SIZES)
     assert verify(out) == []
-    assert read_measured(out / "val").sizes[:, 1:].tolist() == [[30, 20]] * 5
+    assert read_measured(out / "val" / NAME).sizes[:, 1:].tolist() == [[30, 20]] * 5

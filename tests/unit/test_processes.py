@@ -131,6 +131,19 @@ def test_a_batch_that_kills_every_worker_ends_the_run_by_a_line(tmp_path):
         list(items)
 
 
+def test_what_every_worker_dies_of_its_rank_makes_if_others_need_it(tmp_path, capsys):
+    def make(number):
+        if multiprocessing.current_process().name == "loader":
+            return killed(number)
+        return torch.full((1,), -number)
+
+    killed, lost = KilledOnce(tmp_path / "killed", always=True), []
+    items = list(made_by_processes(make, range(6), 2, 2, on_lost=lost.append))
+    assert [int(item.flatten()[0]) for item in items] == [0, 1, 2, -3, -4, -5]
+    (error,) = lost
+    assert f"{error}; this process makes what is still needed itself" in capsys.readouterr().err
+
+
 def endless(number):
     time.sleep(3600)
 

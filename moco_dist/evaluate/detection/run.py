@@ -41,8 +41,8 @@ from moco_dist.provenance import hash_of_list, key_of
 from moco_dist.run.checkpoint import averaged
 from moco_dist.run.folder import RunFolder
 from moco_dist.run.known_data import has_evaluated_on, missed_if_gone, remember
-from moco_dist.run.told import Told
 from moco_dist.run.weights import Backbone, backbone_of_run, read_backbone
+from moco_dist.told import Told
 
 FLIP_PROBABILITY = 0.5
 CURVE_STEPS = 100  # one point of the loss's curve

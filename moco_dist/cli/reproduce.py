@@ -1,6 +1,5 @@
 """`moco-dist reproduce`."""
 
-import argparse
 import functools
 import shlex
 from pathlib import Path
@@ -48,8 +47,13 @@ def main(words: list[str]) -> int:
 
     out = args.out or Path("runs") / f"{args.table}_{args.scale}"
     if args.table == "table3":
+        from moco_dist.reproduce import table3
+
+        if args.ranks > 1 or args.dry_run:
+            raise UserError(f"table3 times one rank with its share of a batch of {table3.RANKS}, without --ranks and "
+                            "--dry-run")  # fmt: skip
         kept = out / ".table3.json"
-        _write(_table3(args, kept), out / "table3.md")
+        _write(table3.table(args.configs, args.scale == "small", kept), out / "table3.md")
         kept.unlink(missing_ok=True)
         return 0
     trials = trials_of(
@@ -75,27 +79,6 @@ def main(words: list[str]) -> int:
     finally:
         _write(as_markdown(trials, args.scale), out / f"{args.table}.md")
     return 0
-
-
-def _table3(args: argparse.Namespace, kept: Path) -> str:
-    """Memory and time, measured here and now, or kept in a file by one that was stopped.
-
-    Raises:
-        UserError: `--ranks` or `--dry-run` was given.
-        Preempted: Ctrl-C or SIGTERM.
-    """
-    from moco_dist.distributed.world import world_from_env
-    from moco_dist.provenance import hardware
-    from moco_dist.reproduce.table3 import LOCAL_BATCHES, RANKS, ROUNDS, STEPS, as_markdown, configs_of, measure
-
-    if args.ranks > 1 or args.dry_run:
-        raise UserError(f"table3 times one rank with its share of a batch of {RANKS}, without --ranks and --dry-run")
-    world = world_from_env("auto")
-    overlays = [args.configs / "reproduce_small.yaml"] if args.scale == "small" else []
-    configs = configs_of(args.configs, overlays, ["--run.device", world.device.split(":")[0]])
-    model, side = configs["MoCo"].model.arch, configs["MoCo"].data.image_size
-    rows = measure(configs, LOCAL_BATCHES, world.device, STEPS, ROUNDS, kept)
-    return f"{as_markdown(rows)}\nOurs: {model}, {side} px, on {hardware(world.device)}. Published: 8 V100, fp32.\n"
 
 
 def _write(table: str, path: Path) -> None:

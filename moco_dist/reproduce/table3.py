@@ -21,7 +21,7 @@ import torch
 
 from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.config.source import read_config
-from moco_dist.distributed.world import World
+from moco_dist.distributed.world import World, world_from_env
 from moco_dist.errors import Preempted
 from moco_dist.files import write_whole
 from moco_dist.planning.arithmetic import sizes
@@ -44,6 +44,25 @@ def configs_of(folder: Path, overlays: Sequence[Path] = (), flags: Sequence[str]
         method: read_config(PretrainConfig, folder / f"{name}.yaml", list(flags), overlays)
         for method, name in CONFIGS.items()
     }
+
+
+def table(folder: Path, is_small: bool, kept: Path) -> str:
+    """The table, measured here and now, or kept in a file by a call that was stopped.
+
+    Args:
+        folder: the configs.
+        is_small: whether reproduce_small.yaml goes over them.
+        kept: see `measure`.
+
+    Raises:
+        Preempted: see `measure`.
+    """
+    device = world_from_env("auto").device
+    overlays = [folder / "reproduce_small.yaml"] if is_small else []
+    configs = configs_of(folder, overlays, ["--run.device", device.split(":")[0]])
+    model, side = configs["MoCo"].model.arch, configs["MoCo"].data.image_size
+    rows = measure(configs, LOCAL_BATCHES, device, STEPS, ROUNDS, kept)
+    return f"{as_markdown(rows)}\nOurs: {model}, {side} px, on {hardware(device)}. Published: 8 V100, fp32.\n"
 
 
 def measure(

@@ -1,0 +1,45 @@
+"""What tells people and services about the project says the same as the project itself."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import yaml
+
+import moco_dist
+
+MAKEFILE = Path("Makefile").read_text()
+PROJECT = tomllib.loads(Path("pyproject.toml").read_text())["project"]
+
+
+def read(path):
+    return yaml.safe_load(Path(path).read_text())
+
+
+def test_one_version():
+    assert PROJECT["version"] == moco_dist.__version__ == read("CITATION.cff")["version"]
+
+
+def test_pre_commit_runs_what_make_lint_runs():
+    recipe = re.search(r"^lint:.*\n((?:\t.*\n)+)", MAKEFILE, re.MULTILINE)
+    assert recipe is not None
+    hooks = [hook for repo in read(".pre-commit-config.yaml")["repos"] for hook in repo["hooks"]]
+    assert [hook["entry"] for hook in hooks] == [line.strip().replace("$(BIN)", ".venv/bin")
+                                                 for line in recipe[1].splitlines()]  # fmt: skip
+
+
+def test_workflows_call_what_there_is():
+    """What actionlint cannot know; actionlint itself runs in the workflow."""
+    jobs = read(".github/workflows/ci.yml")["jobs"]
+    commands = [step["run"] for job in jobs.values() for step in job["steps"] if "run" in step]
+    targets = set(re.findall(r"^(\w+):", MAKEFILE, re.MULTILINE))
+    assert {command.split()[1] for command in commands if command.startswith("make ")} <= targets
+    oldest = PROJECT["requires-python"].removeprefix(">=")
+    assert jobs["fast-tests"]["strategy"]["matrix"]["python"] == [oldest, "3.12", "3.13", "3.14"]
+    assert any(".ci/run" in command for command in commands)
+
+
+def test_a_report_of_a_fault_brings_the_doctor_s_findings():
+    fields = {field["id"]: field for field in read(".github/ISSUE_TEMPLATE/bug.yml")["body"]}
+    assert "moco-dist doctor" in fields["doctor"]["attributes"]["label"]
+    assert fields["doctor"]["validations"]["required"]

@@ -18,10 +18,10 @@ class World:
 
     Attributes:
         rank: of this process among all, 0 to world_size - 1.
-        local_rank: of this process on its host; the index of its GPU.
+        local_rank: of this process on its host.
         world_size: processes in all.
         local_world_size: processes on this host.
-        device: `cpu` or `cuda:LOCAL_RANK`.
+        device: `cpu` or `cuda:LOCAL_RANK`; `cuda:0` where each process sees its own GPU alone.
     """
 
     rank: int = 0
@@ -79,12 +79,13 @@ def world_from_env(device: str = "auto", env: Mapping[str, str] = os.environ) ->
     world_size = number("WORLD_SIZE", 1)
     if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
         found = torch.cuda.device_count()
-        if local_rank >= found:
+        index = 0 if each_sees_its_own_gpu(env) else local_rank
+        if index >= found:
             raise UserError(
                 f"local rank {local_rank} has no GPU: {found} found; "
                 + (f"start {found} process(es) per host, or use device cpu" if found else "use device cpu or auto")
             )
-        device = f"cuda:{local_rank}"
+        device = f"cuda:{index}"
     else:
         device = "cpu"
     return World(
@@ -94,3 +95,12 @@ def world_from_env(device: str = "auto", env: Mapping[str, str] = os.environ) ->
         local_world_size=number("LOCAL_WORLD_SIZE", number("LOCAL_SIZE", world_size)),
         device=device,
     )
+
+
+def each_sees_its_own_gpu(env: Mapping[str, str] = os.environ) -> bool:
+    """Whether the processes of this host see one GPU each, as under `srun --gpus-per-task=1`.
+
+    torchrun's processes share their environment, so all of them see the same: one GPU for several is a mistake there.
+    """
+    has_others = env.get("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", env.get("WORLD_SIZE", "1"))) != "1"
+    return has_others and "TORCHELASTIC_RUN_ID" not in env and torch.cuda.device_count() == 1

@@ -115,6 +115,8 @@ def gpus(config: PretrainConfig, ranks: int) -> Finding:
     """One a rank, and a PyTorch that can use them."""
     import torch
 
+    from moco_dist.distributed.world import each_sees_its_own_gpu
+
     if config.run.device == "cpu":
         return fine("GPUs", "run.device is cpu")
     has_driver = Path("/dev/nvidiactl").exists() or shutil.which("nvidia-smi") is not None
@@ -129,7 +131,7 @@ def gpus(config: PretrainConfig, ranks: int) -> Finding:
             return fine("GPUs", "none; a CPU trains this small network")
         return Finding(level, "GPUs", "none, and a ResNet-50 takes months on a CPU; configs/demo.yaml is for CPUs")
     count = torch.cuda.device_count()
-    if count < ranks:
+    if count < ranks and not each_sees_its_own_gpu():
         return problem("GPUs", f"{count} for {ranks} ranks: start {count} processes a host")
     return fine("GPUs", f"{count} x {torch.cuda.get_device_name()}")
 

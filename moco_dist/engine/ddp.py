@@ -45,7 +45,7 @@ class DDPEngine:
                 warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
                 self._ddp = DistributedDataParallel(
                     module,
-                    device_ids=[world.local_rank] if world.device != "cpu" else None,
+                    device_ids=[torch.device(world.device)] if world.device != "cpu" else None,
                     broadcast_buffers=False,
                     gradient_as_bucket_view=True,
                 )

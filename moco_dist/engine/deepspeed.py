@@ -156,7 +156,8 @@ def _initialise(module: nn.Module, optimizer: torch.optim.Optimizer, zero_stage:
     """deepspeed.DeepSpeedEngine around `module`, quietly."""
     device_type = torch.device(world.device).type
     os.environ.setdefault("DS_ACCELERATOR", device_type)
-    os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
+    index = torch.device(world.device).index  # DeepSpeed takes LOCAL_RANK for that of the GPU
+    os.environ["LOCAL_RANK"] = str(world.local_rank if index is None else index)
     try:
         import deepspeed
     except ImportError as error:

@@ -7,14 +7,17 @@ import socket
 import threading
 
 import pytest
+import torch
 import torch.distributed as dist
+from torch import nn
 
 from moco_dist.cli.ranks import ranks
-from moco_dist.config.pretrain import PretrainConfig
+from moco_dist.config.pretrain import EngineConfig, PretrainConfig
 from moco_dist.config.source import read_config
 from moco_dist.distributed.collectives import why_no_group
 from moco_dist.distributed.heartbeat import Heartbeat, is_aborting, is_lost_connection
 from moco_dist.distributed.world import World, world_from_env
+from moco_dist.engine import ddp
 from moco_dist.errors import UserError, cause
 
 NCCL = "NCCL error in: ProcessGroupNCCL.cpp:94, {kind}, NCCL version 2.27.5\nncclX\nLast error:\n{last}\n"
@@ -91,6 +94,45 @@ def test_processes_that_know_nothing_of_each_other_are_told_of_the_launcher(vari
         world_from_env("cpu", {variable: "8"})
     assert world_from_env("cpu", {variable: "1"}) == World()
     assert world_from_env("cpu", {variable: "8", "WORLD_SIZE": "2", "RANK": "1"}).world_size == 2
+
+
+LAST_OF_FOUR = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "4"}
+
+
+@pytest.fixture
+def visible_gpus(monkeypatch):
+    """A function that says how many GPUs this process sees."""
+
+    def see(count):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+
+    return see
+
+
+def test_a_process_that_sees_its_own_gpu_alone_takes_it(visible_gpus, monkeypatch):
+    """`srun --gpus-per-task=1`: four ranks of a host, each of which calls its GPU cuda:0."""
+    visible_gpus(4)
+    assert world_from_env("cuda", LAST_OF_FOUR).device == "cuda:3"
+    visible_gpus(1)
+    world = world_from_env("cuda", LAST_OF_FOUR)
+    assert (world.device, world.local_rank) == ("cuda:0", 3)
+    given = {}
+    monkeypatch.setattr(ddp, "DistributedDataParallel", lambda module, **settings: given.update(settings) or module)
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda *_, **__: None)
+    model = nn.Linear(2, 2)
+    ddp.DDPEngine(model, torch.optim.SGD(model.parameters()), torch.bfloat16, EngineConfig(), world)
+    assert given["device_ids"] == [torch.device("cuda:0")]
+
+
+def test_one_gpu_for_the_processes_of_a_torchrun_is_a_mistake(visible_gpus):
+    """They share their environment, so they see the same GPU."""
+    visible_gpus(1)
+    with pytest.raises(UserError, match="local rank 3 has no GPU: 1 found"):
+        world_from_env("cuda", {**LAST_OF_FOUR, "TORCHELASTIC_RUN_ID": "none"})
+    visible_gpus(2)
+    with pytest.raises(UserError, match="local rank 3 has no GPU: 2 found"):
+        world_from_env("cuda", LAST_OF_FOUR)
 
 
 @pytest.mark.parametrize(

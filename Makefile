@@ -6,7 +6,7 @@ STAMP := .venv/.installed
 # A process a core, a file of tests at a time: what a file's tests share is made once.
 PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
-.PHONY: demo test check lint soak audit clean
+.PHONY: demo test check lint soak audit gpu clean
 
 demo: $(CORE)
 	@$(BIN)/python -m moco_dist demo
@@ -26,6 +26,15 @@ soak: $(STAMP)
 audit: $(STAMP)
 	$(BIN)/pip install --quiet pip-audit
 	$(BIN)/pip freeze --exclude-editable | $(BIN)/pip-audit --strict --no-deps --disable-pip -r /dev/stdin
+
+# What is worth measuring on a machine with a GPU, in calls of MINUTES, until all is done: docs/benchmarks.md. Uses .venv if
+# it was made, else a Python that has torch already (it fits the driver, and such a machine may have no network), and makes
+# .venv only where there is neither.
+MINUTES ?= 9
+gpu:
+	@if test -f $(STAMP); then python=$(BIN)/python; \
+	elif $(PYTHON) -c 'import importlib.util as u; raise SystemExit(u.find_spec("torch") is None)'; then python=$(PYTHON); \
+	else $(MAKE) $(STAMP) && python=$(BIN)/python; fi && $$python -m benchmarks.gpu --minutes $(MINUTES) $(FLAGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

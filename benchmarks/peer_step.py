@@ -1,7 +1,8 @@
-"""A step of this program beside the same step of lightly's MoCo, on two ranks: on loopback, and over a 1 Gb/s link.
+"""A step of this program beside the same step of lightly's MoCo: two ranks on loopback and over a 1 Gb/s link, or one.
 
     pip install 'moco_dist[benchmarks]'
-    sudo python -m benchmarks.peer_step [--rounds 2] [--arch resnet50] [--local-batch 32] [--image-size 224] [--quick]
+    sudo python -m benchmarks.peer_step [--rounds 2] [--ranks 2] [--arch resnet50] [--local-batches 32]
+        [--image-size 224] [--quick]
 
 Both do the same work: architecture, head, batch, image size, queue, temperature, precision (float32 on CPUs, bf16
 autocast on GPUs), shuffled BN over ranks, SGD with momentum and weight decay, DistributedDataParallel. lightly's step
@@ -12,11 +13,13 @@ reader sees how much of the difference that makes. Views are made before the clo
 is not compared.
 
 Each program has processes of its own, as its user would start it; they take turns, `--rounds` times, each with one step
-that is not counted and three that are. A step ends when the last rank is done; ratios are of medians. Without root (or
-iproute2) only loopback is measured. On a machine with two GPUs the ranks use them. Twelve minutes on two cores.
+that is not counted and three that are (20 on a GPU). A step ends when the last rank is done; ratios are of medians.
+Without root (or iproute2) only loopback is measured; one rank needs no link. Where there is a GPU for each rank, they
+use them. Twelve minutes on two cores.
 """
 
 import argparse
+import itertools
 import statistics
 import time
 from contextlib import nullcontext
@@ -40,7 +43,6 @@ from moco_dist.engine.precision import autocast, compute_dtype
 from moco_dist.method.build import build_method
 from moco_dist.method.encoder import build_resnet
 
-RANKS = 2
 LR, MOMENTUM, TEMPERATURE, DIM = 0.03, 0.999, 0.2, 128
 PROGRAMS = ("moco_dist", "lightly", "lightly channels-last")
 
@@ -93,7 +95,7 @@ class Lightly:
         query = query.to(memory_format=memory_format)
         self.key = copy.deepcopy(query).requires_grad_(False)
         self.query = query
-        device_ids = [world.local_rank] if world.device != "cpu" else None
+        device_ids = [torch.device(world.device)] if world.device != "cpu" else None
         self.ddp: nn.Module = DistributedDataParallel(query, device_ids) if world.world_size > 1 else query
         self.optimizer = torch.optim.SGD(query.parameters(), lr=LR, momentum=0.9, weight_decay=1e-4)
         self.loss = NTXentLoss(TEMPERATURE, (queue_size, DIM), gather_distributed=True).to(world.device)
@@ -125,14 +127,14 @@ def random_views(world: World, local_batch: int, image_size: int) -> list[Tensor
 
 
 def seconds_of_rank(world: World, program: str, **sizes: Any) -> list[float]:
-    """Seconds of three steps of a program, each from a barrier to the next, after one that is not counted."""
+    """Seconds of some steps of a program, each from a barrier to the next, after one that is not counted."""
     if program == "moco_dist":
         running: Ours | Lightly = Ours(world, **sizes)
     else:
         layout = torch.channels_last if program.endswith("channels-last") else torch.contiguous_format
         running = Lightly(world, memory_format=layout, **sizes)
     seconds = []
-    for _ in range(4):
+    for _ in range(1 + (3 if world.device == "cpu" else 20)):
         barrier(world)
         started = time.perf_counter()
         loss = running.step()
@@ -143,23 +145,26 @@ def seconds_of_rank(world: World, program: str, **sizes: Any) -> list[float]:
     return seconds[1:]
 
 
-def measure(links: dict[str, float | None], rounds: int, device: str, **sizes: Any) -> list[dict[str, Any]]:
-    """A row for each link: name, and its Gb/s (None: loopback)."""
+def measure(
+    ranks: int, links: dict[str, float | None], batches: list[int], rounds: int, device: str, **sizes: Any
+) -> list[dict[str, Any]]:
+    """A row for each batch of a rank, and each link: name, and its Gb/s (None: within this machine)."""
     rows = []
-    for link, rate in links.items():
+    for batch, (link, rate) in itertools.product(batches, links.items()):
         seconds: dict[str, list[float]] = {name: [] for name in PROGRAMS}
-        with nullcontext() if rate is None else hosts(RANKS) as made:
+        with nullcontext() if rate is None else hosts(ranks) as made:
             if made:
                 made.shape(rate)
             for name in rounds * PROGRAMS:
-                seconds[name] += run_ranks(seconds_of_rank, RANKS, made, device=device, program=name, **sizes)[0]
+                case = {"device": device, "program": name, "local_batch": batch, **sizes}
+                seconds[name] += run_ranks(seconds_of_rank, ranks, made, **case)[0]
         medians = {name: statistics.median(values) for name, values in seconds.items()}
-        row = {"link": link, "gigabit_per_second": rate, "step_seconds": medians,
+        row = {"link": link, "gigabit_per_second": rate, "local_batch": batch, "step_seconds": medians,
                "ratio_to_moco_dist": {name: medians[name] / medians["moco_dist"] for name in PROGRAMS[1:]}}  # fmt: skip
         rows.append(row)
         parts = [f"{name} {value:.3f} s" for name, value in medians.items()]
         parts += [f"{name} / moco_dist {value:.2f}" for name, value in row["ratio_to_moco_dist"].items()]
-        print(f"{link}: {', '.join(parts)}", flush=True)
+        print(f"{link}, {batch} images a rank: {', '.join(parts)}", flush=True)
     return rows
 
 
@@ -168,24 +173,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--arch", choices=ARCHITECTURES, default="resnet50")
-    parser.add_argument("--local-batch", type=int, default=32)
+    parser.add_argument("--local-batches", type=int, nargs="+", default=[32])
+    parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--queue-size", type=int, default=65536)
-    args = results.parse(parser, rounds=1, arch="resnet10", local_batch=8, image_size=64, queue_size=4096)
+    args = results.parse(parser, rounds=1, arch="resnet10", local_batches=[8], image_size=64, queue_size=4096)
     try:
         import lightly
     except ImportError:
         raise SystemExit("lightly is not installed: pip install 'moco_dist[benchmarks]'") from None
-    sizes = {"arch": args.arch, "local_batch": args.local_batch, "image_size": args.image_size,
-             "queue_size": args.queue_size}  # fmt: skip
+    sizes = {"arch": args.arch, "image_size": args.image_size, "queue_size": args.queue_size}
     links: dict[str, float | None] = {"loopback": None, "1 Gb/s": 1.0}
-    if reason := why_not():
+    if args.ranks == 1:
+        links = {"none": None}
+    elif reason := why_not():
         print(f"loopback only: {reason}")
         del links["1 Gb/s"]
-    device = "cuda" if torch.cuda.device_count() >= RANKS else "cpu"
-    rows = measure(links, args.rounds, device, **sizes)
+    device = "cuda" if torch.cuda.device_count() >= args.ranks else "cpu"
+    rows = measure(args.ranks, links, args.local_batches, args.rounds, device, **sizes)
     precision = str(compute_dtype("auto", device)).removeprefix("torch.")
-    facts = {"ranks": RANKS, "precision": precision, "lightly": lightly.__version__}
+    facts = {"ranks": args.ranks, "precision": precision, "lightly": lightly.__version__}
     results.write("peer_step", rows, device, **facts, **sizes)
 
 

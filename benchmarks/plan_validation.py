@@ -55,7 +55,7 @@ def rank_main(root: str, exchange: str, rate: float, steps: int, rounds: int) ->
     """One rank: calibrate and plan, then run, `rounds` times in turn; rank 0 prints the readings."""
     torch.set_num_threads(1)
     world = world_from_env("cpu")
-    calibrate.MAX_STEPS = CALIBRATION_STEPS
+    calibrate.MAX_STEPS = min(CALIBRATION_STEPS, steps)
     config = config_of(root, world.world_size, exchange)
     planned = sizes(config, world.world_size, 1)
     with process_group(world):
@@ -160,6 +160,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as root:
         make_images(Path(root))
         cases = [(1, "loader", first), *((2, "loader", rate) for rate in rates), (2, "all_gather", rates[-1])]
+        cases = cases[1:2] if args.quick else cases
         rows = [measure(root, *case, steps=args.steps, rounds=args.rounds) for case in cases]
     results.write("plan_validation", rows, arch="resnet10", image_size=48, local_batch_size=32, precision="bf16")
 

@@ -28,6 +28,21 @@ def parse(parser: argparse.ArgumentParser, **quick: Any) -> argparse.Namespace:
     return args
 
 
+def add_earlier(parser: argparse.ArgumentParser) -> None:
+    """`--earlier`, of a benchmark that writes its rows as it goes and can be cut."""
+    parser.add_argument("--earlier", choices=("drop", "keep", "replace"), default="drop",
+                        help="rows of the newest result of this hardware: keep them and measure what is missing, or "
+                        "replace those that are measured now and keep the others (default drop)")  # fmt: skip
+
+
+def earlier_rows(theme: str, device: str, **facts: Any) -> list[dict[str, Any]]:
+    """Rows of the newest result of this hardware, if its versions and these facts are the same as now."""
+    found = sorted(FOLDER.glob(f"{_stem(theme, device)}_*.json"))
+    result = json.loads(found[-1].read_text()) if found and QUICK not in sys.argv else {}
+    same = {"versions": package_versions(), **facts}
+    return result["rows"] if result and all(result.get(key) == value for key, value in same.items()) else []
+
+
 def write(theme: str, rows: list[dict[str, Any]], device: str = "cpu", **facts: Any) -> None:
     """Write results/THEME_HARDWARE_DATE.json.
 
@@ -50,9 +65,13 @@ def write(theme: str, rows: list[dict[str, Any]], device: str = "cpu", **facts: 
         **facts,
         "rows": rows,
     }
-    cpu = f"{len(os.sched_getaffinity(0))}cores"
-    name = cpu if device == "cpu" else torch.cuda.get_device_name().lower().replace(" ", "-")
     FOLDER.mkdir(exist_ok=True)
-    path = FOLDER / f"{theme}_{device}-{name}_{date}.json"
+    path = FOLDER / f"{_stem(theme, device)}_{date}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(f"wrote {path}")
+
+
+def _stem(theme: str, device: str) -> str:
+    cpu = f"{len(os.sched_getaffinity(0))}cores"
+    name = cpu if device == "cpu" else torch.cuda.get_device_name().lower().replace(" ", "-")
+    return f"{theme}_{device}-{name}"

@@ -1,7 +1,7 @@
 """Where a step's time goes, beside a supervised step of the same ResNet, and beside its floors.
 
     python -m benchmarks.step_parts [--arch resnet50] [--image-size 224] [--batches 32 64] [--ways eager compile graphs]
-        [--repeats 3] [--quick]
+        [--repeats 3] [--earlier drop|keep|replace] [--quick]
 
 One rank, MoCo v2's settings, precision by the program's default for the device. Whole steps of MoCo and of supervised
 training (same engine, same optimiser, cross-entropy over 1,000 classes) take turns; medians. The parts come from steps
@@ -191,20 +191,25 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[32, 64, 128, 256] if on_gpu else [32])
     parser.add_argument("--ways", choices=list(WAYS), nargs="+", default=list(WAYS) if on_gpu else ["eager"])
     parser.add_argument("--repeats", type=int, default=20 if on_gpu else 3)
-    args = results.parse(parser, arch="resnet10", image_size=32, batches=[32], repeats=1)
+    results.add_earlier(parser)
+    args = results.parse(parser, ways=["eager"], arch="resnet10", image_size=32, batches=[32], repeats=1)
     world = World(device="cuda" if on_gpu else "cpu")
-    rows = []
-    with tempfile.TemporaryDirectory() as scratch:
-        make_photos(Path(scratch), 2 * max(args.batches))
-        for way in args.ways:
-            for batch in args.batches:
-                torch.compiler.reset()
-                row = measure(settings(args.arch, args.image_size, batch, way, scratch), way, args.repeats, world)
-                rows.append(row)
-                print(row, flush=True)
     facts = {"arch": args.arch, "image_size": args.image_size, "threads": torch.get_num_threads(),
              "cut_out_of": source_of_photos()}  # fmt: skip
-    results.write("step_parts", rows, world.device, **facts)
+    cases = [(way, batch) for way in args.ways for batch in args.batches]
+    rows = [] if args.earlier == "drop" else results.earlier_rows("step_parts", world.device, **facts)
+    if args.earlier == "replace":
+        rows = [row for row in rows if (row["way"], row["local_batch"]) not in cases]
+    with tempfile.TemporaryDirectory() as scratch:
+        make_photos(Path(scratch), 2 * max(args.batches))
+        for way, batch in cases:
+            if (way, batch) in [(row["way"], row["local_batch"]) for row in rows]:
+                continue
+            torch.compiler.reset()
+            row = measure(settings(args.arch, args.image_size, batch, way, scratch), way, args.repeats, world)
+            rows.append(row)
+            print(row, flush=True)
+            results.write("step_parts", rows, world.device, **facts)
 
 
 if __name__ == "__main__":

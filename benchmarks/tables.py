@@ -61,12 +61,13 @@ def network(result: Result) -> str:
 def peer_step(result: Result) -> str:
     """This program's step beside lightly's."""
     rows = [
-        [r["link"], *(f"{seconds:.2f}" for seconds in r["step_seconds"].values()),
+        [r["link"], str(r.get("local_batch", result.get("local_batch"))),
+         *(f"{seconds:.3g}" for seconds in r["step_seconds"].values()),
          *(f"{ratio:.2f}" for ratio in r["ratio_to_moco_dist"].values())]
         for r in result["rows"]
     ]  # fmt: skip
     first = result["rows"][0]
-    columns = ["link", *(f"{name}, s" for name in first["step_seconds"]),
+    columns = ["link", "images a rank", *(f"{name}, s" for name in first["step_seconds"]),
                *(f"{name} / moco_dist" for name in first["ratio_to_moco_dist"])]  # fmt: skip
     return markdown(columns, rows) + origin(result)
 
@@ -194,7 +195,7 @@ def headlines() -> str:
         for row in result["rows"]:
             seconds = row["step_seconds"]
             way = f"lightly's MoCo ({seconds['lightly channels-last']:.3g} s in channels-last)"
-            what = f"a step of {result['arch']}, {result['ranks']} ranks, {row['link']}"
+            what = f"a step of {result['arch']}, {result['ranks']} rank(s), {row['link']}"
             add(result, what, seconds["moco_dist"], seconds["lightly"], way, "s")
     for result in newest("infonce"):
         row = next(r for r in result["rows"] if (r["num_queries"], r["num_keys"]) == (256, 65536))

@@ -3,15 +3,20 @@
 import os
 import subprocess
 import sys
-from importlib.util import find_spec
 
 import pytest
 
+from benchmarks.gpu import parts
 from benchmarks.hosts import why_not
 from benchmarks.results import FOLDER
 
 NEEDS_ROOT = {"network", "plan_validation"}
-SCRIPTS = sorted(path.stem for path in FOLDER.parent.glob("*.py") if "results.parse(" in path.read_text())
+IN_MAKE_GPU = {part.words[0].removeprefix("benchmarks.") for part in parts()}  # test_gpu.py runs them
+SCRIPTS = sorted(
+    path.stem
+    for path in FOLDER.parent.glob("*.py")
+    if "results.parse(" in path.read_text() and path.stem not in IN_MAKE_GPU
+)
 
 
 def contents():
@@ -24,8 +29,6 @@ def contents():
 def test_a_benchmark_runs_and_a_quick_run_writes_no_result(script):
     if script in NEEDS_ROOT and (reason := why_not()):
         pytest.skip(reason)
-    if script == "peer_step" and find_spec("lightly") is None:
-        pytest.skip("lightly is not installed: pip install 'moco_dist[benchmarks]'")
     before = contents()
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     words = [sys.executable, "-m", f"benchmarks.{script}", "--quick"]

@@ -160,7 +160,7 @@ def run(part: Part, record: Record, seconds: float, quick: bool, again: bool) ->
         state, note = "failed", f"status {status}: {lines[-1]}"
     elif part.words[0] == "pytest" and " passed" not in lines[-1]:
         state = "left out"
-    record.keep(part.name, status=state, seconds=round(spent, 1), note=note[:200], end=lines[-40:])
+    record.keep(part.name, status=state, seconds=round(spent, 1), note=note[:100], end=lines[-40:])
 
 
 def ended(words: list[str], out: Any, seconds: float) -> int | None:
@@ -213,7 +213,8 @@ def main() -> int:
         chosen = [part for part in parts(args.quick) if part.name in args.only]
         for name in args.again:
             record.forget(name)
-        call(chosen, record, 60 * (60 if args.quick else args.minutes), args.quick, args.again)
+        if args.minutes:
+            call(chosen, record, 60 * (60 if args.quick else args.minutes), args.quick, args.again)
         print(f"\n{table(chosen, record)}")
         if not args.quick:
             print("`python -m benchmarks.tables` puts the results into the pages")
@@ -225,12 +226,12 @@ def call(chosen: list[Part], record: Record, seconds: float, quick: bool, again:
     deadline = time.monotonic() + seconds - GRACE_SECONDS
     due = [part for part in chosen if record.part(part.name)["status"] != "done"]
     for part in sorted(due, key=lambda part: record.part(part.name)["status"] == "failed"):
-        if record.part(part.name)["status"] == "failed":
-            record.forget(part.name)  # its time starts anew
         left = deadline - time.monotonic()
         if reason := part.why_not():
             record.keep(part.name, status="left out", seconds=0, note=reason)
         elif left >= (LEAST_SECONDS if part.goes_on else part.limit_seconds / 2):
+            if record.part(part.name)["status"] == "failed":
+                record.forget(part.name)  # its time starts anew
             run(part, record, left, quick, part.name in again)
 
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from benchmarks import gpu
+from benchmarks import gpu, results
 from benchmarks.gpu import Part, Record, call
 
 GOOD = (
@@ -84,6 +84,25 @@ def test_the_record_brings_the_results_to_another_checkout(root):
     file.unlink()
     Record(root / "gpu.json")
     assert json.loads(file.read_text()) == {"rows": [1]}
+
+
+def test_a_failure_stays_told_while_there_is_no_time_to_try_again(root):
+    parts = [Part("bad", ["bad"], 60)]
+    assert (
+        call_of(root, parts)[0] == call_of(root, parts, seconds=1)[0] == {"bad": ("failed", "status 1: out of memory")}
+    )
+
+
+def test_rows_are_kept_where_hardware_versions_and_facts_are_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "FOLDER", tmp_path)
+    results.write("step_parts", [{"way": "eager"}], arch="resnet50")
+    assert results.earlier_rows("step_parts", "cpu", arch="resnet50") == [{"way": "eager"}]
+    assert results.earlier_rows("step_parts", "cpu", arch="resnet18") == []
+    assert results.earlier_rows("update", "cpu") == []
+    monkeypatch.setattr(sys, "argv", ["step_parts", "--quick"])
+    results.write("update", [])
+    assert results.earlier_rows("step_parts", "cpu", arch="resnet50") == []
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_the_tests_for_a_gpu_are_found():

@@ -45,5 +45,5 @@ def main(words: list[str]) -> int:
     )
     print(f"{config.model.arch}, {config.data.image_size} px, {config.optim.global_batch_size} samples a step on "
           f"{args.nodes} host(s) x {args.gpus_per_node}\n")  # fmt: skip
-    print(table.text(table.plan(planned)))
+    print(table.text(table.lines_of(planned)))
     return 0

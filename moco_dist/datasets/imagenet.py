@@ -37,7 +37,7 @@ CLASSES_FILE = "classes.json"
 UNREADABLE = (OSError, tarfile.TarError, EOFError, ValueError, OverflowError, zlib.error)  # what archives raise
 
 
-class Sizes(NamedTuple):
+class Counts(NamedTuple):
     """What a whole ImageNet-1k has."""
 
     classes: int = 1000
@@ -159,7 +159,7 @@ def read_devkit(path: Path) -> Labels:
     return Labels(dict(leaves.values()), val)
 
 
-def unpack(source: Path, partial: Path, sizes: Sizes) -> None:
+def unpack(source: Path, partial: Path, counts: Counts) -> None:
     """PARTIAL/train/CLASS/IMAGE, PARTIAL/val/CLASS/IMAGE and PARTIAL/classes.json; goes on where it was interrupted.
 
     Raises:
@@ -170,11 +170,11 @@ def unpack(source: Path, partial: Path, sizes: Sizes) -> None:
         if name not in here:
             raise UserError(f"{source} lacks {name}{nearest(name, here)}; it is to be had from image-net.org")
     labels = read_devkit(source / DEVKIT)
-    if len(labels.names) != sizes.classes:
-        raise UserError(f"{source / DEVKIT} has {len(labels.names)} classes instead of {sizes.classes}")
+    if len(labels.names) != counts.classes:
+        raise UserError(f"{source / DEVKIT} has {len(labels.names)} classes instead of {counts.classes}")
     partial.mkdir(parents=True, exist_ok=True)
-    _unpack_train(source / TRAIN, partial / "train", labels, sizes)
-    _unpack_val(source / VAL, partial / "val", labels, sizes)
+    _unpack_train(source / TRAIN, partial / "train", labels, counts)
+    _unpack_val(source / VAL, partial / "val", labels, counts)
     write_names(labels.names, partial)
 
 
@@ -183,12 +183,12 @@ def write_names(names: dict[str, str], folder: Path) -> None:
     (folder / CLASSES_FILE).write_text(json.dumps(names, indent=1), encoding="utf-8")
 
 
-def _unpack_train(path: Path, out: Path, labels: Labels, sizes: Sizes) -> None:
+def _unpack_train(path: Path, out: Path, labels: Labels, counts: Counts) -> None:
     try:
         with tarfile.open(path) as archive:
             members = [member for member in _files(archive, path) if member.name.endswith(".tar")]
-            if len(members) != sizes.classes:
-                raise UserError(f"{path} has {len(members)} classes instead of {sizes.classes}")
+            if len(members) != counts.classes:
+                raise UserError(f"{path} has {len(members)} classes instead of {counts.classes}")
             for member in _told(members, "unpacking train", "classes"):
                 name = PurePosixPath(member.name).stem
                 if name not in labels.names:
@@ -203,20 +203,20 @@ def _unpack_train(path: Path, out: Path, labels: Labels, sizes: Sizes) -> None:
     except UNREADABLE as error:
         raise _cannot_unpack(path, error) from error
     count = sum(1 for _ in out.glob("*/*"))
-    if count != sizes.train:
-        raise UserError(f"{path} gave {count:,} training images instead of {sizes.train:,}: it is another version")
+    if count != counts.train:
+        raise UserError(f"{path} gave {count:,} training images instead of {counts.train:,}: it is another version")
 
 
-def _unpack_val(path: Path, out: Path, labels: Labels, sizes: Sizes) -> None:
+def _unpack_val(path: Path, out: Path, labels: Labels, counts: Counts) -> None:
     if out.is_dir():
         return
-    if len(labels.val_classes) != sizes.val:
-        raise UserError(f"the development kit knows {len(labels.val_classes):,} validation images, not {sizes.val:,}")
+    if len(labels.val_classes) != counts.val:
+        raise UserError(f"the development kit knows {len(labels.val_classes):,} validation images, not {counts.val:,}")
     try:
         with tarfile.open(path) as archive:
             images = _files(archive, path)
-            if len(images) != sizes.val:
-                raise UserError(f"{path} has {len(images):,} images instead of {sizes.val:,}")
+            if len(images) != counts.val:
+                raise UserError(f"{path} has {len(images):,} images instead of {counts.val:,}")
             places = {_place(image.name, labels, str(path)): image for image in images}
             _appear(out, places, archive)
     except UserError:

@@ -171,7 +171,7 @@ def prepare_imagenette(out: Path, source: Path | None = None) -> Path:
 
 
 def prepare_imagenet(
-    out: Path, source: Path, kind: Literal["tars", "folder"], sizes: imagenet.Sizes | None = None
+    out: Path, source: Path, kind: Literal["tars", "folder"], counts: imagenet.Counts | None = None
 ) -> Path:
     """ImageNet-1k, checked: every image is decoded, and their number is the published one.
 
@@ -182,7 +182,7 @@ def prepare_imagenet(
         source: the folder of the three archives (`tars`), or one that somebody unpacked, in a layout of `imagenet`
             (`folder`: `out` becomes links to it).
         kind: which of them.
-        sizes: numbers of classes and images; default: ImageNet-1k's.
+        counts: numbers of classes and images; default: ImageNet-1k's.
 
     Returns:
         `out`.
@@ -190,14 +190,14 @@ def prepare_imagenet(
     Raises:
         UserError: archives are missing or damaged, numbers differ, images cannot be read, or `out` is something else.
     """
-    sizes = sizes or imagenet.Sizes()
+    counts = counts or imagenet.Counts()
     recipe = {"name": "imagenet", "from": kind, "source": str(source.absolute())}
     if _is_there(out, recipe):
         return out
     if kind == "folder":
-        return _link_imagenet(out, source, sizes, recipe)
+        return _link_imagenet(out, source, counts, recipe)
     unpacked = out.with_name(f".{out.name}.unpacked")
-    imagenet.unpack(source, unpacked, sizes)
+    imagenet.unpack(source, unpacked, counts)
     problems = []
     for split, found in [("train", find_images(unpacked, "train")), ("val", find_images(unpacked, "val"))]:
         measured = measure_images(found, f"reading {split}", unpacked / f".{split}{STOPPED}")
@@ -214,12 +214,12 @@ def prepare_imagenet(
     return out
 
 
-def _link_imagenet(out: Path, source: Path, sizes: imagenet.Sizes, recipe: dict[str, Any]) -> Path:
+def _link_imagenet(out: Path, source: Path, counts: imagenet.Counts, recipe: dict[str, Any]) -> Path:
     _require_outside(out, source)
     found = imagenet.find_unpacked(source.absolute())
     numbers = (len(found.train.classes), len(found.train.paths), len(found.val.paths))
-    if numbers != sizes:
-        raise UserError(f"{source} has {_of(numbers)}; ImageNet-1k has {_of(sizes)}")
+    if numbers != counts:
+        raise UserError(f"{source} has {_of(numbers)}; ImageNet-1k has {_of(counts)}")
     with _appearing(out, recipe) as partial:
         unreadable = [
             *_link(found.train, found.train.paths, partial / "train", out),
@@ -324,8 +324,8 @@ def _require_outside(out: Path, source: Path) -> None:
         raise UserError(f"{out} lies in its source {source}; choose a folder outside")
 
 
-def _of(sizes: tuple[int, int, int]) -> str:
-    return f"{sizes[0]:,} classes, {sizes[1]:,} training and {sizes[2]:,} validation images"
+def _of(counts: tuple[int, int, int]) -> str:
+    return f"{counts[0]:,} classes, {counts[1]:,} training and {counts[2]:,} validation images"
 
 
 def _parent_of(out: Path) -> Path:

@@ -21,8 +21,8 @@ class Line:
     source: str = ""
 
 
-def plan(inputs: Inputs) -> list[Line]:
-    """The whole plan."""
+def lines_of(inputs: Inputs) -> list[Line]:
+    """The lines of the whole forecast."""
     sizes = inputs.sizes
     usable = measurements.of_gpu(inputs.known, inputs.gpu)
     step = measurements.for_step(usable, inputs.config, sizes.local_batch)

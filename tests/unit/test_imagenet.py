@@ -18,7 +18,7 @@ from PIL import Image
 from moco_dist.cli.main import main
 from moco_dist.data.sources import find_images
 from moco_dist.datasets import imagenet
-from moco_dist.datasets.imagenet import DEVKIT, TRAIN, VAL, Sizes
+from moco_dist.datasets.imagenet import DEVKIT, TRAIN, VAL, Counts
 from moco_dist.datasets.measured import NAME, read_measured
 from moco_dist.datasets.prepare import prepare_imagenet, verify
 from moco_dist.errors import UserError
@@ -26,7 +26,7 @@ from moco_dist.errors import UserError
 savemat = pytest.importorskip("scipy.io").savemat
 CLASSES = {"n01440764": "tench, Tinca tinca", "n01443537": "goldfish", "n02084071": "dog"}
 VAL_CLASSES = [2, 0, 1, 0, 2]  # numbers of the classes, in the order of the images
-SIZES = Sizes(3, 12, 5)
+COUNTS = Counts(3, 12, 5)
 
 
 def jpeg(number):
@@ -67,7 +67,7 @@ def source(tmp_path):
 
 
 def test_archives_become_folders(source, tmp_path, capsys):
-    out = prepare_imagenet(tmp_path / "imagenet", source, "tars", SIZES)
+    out = prepare_imagenet(tmp_path / "imagenet", source, "tars", COUNTS)
     train, val = find_images(out, "train"), find_images(out, "val")
     assert train.classes == tuple(CLASSES)
     assert np.bincount(train.labels).tolist() == [4, 4, 4]
@@ -78,7 +78,7 @@ def test_archives_become_folders(source, tmp_path, capsys):
         assert (val.root / path).read_bytes() == jpeg(50 + i)
     assert json.loads((out / "classes.json").read_text()) == CLASSES
     assert "12 train + 5 val images" in capsys.readouterr().out
-    prepare_imagenet(out, source, "tars", SIZES)
+    prepare_imagenet(out, source, "tars", COUNTS)
     assert "already there" in capsys.readouterr().out
 
 
@@ -97,23 +97,23 @@ def test_an_interruption_goes_on_at_the_missing_class(source, tmp_path, monkeypa
     monkeypatch.setattr(imagenet, "_appear", interrupted)
     out = tmp_path / "imagenet"
     with pytest.raises(KeyboardInterrupt):
-        prepare_imagenet(out, source, "tars", SIZES)
+        prepare_imagenet(out, source, "tars", COUNTS)
     assert not out.exists()
-    prepare_imagenet(out, source, "tars", SIZES)
+    prepare_imagenet(out, source, "tars", COUNTS)
     assert made == ["n01440764", "n01443537", "n01443537", "n02084071", "val"]  # the first is not made again
     assert len(find_images(out, "train").paths) == 12
     assert not list(tmp_path.glob(".imagenet*"))
 
 
 def test_a_folder_that_somebody_unpacked(source, tmp_path, capsys):
-    unpacked = prepare_imagenet(tmp_path / "unpacked", source, "tars", SIZES)
-    out = prepare_imagenet(tmp_path / "imagenet", unpacked, "folder", SIZES)
+    unpacked = prepare_imagenet(tmp_path / "unpacked", source, "tars", COUNTS)
+    out = prepare_imagenet(tmp_path / "imagenet", unpacked, "folder", COUNTS)
     assert find_images(out, "train").paths == find_images(unpacked, "train").paths
-    prepare_imagenet(out, unpacked, "folder", SIZES)
+    prepare_imagenet(out, unpacked, "folder", COUNTS)
     assert "already there" in capsys.readouterr().out
     next((unpacked / "val").glob("*/*")).unlink()
     with pytest.raises(UserError, match="3 classes, 12 training and 4 validation images; ImageNet-1k has 3 classes"):
-        prepare_imagenet(tmp_path / "again", unpacked, "folder", SIZES)
+        prepare_imagenet(tmp_path / "again", unpacked, "folder", COUNTS)
 
 
 VAL_NAMES = [f"ILSVRC2012_val_{i + 1:08d}" for i in range(len(VAL_CLASSES))]
@@ -122,7 +122,7 @@ VAL_NAMES = [f"ILSVRC2012_val_{i + 1:08d}" for i in range(len(VAL_CLASSES))]
 @pytest.fixture
 def flat(source, tmp_path):
     """FLAT/train/CLASS/IMAGE and FLAT/val/IMAGE, as the archives unpack; and what they should become."""
-    unpacked = prepare_imagenet(tmp_path / "unpacked", source, "tars", SIZES)
+    unpacked = prepare_imagenet(tmp_path / "unpacked", source, "tars", COUNTS)
     (tmp_path / "flat" / "val").mkdir(parents=True)
     shutil.copytree(unpacked / "train", tmp_path / "flat" / "train")
     for path in (unpacked / "val").glob("*/*"):
@@ -160,7 +160,7 @@ def test_a_folder_whose_validation_images_have_no_class_folders(source, flat, tm
     folder, unpacked = flat
     root = layout(source, folder)
     before = sorted(root.rglob("*"))
-    out = prepare_imagenet(tmp_path / "imagenet", root, "folder", SIZES)
+    out = prepare_imagenet(tmp_path / "imagenet", root, "folder", COUNTS)
     for split in ("train", "val"):
         ours, reference = find_images(out, split), find_images(unpacked, split)
         assert (ours.paths, ours.classes) == (reference.paths, reference.classes)
@@ -177,21 +177,21 @@ def test_what_such_a_folder_lacks_is_one_line(source, flat, tmp_path):
     folder, _ = flat
     out = tmp_path / "imagenet"
     with pytest.raises(UserError, match=f"images in no class folder; .* lacks .*{DEVKIT} .*or Kaggle's LOC_val_sol"):
-        prepare_imagenet(out, folder, "folder", SIZES)
+        prepare_imagenet(out, folder, "folder", COUNTS)
     root = kaggle(source, folder)
     table = root / "LOC_val_solution.csv"
     whole = table.read_text()
     table.write_text(whole.replace(VAL_NAMES[2], "another"))
     with pytest.raises(UserError, match=f"has a validation image {VAL_NAMES[2]}.JPEG of no known class"):
-        prepare_imagenet(out, root, "folder", SIZES)
+        prepare_imagenet(out, root, "folder", COUNTS)
     table.write_text("a,b\n1,2\n")
     with pytest.raises(UserError, match="LOC_val_solution.csv is not the table that Kaggle gives out"):
-        prepare_imagenet(out, root, "folder", SIZES)
+        prepare_imagenet(out, root, "folder", COUNTS)
     table.write_text(whole)
     broken = next(root.rglob("*_val_*.JPEG"))
     broken.write_bytes(b"")
     with pytest.raises(UserError, match=f"{broken}: the file is empty\n1 image.* prepare imagefolder leaves"):
-        prepare_imagenet(out, root, "folder", SIZES)
+        prepare_imagenet(out, root, "folder", COUNTS)
     assert not list(tmp_path.glob("*imagenet*"))
 
 
@@ -199,7 +199,7 @@ SLOW_COMMAND = f"""
 import shutil, sys, time
 from moco_dist.cli.main import main
 from moco_dist.datasets import imagenet
-imagenet.Sizes.__new__.__defaults__ = {tuple(SIZES)}
+imagenet.Counts.__new__.__defaults__ = {tuple(COUNTS)}
 copy = shutil.copyfileobj
 shutil.copyfileobj = lambda *files: (time.sleep(float(sys.argv[1]) * ("_val_" in files[1].name)), copy(*files))
 sys.exit(main(sys.argv[2:]))
@@ -209,7 +209,7 @@ sys.exit(main(sys.argv[2:]))
 @pytest.mark.slow
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGKILL])
 def test_the_command_interrupted_among_the_validation_images_goes_on_there(source, tmp_path, signum):
-    """The real command, slowed down, with the sizes of these archives."""
+    """The real command, slowed down, with the counts of these archives."""
     out = tmp_path / "imagenet"
     words = ["data", "prepare", "imagenet", "--source", str(source), "--out", str(out)]
 
@@ -264,7 +264,7 @@ def test_a_damaged_archive_is_one_line(source, tmp_path, name):
     archive, change, expected = DAMAGES[name]
     damage(source, archive, change)
     with pytest.raises(UserError, match=expected) as caught:
-        prepare_imagenet(tmp_path / "imagenet", source, "tars", SIZES)
+        prepare_imagenet(tmp_path / "imagenet", source, "tars", COUNTS)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "imagenet").exists()
 
@@ -292,7 +292,7 @@ def test_folders_in_archives_do_not_matter(source, tmp_path):
     folder = ("n01443537", tarfile.DIRTYPE, "")
     damage(source, TRAIN, lambda content: odd_members(of_one_class(content, folder), ("x.tar", tarfile.DIRTYPE, "")))
     damage(source, VAL, lambda content: odd_members(content, ("val", tarfile.DIRTYPE, "")))
-    assert verify(prepare_imagenet(tmp_path / "imagenet", source, "tars", SIZES)) == []
+    assert verify(prepare_imagenet(tmp_path / "imagenet", source, "tars", COUNTS)) == []
 
 
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE])
@@ -308,7 +308,7 @@ def test_a_link_in_an_archive_is_named_and_not_followed(source, tmp_path, place,
     }[place]  # fmt: skip
     damage(source, archive, lambda content: change(content, (name, kind, name)))  # a link to itself
     with pytest.raises(UserError, match=f"{archive}.* has {name}, which is a link or a device, where a file is"):
-        prepare_imagenet(tmp_path / "imagenet", source, "tars", SIZES)
+        prepare_imagenet(tmp_path / "imagenet", source, "tars", COUNTS)
     assert not (tmp_path / "imagenet").exists()
 
 
@@ -341,7 +341,7 @@ def test_imagenette_from_its_archive(tmp_path):
 
 
 def test_verify(source, tmp_path, capsys):
-    out = prepare_imagenet(tmp_path / "imagenet", source, "tars", SIZES)
+    out = prepare_imagenet(tmp_path / "imagenet", source, "tars", COUNTS)
     capsys.readouterr()
     assert main(["data", "verify", str(out)]) == 0
     assert "12 train + 5 val images, all can be read" in capsys.readouterr().out
@@ -361,12 +361,12 @@ def test_a_class_with_an_unreadable_image_is_unpacked_again(source, tmp_path):
     archive = (source / VAL).read_bytes()
     damage(source, VAL, lambda content: content[:100])
     with pytest.raises(UserError, match="is damaged"):
-        prepare_imagenet(tmp_path / "imagenet", source, "tars", SIZES)
+        prepare_imagenet(tmp_path / "imagenet", source, "tars", COUNTS)
     (source / VAL).write_bytes(archive)
     emptied = next((tmp_path / ".imagenet.unpacked" / "train").glob("*/*"))
     emptied.write_bytes(b"")
     with pytest.raises(UserError, match=f"{emptied}: the file is empty\n1 image.* repeat to unpack"):
-        prepare_imagenet(tmp_path / "imagenet", source, "tars", SIZES)
-    out = prepare_imagenet(tmp_path / "imagenet", source, "tars", SIZES)
+        prepare_imagenet(tmp_path / "imagenet", source, "tars", COUNTS)
+    out = prepare_imagenet(tmp_path / "imagenet", source, "tars", COUNTS)
     assert verify(out) == []
     assert read_measured(out / "val" / NAME).sizes[:, 1:].tolist() == [[30, 20]] * 5

@@ -24,9 +24,9 @@ from typing import NamedTuple, TypeVar
 
 from moco_dist.data.images import NO_CLASS, ImageFolder
 from moco_dist.data.sources import find_images
+from moco_dist.distributed.told import Told
 from moco_dist.distributed.world import World
 from moco_dist.errors import UserError, file_error, nearest
-from moco_dist.told import Told
 
 T = TypeVar("T")
 

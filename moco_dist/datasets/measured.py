@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 from moco_dist.data.images import ImageError, ImageFolder
 from moco_dist.data.sources import image_reader
 from moco_dist.data.storage import raise_if_storage_failed
+from moco_dist.distributed.told import Told
 from moco_dist.distributed.world import World
 from moco_dist.errors import Preempted
 from moco_dist.files import write_whole
-from moco_dist.told import Told
 
 T = TypeVar("T")
 

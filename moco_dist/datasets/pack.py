@@ -19,9 +19,9 @@ from moco_dist.data.images import ImageError, ImageFolder
 from moco_dist.data.packed import PACKED_SUFFIX
 from moco_dist.data.sources import find_splits
 from moco_dist.data.storage import raise_if_storage_failed
+from moco_dist.distributed.told import Told
 from moco_dist.distributed.world import World
 from moco_dist.errors import UserError, file_error
-from moco_dist.told import Told
 
 CHUNK = 256  # images read and encoded between two writes
 

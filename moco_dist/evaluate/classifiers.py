@@ -23,13 +23,13 @@ from moco_dist.data.batch import to_device
 from moco_dist.data.images import share_of_classes
 from moco_dist.distributed.collectives import all_gather, all_reduce_sum
 from moco_dist.distributed.stop import StopRequest
+from moco_dist.distributed.told import Told
 from moco_dist.distributed.world import World
 from moco_dist.engine.schedule import decay
 from moco_dist.errors import UserError
 from moco_dist.evaluate.batches import batches_in_epoch
 from moco_dist.evaluate.features import Features
 from moco_dist.evaluate.progress import Training
-from moco_dist.told import Told
 
 CURVE_POINTS = 20
 # From an epoch, and how many of its batches to pass over, to batches: features (B, D) on the device, the same on all

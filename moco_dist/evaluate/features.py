@@ -24,13 +24,13 @@ from moco_dist.data.images import ImageFolder
 from moco_dist.data.loaders import eval_batches
 from moco_dist.distributed.collectives import all_reduce_sum
 from moco_dist.distributed.stop import StopRequest
+from moco_dist.distributed.told import Told
 from moco_dist.distributed.world import World
 from moco_dist.errors import Preempted
 from moco_dist.evaluate.subject import Evaluation, FrozenEncoder, digest
 from moco_dist.files import write_whole
 from moco_dist.provenance import hash_of_list, key_of
 from moco_dist.run.folder import RunFolder
-from moco_dist.told import Told
 
 CHUNK_SAMPLES = 512
 

@@ -22,6 +22,7 @@ from moco_dist.config.evaluate import FinetuneConfig
 from moco_dist.config.pretrain import EngineConfig
 from moco_dist.data.batch import to_device
 from moco_dist.distributed.stop import StopRequest
+from moco_dist.distributed.told import Told
 from moco_dist.distributed.world import World
 from moco_dist.engine.ddp import DDPEngine
 from moco_dist.engine.optimizer import make_momentum_buffers
@@ -35,7 +36,6 @@ from moco_dist.evaluate.progress import SAVE_SECONDS, Curve, Training, progress_
 from moco_dist.evaluate.subject import Evaluation, FrozenEncoder, frozen_encoder, open_evaluation, write_trained
 from moco_dist.method.batch_norm import running_statistics
 from moco_dist.run import checkpoint
-from moco_dist.told import Told
 
 
 class Network(nn.Module):

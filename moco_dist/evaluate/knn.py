@@ -18,6 +18,7 @@ from torch import Tensor
 from moco_dist.config.evaluate import KnnConfig
 from moco_dist.distributed.collectives import all_gather, gather_uneven
 from moco_dist.distributed.stop import STOP, StopRequest
+from moco_dist.distributed.told import Told
 from moco_dist.distributed.world import World
 from moco_dist.errors import Preempted, UserError
 from moco_dist.evaluate.features import Features, extract
@@ -30,7 +31,6 @@ from moco_dist.evaluate.subject import (
 )  # fmt: skip
 from moco_dist.files import write_whole
 from moco_dist.run.folder import RunFolder
-from moco_dist.told import Told
 
 QUERIES = 256  # of a rank at once: the similarities take 4 x 256 x (size of the whole memory) bytes a rank
 NUM_EXAMPLES, EXAMPLE_NEIGHBOURS = 8, 5

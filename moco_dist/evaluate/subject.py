@@ -23,6 +23,7 @@ from moco_dist.data.loaders import eval_batches
 from moco_dist.data.sources import find_images
 from moco_dist.distributed.collectives import all_gather
 from moco_dist.distributed.once import once_a_host
+from moco_dist.distributed.told import Told
 from moco_dist.distributed.world import World
 from moco_dist.engine.precision import autocast, compute_dtype, slow_on_cpu
 from moco_dist.errors import InfrastructureError, UserError
@@ -33,7 +34,6 @@ from moco_dist.run import checkpoint
 from moco_dist.run.folder import RunFolder
 from moco_dist.run.known_data import has_evaluated_on, has_trained_on, missed_if_gone, remember
 from moco_dist.run.weights import load_trained
-from moco_dist.told import Told
 
 CALIBRATION_SAMPLES = 512  # training images that give the untrained network its BatchNorm statistics
 MAX_PIXEL_SIDE = 32

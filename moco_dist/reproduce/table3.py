@@ -21,13 +21,13 @@ import torch
 
 from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.config.source import read_config
+from moco_dist.distributed.told import Told
 from moco_dist.distributed.world import World, world_from_env
 from moco_dist.errors import Preempted
 from moco_dist.files import write_whole
 from moco_dist.planning.arithmetic import sizes
 from moco_dist.planning.random_step import RandomStep
 from moco_dist.provenance import hardware, key_of, package_versions, source_hash
-from moco_dist.told import Told
 
 RANKS = 8  # of the paper
 CONFIGS = {"MoCo": "mocov2_r50_200ep", "end to end": "end_to_end_r50_b256"}

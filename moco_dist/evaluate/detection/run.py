@@ -28,6 +28,7 @@ from moco_dist.data.plan import Plan
 from moco_dist.data.processes import made_by_processes
 from moco_dist.distributed.collectives import all_reduce_sum, gather_uneven
 from moco_dist.distributed.stop import StopRequest
+from moco_dist.distributed.told import Told
 from moco_dist.distributed.world import World
 from moco_dist.engine.schedule import decay
 from moco_dist.errors import Preempted, UserError, not_a_multiple
@@ -42,7 +43,6 @@ from moco_dist.run.checkpoint import averaged
 from moco_dist.run.folder import RunFolder
 from moco_dist.run.known_data import has_evaluated_on, missed_if_gone, remember
 from moco_dist.run.weights import Backbone, backbone_of_run, read_backbone
-from moco_dist.told import Told
 
 FLIP_PROBABILITY = 0.5
 CURVE_STEPS = 100  # one point of the loss's curve

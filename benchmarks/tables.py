@@ -153,6 +153,15 @@ def loader(result: Result) -> str:
     return f"{markdown(columns, rows)}\n{facts}{origin(result)}"
 
 
+def sources(result: Result) -> str:
+    """Loading by what the images lie in."""
+    rows = [
+        [r["name"], f"{r['images_per_second']:,.0f}", f"{r['cpu_ms_per_image']:.2f}", f"{r['cpu_beside_folder']:.2f}"]
+        for r in result["rows"]
+    ]
+    return markdown(["", "images/s", "CPU ms an image", "× the folder's CPU"], rows) + origin(result)
+
+
 def exchange(result: Result) -> str:
     """Loading by world size and `shuffle.exchange`."""
     rows = [
@@ -217,7 +226,8 @@ def headlines() -> str:
 
 
 THEMES = (
-    network, peer_step, step_parts, infonce, update, table3, plan_validation, loader, exchange, augment, checkpoint,
+    network, peer_step, step_parts, infonce, update, table3, plan_validation, loader, sources, exchange, augment,
+    checkpoint,
 )  # fmt: skip
 TABLES: dict[str, Callable[[Result], str]] = {table.__name__: table for table in THEMES}
 

@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import secrets
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,8 +14,18 @@ from moco_dist.errors import UserError
 T = TypeVar("T")
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file that is complete whenever it is there; makes its folder.
+def is_pattern(path: Path) -> bool:
+    """Whether a path stands for several, as `set-train-{0000..1023}.tar` does, and is no file of that very name."""
+    return "{" in str(path) and not path.exists()
+
+
+def without_pattern(path: Path) -> Path:
+    """The folder that all files of a pattern lie in, or below; another path as it is."""
+    return next(part for part in (path, *path.parents) if not is_pattern(part))
+
+
+def write_whole(path: Path, content: bytes | Sequence[bytes | memoryview]) -> None:
+    """Write a file that is complete whenever it is there; makes its folder. `content` may be in parts.
 
     It is written under a name that nobody knows before: neither a second process that writes the same file nor somebody
     who puts a link in its place can come between.
@@ -22,7 +33,11 @@ def write_whole(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
-        partial.write_bytes(content)
+        if isinstance(content, bytes):
+            partial.write_bytes(content)
+        else:
+            with partial.open("wb") as file:
+                file.writelines(content)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

@@ -17,13 +17,13 @@ def main(words: list[str]) -> int:
     parser = Parser("moco-dist data", description="get or check a data set")
     actions = parser.add_subparsers(dest="action", required=True)
     pack = actions.add_parser("pack", help="write a data set into one file, for data.loader ffcv")
-    pack.add_argument("source", type=Path, help="SOURCE/train and SOURCE/val, or a folder of images")
+    pack.add_argument("source", type=Path, help="SOURCE/train and SOURCE/val, a folder of images, or tar shards")
     pack.add_argument("out", type=Path, help="file to write, NAME.beton")
     pack.add_argument("--max-side", type=int, help="make larger images smaller, to this longer side in pixels")
     pack.add_argument("--quality", type=int, default=90, help="of JPEGs that are encoded anew (default 90)")
     pack.add_argument("--raw-share", type=float, default=0.0, help="share of images stored as pixels (default 0)")
     verify = actions.add_parser("verify", help="decode every image, and count them")
-    verify.add_argument("root", type=Path, help="ROOT/train and ROOT/val, or a folder of images")
+    verify.add_argument("root", type=Path, help="ROOT/train and ROOT/val, a folder of images, tar shards, FILE.beton")
     views = actions.add_parser(
         "views", help="a contact sheet of pairs of views, as the encoders see them",
         usage="moco-dist data views [CONFIG.yaml ...] --out FILE.png [--count COUNT] [--section.key VALUE ...]",

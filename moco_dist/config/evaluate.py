@@ -19,7 +19,7 @@ Encoders = tuple[Literal["trained", "untrained", "pixels"], ...]
 class EvalDataConfig(LoadingConfig):
     """Images to evaluate on."""
 
-    root: Path | None = setting(None, "ROOT/train and ROOT/val; default: the run's data.root", changes="place")
+    root: Path | None = setting(None, "a run's, with a validation set; default: the run's data.root", changes="place")
     resize: int | None = setting(
         None,
         "short side before the centre crop; default: 8/7 of the crop",

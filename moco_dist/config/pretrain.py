@@ -19,12 +19,13 @@ from moco_dist.errors import UserError, not_a_multiple
 
 
 class DataConfig(LoadingConfig):
-    """Images on disk: a folder of class folders, one with `train/` and `val/` of them, or a packed file."""
+    """Images on disk: a folder of class folders, one with `train/` and `val/` of them, tar shards, or a packed file."""
 
     root: Path = setting(
         ...,
-        "ROOT/train and ROOT/val, a folder of images alone (then there is no validation set), or for the loader "
-        "ffcv a file written by `moco-dist data pack`",
+        "ROOT/train and ROOT/val, a folder of images alone (then there is no validation set), tar shards (a folder of "
+        "them, or a pattern such as 'set-train-{0000..1023}.tar'), or for the loader ffcv a file written by "
+        "`moco-dist data pack`",
         changes="place",
         per_host=True,
         times=("loader",),

@@ -1,14 +1,19 @@
 """A list of images and their classes, wherever they lie, and what can be chosen of it."""
 
 import errno
+import functools
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from moco_dist.data.names import Names
 from moco_dist.errors import EXIT_IO, UserError
+from moco_dist.provenance import hash_of_list
 
 NO_CLASS = -1  # label of an image that lies in no class folder
 # What the system answers about a name that cannot be a file's, such as a folder's or a pipe's.
@@ -35,21 +40,66 @@ def cannot_read(name: str, error: OSError) -> ImageError:
     return kind(f"cannot read image {name}: {(error.strerror or str(error)).lower()}")
 
 
-@dataclass(frozen=True)
-class ImageFolder:
-    """The images below a folder, in the order of their paths.
+class Places(NamedTuple):
+    """Where images lie in files that hold many.
 
     Attributes:
-        root: the folder that paths are relative to.
+        files: paths of the files.
+        facts: size in bytes and modification time in ns of each, as they were when it was listed.
+        file: (N,) int32, index into `files`.
+        offset, size: (N,) int64, bytes.
+        content_hash: `ImageFolder.content_hash` if it is known: for millions of images it takes seconds.
+    """
+
+    files: list[Path]
+    facts: list[list[int]]
+    file: NDArray[np.int32]
+    offset: NDArray[np.int64]
+    size: NDArray[np.int64]
+    content_hash: str = ""
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """The images of a split, in the order of their paths.
+
+    Attributes:
+        root: the folder that paths are relative to, or that holds the files they lie in.
         paths: N relative paths with `/` between folders, sorted.
-        labels: (N,) int64, indices into `classes`; NO_CLASS for images directly in `root`.
-        classes: names of the folders directly in `root`, sorted.
+        labels: (N,) int64, indices into `classes`; NO_CLASS for images of no class.
+        classes: sorted names.
+        places: where the images lie in tar shards; None: each is a file.
     """
 
     root: Path
-    paths: list[str]
+    paths: Sequence[str]
     labels: NDArray[np.int64]
     classes: tuple[str, ...]
+    places: Places | None = None
+
+    @functools.cached_property
+    def list_hash(self) -> str:
+        """SHA-256 in hex digits of the paths in their order."""
+        return self.paths.digest() if isinstance(self.paths, Names) else hash_of_list(self.paths)
+
+    @functools.cached_property
+    def content_hash(self) -> str:
+        """The same of what an image is called whatever the set is stored in, by `content_name`."""
+        if self.places is not None and self.places.content_hash:
+            return self.places.content_hash
+        return hash_of_list(map(content_name, self.paths, self.labels.tolist()))
+
+    @property
+    def class_names_hash(self) -> str:
+        """The same of the classes' names; "" where these are numbers, as WebDataset's are, for want of names."""
+        return "" if all(map(str.isdigit, self.classes)) else hash_of_list(self.classes)
+
+
+def content_name(path: str, label: int) -> str:
+    """LABEL/NAME without a suffix: WebDataset calls a.JPEG in the first of the classes a.jpg with the label 0."""
+    name = path if label == NO_CLASS else path.partition("/")[2]
+    folder, slash, base = name.rpartition("/")
+    return f"{label}/{folder}{slash}{base.rpartition('.')[0]}"
 
 
 def subset(folder: ImageFolder, max_samples: int | None) -> ImageFolder:
@@ -62,7 +112,11 @@ def subset(folder: ImageFolder, max_samples: int | None) -> ImageFolder:
 
 def rows_of(folder: ImageFolder, rows: NDArray[np.int64]) -> ImageFolder:
     """Some of the images, in the order of `rows`; the classes stay."""
-    return ImageFolder(folder.root, [folder.paths[i] for i in rows], folder.labels[rows], folder.classes)
+    paths, places = folder.paths, folder.places
+    taken = paths.take(rows) if isinstance(paths, Names) else [paths[i] for i in rows]
+    if places is not None:
+        places = Places(places.files, places.facts, places.file[rows], places.offset[rows], places.size[rows])
+    return replace(folder, paths=taken, labels=folder.labels[rows], places=places)
 
 
 def share_of_classes(labels: NDArray[np.int64], share: float, seed: list[int], leave: int = 0) -> NDArray[np.bool_]:

@@ -43,25 +43,25 @@ def require_layout(root: Path, names: list[str]) -> None:
         UserError: beside ROOT/train there are images that are in no split, or splits have other names.
     """
     if "train" in names:
-        others = [name for name in names if name not in ("train", "val") and _split_of(name) != ("test", "")]
-        others = [name for name in others if _holds_images(root / name)]
+        others = [name for name in names if name not in ("train", "val") and split_of(name) != ("test", "")]
+        others = [name for name in others if holds_images(root / name)]
         if others:
             hint = next((f" (validation images lie in val: did you mean that by {name}?)" for name in others
-                         if _split_of(name) == ("val", "") and "val" not in names), "")  # fmt: skip
+                         if split_of(name) == ("val", "") and "val" not in names), "")  # fmt: skip
             raise UserError(
                 f"{root} has images in {_listed(others)} beside train, which would be left out{hint}; "
                 f"if train is a class like them, lay out {root / 'train' / others[0]} and {root / 'train' / 'train'}, "
                 f"else move them away or name {root / 'train'}"
             )
     elif "val" not in names:
-        spoken_of = [(name, *found) for name in names if (found := _split_of(name))]
+        spoken_of = [(name, *found) for name in names if (found := split_of(name))]
         for (one, split, rest), (other, other_split, other_rest) in itertools.combinations(spoken_of, 2):
             if rest == other_rest and split != other_split and "train" in (split, other_split):
                 raise UserError(
                     f"{root} has folders {one} and {other}, which would be two classes; "
                     f"splits are called train and val: rename them, or name one of them"
                 )
-        if len(names) == 1 and _split_of(names[0]) == ("train", ""):
+        if len(names) == 1 and split_of(names[0]) == ("train", ""):
             raise UserError(
                 f"{root} has one folder, {names[0]}, which would be one class; did you mean {root / names[0]}?"
             )
@@ -82,18 +82,18 @@ def require_distinct(folder: Path, classes: list[str]) -> None:
 
 def no_train(root: Path, names: list[str]) -> MissingDataError:
     """The error that ROOT has a folder val and none called train."""
-    meant = [name for name in names if _split_of(name) == ("train", "")]
+    meant = [name for name in names if split_of(name) == ("train", "")]
     hint = f"; did you mean {meant[0]}?" if meant else nearest("train", names)
     return MissingDataError(f"{root} has a folder val but none called train{hint}")
 
 
-def _split_of(name: str) -> tuple[str, str] | None:
+def split_of(name: str) -> tuple[str, str] | None:
     """The split that a name speaks of, and the rest of the name: seg_train is ("train", "seg_"); None: of no split."""
     found = _SPLIT.search(name.casefold())
     return (_SPLITS[found[1]], name[: found.start()] + name[found.end() :]) if found else None
 
 
-def _holds_images(folder: Path) -> bool:
+def holds_images(folder: Path) -> bool:
     """Whether at least half of the first files below are images: not so in a folder of annotations, or of runs."""
     names = (name for _, _, files in os.walk(folder) for name in files if not is_left_out(name))
     looked_at = list(itertools.islice(names, _FILES_LOOKED_AT))

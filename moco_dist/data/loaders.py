@@ -16,6 +16,7 @@ from moco_dist.data.crops import centre_resize
 from moco_dist.data.images import ImageFolder
 from moco_dist.data.packed import PACKED_SUFFIX, PackedFile
 from moco_dist.data.plan import Plan
+from moco_dist.data.tar.source import TarShards
 from moco_dist.data.tasks import Crop, DecodeTask, TaskOf, row_task, view_task
 from moco_dist.data.workers import Files, batches_from_workers
 from moco_dist.distributed.world import World
@@ -84,7 +85,7 @@ def load(
     Close it, by `contextlib.closing`: processes, threads and DALI's pipeline end then, whatever still refers to it.
 
     Args:
-        folder: the images, in files or packed.
+        folder: the images, in files, in tar shards or packed.
         task_of: number to task.
         numbers: which batches.
         size: S, side of a view in pixels.
@@ -97,21 +98,28 @@ def load(
         UserError: the loader is not installed, or does not read this kind of data; while batches are taken, an
             ImageError names a file that cannot be read, and an InfrastructureError a folder that is gone.
     """
-    is_packed = folder.root.parent.suffix == PACKED_SUFFIX
+    is_packed = folder.places is None and folder.root.parent.suffix == PACKED_SUFFIX
     if is_packed and data.loader != "ffcv":
         raise UserError(f"{folder.root.parent} is a packed file, which data.loader ffcv reads, not {data.loader}")
     if data.loader == "ffcv":
         if not is_packed:
+            what = "a folder" if folder.places is None else "one of tar shards, which torchvision reads"
             raise UserError(
-                f"data.loader ffcv reads a packed file, and {folder.root} is a folder; "
+                f"data.loader ffcv reads a packed file, and {folder.root} is {what}; "
                 "moco-dist data pack FOLDER FILE.beton makes one"
             )
         return batches_from_workers(PackedFile(folder), task_of, numbers, size, data, world, must_end, on_lost)
     if data.loader == "dali":
+        if folder.places is not None:
+            raise UserError(
+                f"data.loader dali reads files, and {folder.root} has tar shards, which torchvision reads; "
+                "or moco-dist data pack FOLDER FILE.beton makes a file for ffcv"
+            )
         from moco_dist.data.dali import batches_from_dali
 
         return batches_from_dali(folder, task_of, numbers, size, data, world, must_end)
-    return batches_from_workers(Files(folder), task_of, numbers, size, data, world, must_end, on_lost)
+    source = Files(folder) if folder.places is None else TarShards(folder)
+    return batches_from_workers(source, task_of, numbers, size, data, world, must_end, on_lost)
 
 
 def _centre_task(number: int, batches: list[NDArray[np.int64]], resize: int, size: int) -> DecodeTask[Tensor]:

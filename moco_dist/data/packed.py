@@ -8,10 +8,7 @@ Images are read, not mapped: a read error of mapped memory would kill the proces
 """
 
 import contextlib
-import errno
 import functools
-import os
-import weakref
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +20,7 @@ from torch import Tensor
 from moco_dist.data.beton import JPEG, Beton, read_beton
 from moco_dist.data.decode import CropsFor, cut, cut_pixels, decode_image
 from moco_dist.data.images import NO_CLASS, ImageError, ImageFolder, MissingDataError, cannot_read
-from moco_dist.data.storage import patiently
+from moco_dist.data.storage import PlacedFile, patiently
 from moco_dist.errors import UserError, file_error, nearest
 
 PACKED_SUFFIX = ".beton"  # of a file that `moco-dist data pack` wrote
@@ -59,7 +56,7 @@ class PackedFile:
     def __init__(self, folder: ImageFolder) -> None:
         self.root, self.folder = folder.root.parent, folder
         self._beton: Beton | None = opened(self.root)
-        self._fd: int | None = None
+        self._file = PlacedFile(self.root)
         row_of = {name: row for row, name in enumerate(self._beton.names)}
         self._rows = np.array([row_of[f"{folder.root.name}/{path}"] for path in folder.paths])
 
@@ -67,14 +64,14 @@ class PackedFile:
         return len(self._rows)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_beton": None, "_fd": None}  # a worker that is not a fork opens the file itself
+        return {**self.__dict__, "_beton": None}  # a worker that is not a fork opens the file itself
 
     def announce(self, samples: NDArray[np.int64]) -> None:
         """Have the kernel read these images ahead."""
         beton = self._open()
         with contextlib.suppress(OSError):  # told when the images are read
             for row in self._rows[samples].tolist():
-                os.posix_fadvise(self._file(), int(beton.start[row]), int(beton.size[row]), os.POSIX_FADV_WILLNEED)
+                self._file.announce(int(beton.start[row]), int(beton.size[row]))
 
     def cut(self, sample: int, size: int, crops_for: CropsFor) -> list[Tensor]:
         """The views of one of them, as `decode.cut`."""
@@ -101,28 +98,12 @@ class PackedFile:
         if problem := beton.problem(row):
             raise ImageError(f"cannot read image {name}: {problem}")
         try:
-            data = patiently(lambda: self._read(int(beton.start[row]), int(beton.size[row])), name)
+            data = patiently(lambda: self._file.read(int(beton.start[row]), int(beton.size[row])), name)
         except OSError as error:
             raise cannot_read(name, error) from error
         if beton.mode[row] == JPEG:
             return data, name
         return np.frombuffer(data, np.uint8).reshape(int(beton.height[row]), int(beton.width[row]), 3), name
-
-    def _read(self, start: int, size: int) -> bytearray:
-        data = bytearray(size)  # torch wants pixels that can be written
-        try:
-            if os.preadv(self._file(), [data], start) < size:
-                raise OSError(errno.EIO, "the file ends before it")
-        except OSError:
-            self._fd = None  # a file server may have forgotten it: the next try opens the file anew
-            raise
-        return data
-
-    def _file(self) -> int:
-        if self._fd is None:
-            self._fd = os.open(self.root, os.O_RDONLY)
-            weakref.finalize(self, os.close, self._fd)
-        return self._fd
 
     def _open(self) -> Beton:
         if self._beton is None:

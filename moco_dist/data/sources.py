@@ -11,6 +11,9 @@ from moco_dist.data.decode import decode_image
 from moco_dist.data.folder import folder_images, read_bytes
 from moco_dist.data.images import ImageFolder, subset
 from moco_dist.data.packed import PACKED_SUFFIX, PackedFile, has_split, packed_images
+from moco_dist.data.tar.layout import find_shards
+from moco_dist.data.tar.source import TarShards, tar_splits
+from moco_dist.errors import UserError
 
 
 def find_images(
@@ -21,9 +24,9 @@ def find_images(
     Where there are several ranks, one of each host calls it, within `once_a_host`.
 
     Args:
-        root: the data set's folder, or a packed file.
+        root: the data set's folder, a packed file, or tar shards as `find_shards` takes them.
         split: `train` or `val`.
-        remember: whether an index of a large folder may be written.
+        remember: whether an index of a large data set may be written.
         index_folder: where the index lies if the data set's folder cannot be written.
 
     Raises:
@@ -31,7 +34,15 @@ def find_images(
     """
     if root.suffix == PACKED_SUFFIX:
         return packed_images(root, split)
-    return folder_images(root, split, remember, index_folder)
+    if shards := find_shards(root):
+        splits = tar_splits(root, shards, remember, index_folder)
+        if split not in splits:
+            raise UserError(
+                f"{root} has no validation set; tar shards of one have val or validation in their names, or lie in a "
+                "folder that is called so"
+            )
+        return splits[split]
+    return folder_images(root, split, remember)
 
 
 def find_training_images(data: DataConfig, index_folder: Path | None = None) -> ImageFolder:
@@ -49,20 +60,34 @@ def find_training_images(data: DataConfig, index_folder: Path | None = None) -> 
 
 def find_splits(root: Path, remember: bool = True) -> dict[str, ImageFolder]:
     """`find_images` of `train`, and of `val` where there is one."""
+    if shards := find_shards(root):
+        return tar_splits(root, shards, remember, None)
     found = {"train": find_images(root, "train", remember)}
     if has_split(root, "val") if root.suffix == PACKED_SUFFIX else (root / "val").is_dir():
         found["val"] = find_images(root, "val", remember)
     return found
 
 
+def bytes_reader(folder: ImageFolder) -> Callable[[int], tuple[bytes | bytearray, str]]:
+    """A function from an image's number to its bytes and its name; or an ImageError. A packed file has none."""
+    if folder.places is not None:
+        return TarShards(folder).content
+
+    def read(i: int) -> tuple[bytes, str]:
+        path = folder.root / folder.paths[i]
+        return read_bytes(path), str(path)
+
+    return read
+
+
 def image_reader(folder: ImageFolder) -> Callable[[int], tuple[int, Image.Image]]:
     """A function from an image's number to the bytes that it takes and the whole image, RGB; or an ImageError."""
     if folder.root.parent.suffix == PACKED_SUFFIX and folder.root.parent.is_file():
         return PackedFile(folder).image
+    read_one = bytes_reader(folder)
 
     def read(i: int) -> tuple[int, Image.Image]:
-        path = folder.root / folder.paths[i]
-        data = read_bytes(path)
-        return len(data), decode_image(data, str(path))
+        data, name = read_one(i)
+        return len(data), decode_image(memoryview(data), name)
 
     return read

@@ -5,9 +5,10 @@ import os
 import stat
 import sys
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from moco_dist.data.images import ImageStorageError
 
@@ -60,6 +61,51 @@ def open_file(path: Path) -> BinaryIO:
         file.close()
         raise OSError(errno.EINVAL, NO_FILE)
     return file
+
+
+class PlacedFile:
+    """A file that is read at places. It is opened when it is needed, and anew after an error."""
+
+    def __init__(self, path: Path, facts: tuple[int, int] | None = None) -> None:
+        """`facts`: size in bytes and modification time in ns, by which one that has changed since is known."""
+        self.path, self._facts = path, facts
+        self._descriptor: int | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_descriptor": None}  # a process that is not a fork opens the file itself
+
+    def announce(self, start: int, size: int) -> None:
+        """Have the kernel read a place ahead.
+
+        Raises:
+            OSError: the file cannot be opened, or has changed.
+        """
+        os.posix_fadvise(self._open(), start, size, os.POSIX_FADV_WILLNEED)
+
+    def read(self, start: int, size: int) -> bytearray:
+        """`size` bytes from `start` on, in memory that may be written.
+
+        Raises:
+            OSError: they cannot be read, or the file has changed.
+        """
+        data = bytearray(size)
+        try:
+            if os.preadv(self._open(), [data], start) < size:
+                raise OSError(errno.EIO, "the file ends before it")
+        except OSError:
+            self._descriptor = None  # a file server may have forgotten it: the next try opens the file anew
+            raise
+        return data
+
+    def _open(self) -> int:
+        if self._descriptor is None:
+            descriptor = os.open(self.path, os.O_RDONLY)
+            weakref.finalize(self, os.close, descriptor)
+            status = os.fstat(descriptor)
+            if self._facts not in (None, (status.st_size, status.st_mtime_ns)):
+                raise OSError(errno.EINVAL, "the file has changed since its images were listed; start again")
+            self._descriptor = descriptor
+        return self._descriptor
 
 
 def patiently(read: Callable[[], T], name: str) -> T:

@@ -69,7 +69,7 @@ class Unpacked(NamedTuple):
 
     train: ImageFolder
     val: ImageFolder
-    val_places: list[str]
+    val_places: Sequence[str]
     names: dict[str, str]
 
 

@@ -139,9 +139,12 @@ def _decoded_before(found: ImageFolder, kept: Path) -> dict[str, Size]:
     if measured is None:
         return {}
     when = kept.stat().st_mtime_ns
+    shards_changed_ns = None if found.places is None else max(mtime_ns for _, mtime_ns in found.places.facts)
     packed = found.root.parent if found.root.parent.is_file() else None
 
     def is_as_then(path: str, size: Size) -> bool:
+        if shards_changed_ns is not None:
+            return shards_changed_ns < when
         try:
             facts = (packed or found.root / path).stat()
         except OSError:

@@ -3,7 +3,7 @@
 import contextlib
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -14,11 +14,11 @@ from PIL import Image
 
 from moco_dist.data.beton import JPEG, RAW, BetonWriter
 from moco_dist.data.decode import decode_image
-from moco_dist.data.folder import read_bytes
 from moco_dist.data.images import ImageError, ImageFolder
 from moco_dist.data.packed import PACKED_SUFFIX
-from moco_dist.data.sources import find_splits
+from moco_dist.data.sources import bytes_reader, find_splits
 from moco_dist.data.storage import raise_if_storage_failed
+from moco_dist.datasets.compressed import decompressed, find_compressed
 from moco_dist.distributed.told import Told
 from moco_dist.distributed.world import World
 from moco_dist.errors import UserError, file_error
@@ -43,7 +43,7 @@ def pack(source: Path, out: Path, max_side: int | None = None, quality: int = 90
     cannot be read are left out and listed in OUT.unreadable.txt.
 
     Args:
-        source: SOURCE/train and SOURCE/val, or a folder of images alone.
+        source: SOURCE/train and SOURCE/val, a folder of images alone, or tar shards, which may be compressed.
         out: file to make, called *.beton.
         max_side: larger images are made smaller, to this longer side in pixels.
         quality: of JPEGs that are encoded anew, 1 to 100.
@@ -59,9 +59,17 @@ def pack(source: Path, out: Path, max_side: int | None = None, quality: int = 90
         raise UserError(f"{out} is no name for a packed file; did you mean {out.with_suffix(PACKED_SUFFIX)}?")
     if out.exists():
         raise UserError(f"{out} exists; remove it or choose another name")
-    if source.is_file():
-        raise UserError(f"{source} is a file; what is packed is a folder")
-    splits = find_splits(source)
+    if source.suffix == PACKED_SUFFIX:
+        raise UserError(f"{source} is packed already; what is packed is a folder or tar shards")
+    with contextlib.ExitStack() as stack:
+        if archives := find_compressed(source):
+            source = stack.enter_context(decompressed(source, archives, out))
+        return _pack(find_splits(source), source, out, max_side, quality, raw_share)
+
+
+def _pack(
+    splits: dict[str, ImageFolder], source: Path, out: Path, max_side: int | None, quality: int, raw_share: float
+) -> Path:
     total, unreadable = sum(len(folder.paths) for folder in splits.values()), []
     with (
         _appearing(out) as file,
@@ -70,10 +78,11 @@ def pack(source: Path, out: Path, max_side: int | None = None, quality: int = 90
         ThreadPoolExecutor(os.cpu_count()) as pool,
     ):
         for split, folder in splits.items():
+            read = bytes_reader(folder)
             as_raw = np.random.default_rng(0).random(len(folder.paths)) < raw_share
             for start in range(0, len(folder.paths), CHUNK):
                 chunk = range(start, min(start + CHUNK, len(folder.paths)))
-                encoded = pool.map(lambda i: _encode(folder, i, max_side, quality, bool(as_raw[i])), chunk)  # noqa: B023
+                encoded = pool.map(lambda i: _encode(read, i, max_side, quality, bool(as_raw[i])), chunk)  # noqa: B023
                 for i, image in zip(chunk, encoded, strict=True):
                     if image.problem:
                         unreadable.append(image.problem)
@@ -91,17 +100,18 @@ def pack(source: Path, out: Path, max_side: int | None = None, quality: int = 90
     return out
 
 
-def _encode(folder: ImageFolder, i: int, max_side: int | None, quality: int, as_raw: bool) -> Packed:
-    path = folder.root / folder.paths[i]
+def _encode(
+    read: Callable[[int], tuple[bytes | bytearray, str]], i: int, max_side: int | None, quality: int, as_raw: bool
+) -> Packed:
     try:
-        data = read_bytes(path)
+        data, name = read(i)
         if not as_raw:
             with contextlib.suppress(ValueError):  # what is damaged or no JPEG goes the way of PIL
                 height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
                 if colours in ("YCbCr", "Gray") and (max_side is None or max(int(width), int(height)) <= max_side):
                     simplejpeg.decode_jpeg(data, "RGB")
-                    return Packed(JPEG, int(width), int(height), data)
-        image = decode_image(data, str(path))
+                    return Packed(JPEG, int(width), int(height), memoryview(data))
+        image = decode_image(memoryview(data), name)
     except ImageError as error:
         raise_if_storage_failed(error)
         return Packed(JPEG, 0, 0, b"", str(error))

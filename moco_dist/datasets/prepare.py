@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,6 +33,7 @@ from moco_dist.datasets.measured import (
 )
 from moco_dist.datasets.shapes import SHAPES, ShapeSettings, draw_image
 from moco_dist.errors import UserError, file_error
+from moco_dist.files import without_pattern
 
 MARKER = "dataset.json"
 UNREADABLE = "unreadable.txt"
@@ -132,6 +133,8 @@ def prepare_imagefolder(out: Path, source: Path) -> Path:
     if source.is_file():
         raise UserError(f"{source} is a file, and links lead into a folder; moco-dist data verify {source} checks it")
     splits = find_splits(source, remember=False)
+    if splits["train"].places is not None:
+        raise UserError(f"{source} has tar shards, and links lead to files; moco-dist data verify {source} checks them")
     recipe = {
         "name": "imagefolder",
         "source": str(source),
@@ -236,7 +239,7 @@ def _link_imagenet(out: Path, source: Path, counts: imagenet.Counts, recipe: dic
 def verify(root: Path) -> list[str]:
     """Decode every image of a data set, and compare it with what `prepare`, or an earlier `verify`, found.
 
-    The sizes of a split without a problem are remembered, where ROOT can be written to.
+    The sizes of a folder's split without a problem are remembered, where ROOT can be written to.
 
     Returns:
         a line for each image that cannot be read, is missing, new or changed, and for each split with another number.
@@ -248,12 +251,13 @@ def verify(root: Path) -> list[str]:
     splits = find_splits(root)
     problems: list[str] = []
     for split, found in splits.items():
-        kept = root.with_name(f".{root.name}.{split}{STOPPED}") if root.is_file() else root / f".{split}{STOPPED}"
+        folder = without_pattern(root)
+        kept = root.with_name(f".{root.name}.{split}{STOPPED}") if root.is_file() else folder / f".{split}{STOPPED}"
         sizes = measure_images(found, f"reading {split}", kept)
         wrong = [problem for problem in sizes.values() if isinstance(problem, str)]
-        known = read_measured(found.root / SIZES)
+        known = read_measured(found.root / SIZES) if found.places is None else None
         wrong += differences(found.root, known, sizes) if known else []
-        if not wrong:
+        if not wrong and found.places is None:  # of tar shards, the index knows whether they have changed
             write_measured(found.root / SIZES, readable(sizes))
         problems += wrong
     if (root / MARKER).is_file():
@@ -358,7 +362,7 @@ def _write_pngs(root: Path, splits: dict[str, published.Split]) -> None:
         in_threads(functools.partial(write, folder=root / split, part=part), len(part.images), f"writing {split}")
 
 
-def _link(found: ImageFolder, places: list[str], folder: Path, out: Path) -> list[str]:
+def _link(found: ImageFolder, places: Sequence[str], folder: Path, out: Path) -> list[str]:
     """Decode every image; `folder` becomes links to those that can be read, by `places`, in the order of found.paths.
 
     Returns:

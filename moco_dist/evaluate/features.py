@@ -29,7 +29,7 @@ from moco_dist.distributed.world import World
 from moco_dist.errors import Preempted
 from moco_dist.evaluate.subject import Evaluation, FrozenEncoder, digest
 from moco_dist.files import write_whole
-from moco_dist.provenance import hash_of_list, key_of
+from moco_dist.provenance import key_of
 from moco_dist.run.folder import RunFolder
 
 CHUNK_SAMPLES = 512
@@ -154,7 +154,7 @@ def _key(evaluation: Evaluation, encoder: FrozenEncoder, split: str, folder: Ima
         "dtype": str(encoder.dtype),
         "images": str(folder.root.resolve()),
         "split": split,
-        "paths": hash_of_list(folder.paths),
+        "paths": folder.list_hash,
         "loader": evaluation.config.data.loader,
         "size": [evaluation.resize, evaluation.crop],
         "chunk": CHUNK_SAMPLES,

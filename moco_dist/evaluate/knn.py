@@ -182,9 +182,9 @@ def _write_examples(evaluation: Evaluation, train: Features, val: Features) -> N
     near_by_query = dict(zip(gather_uneven(val.rows[own], world).tolist(), found.tolist(), strict=True))
     rows = [
         {
-            "query": str(queries.root / queries.paths[q]),
+            "query": str(queries.root / queries.paths[int(q)]),
             "query_label": queries.classes[queries.labels[q]],
-            "neighbours": [str(images.root / images.paths[i]) for i in near],
+            "neighbours": [str(images.root / images.paths[int(i)]) for i in near],
             "neighbour_labels": [images.classes[images.labels[i]] for i in near],
         }
         for q, near in sorted(near_by_query.items())

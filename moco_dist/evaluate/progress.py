@@ -21,7 +21,7 @@ from moco_dist.distributed.world import World
 from moco_dist.errors import Preempted
 from moco_dist.evaluate.subject import Evaluation, FrozenEncoder, digest
 from moco_dist.files import write_whole
-from moco_dist.provenance import hash_of_list, key_of
+from moco_dist.provenance import key_of
 from moco_dist.run.folder import RunFolder
 
 SAVE_SECONDS = 300.0  # what a power cut may cost
@@ -39,7 +39,7 @@ def progress_path(evaluation: Evaluation, kind: str, encoder: FrozenEncoder, bat
     """
     facts = [
         digest(encoder.module), str(encoder.dtype), evaluation.resize, evaluation.crop, batch_size,
-        str(evaluation.train.root.resolve()), hash_of_list(evaluation.train.paths),
+        str(evaluation.train.root.resolve()), evaluation.train.list_hash,
         what_is_computed(evaluation.config),
     ]  # fmt: skip
     return RunFolder(evaluation.config.run_dir).progress(kind, encoder.name, key_of(facts))

@@ -15,6 +15,7 @@ from moco_dist.config.pretrain import PretrainConfig, require_sizes
 from moco_dist.config.section import Section, setting
 from moco_dist.config.source import leaf_fields, read_config
 from moco_dist.errors import UserError, nearest
+from moco_dist.files import without_pattern
 
 MAX_NAME_LENGTH = 40  # Kubernetes puts it into host names, with a suffix
 
@@ -150,7 +151,7 @@ def path_problems(config: PretrainConfig) -> list[str]:
     """What is not on this machine, and should be if the hosts share its file system."""
     problems = []
     root, run_dir = config.data.root, config.run.dir.absolute()
-    if not root.exists():
+    if not without_pattern(root).exists():
         siblings = [path.name for path in root.parent.glob("*")]
         problems.append(f"data.root {root} does not exist{nearest(root.name, siblings)}")
     parent = next(folder for folder in (run_dir, *run_dir.parents) if folder.exists())

@@ -15,7 +15,7 @@ from moco_dist.engine.schedule import learning_rate
 from moco_dist.errors import UserError
 from moco_dist.files import write_whole
 from moco_dist.method.step import Method
-from moco_dist.provenance import hash_of_list, package_versions, source_hash
+from moco_dist.provenance import package_versions, source_hash
 from moco_dist.run import checkpoint
 from moco_dist.run.checkpoint import without_secrets
 from moco_dist.run.folder import RunFolder
@@ -151,5 +151,5 @@ def facts_to_agree_on(config: PretrainConfig, folder: ImageFolder) -> dict[str, 
         **{f"version of {name}": version for name, version in package_versions().items()},
         "source of moco_dist (hash)": source_hash(),
         "number of images": len(folder.paths),
-        "list of images (hash)": hash_of_list(folder.paths)[:16],
+        "list of images (hash)": folder.list_hash[:16],
     }

@@ -1,0 +1,66 @@
+"""Many names in two arrays, which processes share: a list of 14 million strings would be a gigabyte in each of them."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from typing import Any, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class Names(Sequence[str]):
+    """Strings, each made when it is asked for.
+
+    Args:
+        content: uint8, the names in UTF-8 with a line feed between.
+        ends: (M,) int64, where each of them ends in `content`.
+        rows: (N,) int64, those that count, in this order; None: all M.
+    """
+
+    def __init__(
+        self, content: NDArray[np.uint8], ends: NDArray[np.int64], rows: NDArray[np.int64] | None = None
+    ) -> None:
+        self._content, self._ends, self._rows = content, ends, rows
+
+    def __len__(self) -> int:
+        return len(self._ends if self._rows is None else self._rows)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> "Names": ...
+
+    def __getitem__(self, index: Any) -> "str | Names":
+        if isinstance(index, slice):
+            return self.take(np.arange(len(self))[index])
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        row = int(index) % len(self) if self._rows is None else int(self._rows[index])
+        start = int(self._ends[row - 1]) + 1 if row else 0
+        return self._content[start : int(self._ends[row])].tobytes().decode("utf-8", "surrogateescape")
+
+    def __iter__(self) -> Iterator[str]:
+        return (self[i] for i in range(len(self)))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and len(self) == len(other) and all(map(str.__eq__, self, other))
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def take(self, rows: NDArray[np.int64]) -> "Names":
+        """Some of them, in the order of `rows`."""
+        return Names(self._content, self._ends, rows if self._rows is None else self._rows[rows])
+
+    def digest(self) -> str:
+        """`provenance.hash_of_list` of them."""
+        if self._rows is None:
+            return hashlib.sha256(self._content.data).hexdigest()
+        return hashlib.sha256("\n".join(self).encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def in_arrays(names: Sequence[str]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """`content` and `ends` of names."""
+    texts = [name.encode("utf-8", "surrogateescape") for name in names]
+    lengths = np.fromiter(map(len, texts), np.int64, len(texts))
+    return np.frombuffer(b"\n".join(texts), np.uint8), np.cumsum(lengths + 1) - 1

@@ -1,0 +1,85 @@
+"""The very same run, bit for bit, from a folder, from tar shards of it and from a packed file."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moco_dist.cli.main import main
+from moco_dist.datasets.pack import pack
+from tests.faults.processes import TINY, command, losses
+from tests.tars import files_of, with_labels, write_tar
+from tests.unit.loaders import picture
+
+STOP, END = 3, 6
+
+
+@pytest.fixture(scope="module")
+def roots(tmp_path_factory):
+    """The same 30 images in each format: name to the words that a run is given."""
+    top = tmp_path_factory.mktemp("formats")
+    for i in range(30):
+        path = top / "folder" / "train" / "abc"[i % 3] / f"{i}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture(i, 40 + i, 50).save(path)
+    files = files_of(top / "folder" / "train")
+    shuffled = [files[i] for i in np.random.default_rng(0).permutation(len(files))]
+    for i in range(3):
+        write_tar(top / "tars" / f"train-{i}.tar", shuffled[i::3])
+    labelled = with_labels(files)
+    for i in range(2):
+        write_tar(top / "webdataset" / f"x-train-{i:04d}.tar", labelled[30 * i : 30 * i + 30])
+    pack(top / "folder", top / "x.beton")
+    return {
+        "folder": ["--data.root", str(top / "folder")],
+        "tars": ["--data.root", str(top / "tars")],
+        "webdataset": ["--data.root", str(top / "webdataset" / "x-train-{0000..0001}.tar")],
+        "packed": ["--data.root", str(top / "x.beton"), "--data.loader", "ffcv"],
+    }
+
+
+def pretrain(run_dir, words, stop, ranks=1):
+    words = [*TINY, "--log.every-steps", "1", *words, "--run.stop-at-step", str(stop)]
+    if ranks == 1:
+        assert main(["pretrain", "--run.dir", str(run_dir), *words]) == 0
+    else:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            command("unused", run_dir, *words, ranks=ranks), env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+    return losses(run_dir)
+
+
+@pytest.mark.slow
+def test_losses_do_not_depend_on_the_format(roots, tmp_path):
+    runs = {name: pretrain(tmp_path / name, words, STOP) for name, words in roots.items()}
+    assert len(runs["folder"]) == STOP
+    for name, run in runs.items():
+        assert run == runs["folder"], name
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_in_another_format_on_more_ranks(roots, tmp_path):
+    for name, one, other in (("same", "folder", "folder"), ("other", "webdataset", "packed")):
+        pretrain(tmp_path / name, roots[one], STOP)
+        pretrain(tmp_path / name, roots[other], END, ranks=2)
+    ours = losses(tmp_path / "other")
+    assert list(ours) == list(range(1, END + 1))
+    assert ours == losses(tmp_path / "same")
+
+
+@pytest.mark.slow
+def test_other_images_in_another_format_are_refused(roots, tmp_path, capsys):
+    pretrain(tmp_path / "run", roots["folder"], 1)
+    folder = tmp_path / "folder" / "train"
+    for name, content in files_of(Path(roots["folder"][1]) / "train"):
+        other = f"{'abd'['abc'.index(name[0])]}{name[1:]}"  # of other classes
+        (folder / other).parent.mkdir(parents=True, exist_ok=True)
+        (folder / other).write_bytes(content)
+    words = [*TINY, "--data.root", str(tmp_path / "folder"), "--run.stop-at-step", "2", "--log.every-steps", "1"]
+    capsys.readouterr()
+    assert main(["pretrain", "--run.dir", str(tmp_path / "run"), *words]) == 2
+    assert "holds a run over other images (step_00000001): 10 came (d/" in capsys.readouterr().err

@@ -32,7 +32,7 @@ audit: $(STAMP)
 # .venv only where there is neither.
 MINUTES ?= 9
 gpu:
-	@if test -f $(STAMP); then python=$(BIN)/python; \
+	@if test -f $(CORE); then python=$(BIN)/python; \
 	elif $(PYTHON) -c 'import importlib.util as u; raise SystemExit(u.find_spec("torch") is None)'; then python=$(PYTHON); \
 	else $(MAKE) $(STAMP) && python=$(BIN)/python; fi && $$python -m benchmarks.gpu --minutes $(MINUTES) $(FLAGS)
 

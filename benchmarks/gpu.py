@@ -84,7 +84,7 @@ def parts(quick: bool = False) -> list[Part]:
     return [
         Part("tests", tests, 300, why_not=without("pytest", "pytest_timeout", "hypothesis")),
         Part("step", [*steps, "eager"], 240, goes_on=True),
-        Part("lightly", ["benchmarks.peer_step", "--ranks", "1", "--rounds", "1", "--local-batches", *BATCHES], 240,
+        Part("lightly", ["benchmarks.peer_step", "--ranks", "1", "--rounds", "1", "--local-batches", *BATCHES], 360,
              why_not=without("lightly")),
         Part("infonce", ["benchmarks.infonce"], 120),
         Part("augment", ["benchmarks.augment", "--views", "512"], 120),

@@ -1,6 +1,7 @@
 """`make gpu`: one failing part stops no other, and what was measured is not measured again."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -24,6 +25,18 @@ open('calls', 'a').write('x')
 if len(open('calls').read()) < 2:
     time.sleep(60)
 print('whole')
+"""
+WITHOUT_OPTIONAL = """
+import sys
+from importlib.machinery import PathFinder
+
+class WithoutOptional(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        optional = ("mlflow", "nvidia.dali", "deepspeed", "ffcv", "cv2", "timm", "pycocotools")
+        return None if name.startswith(optional) else super().find_spec(name, path, target)
+
+sys.meta_path[sys.meta_path.index(PathFinder)] = WithoutOptional
 """
 
 
@@ -105,6 +118,13 @@ def test_rows_are_kept_where_hardware_versions_and_facts_are_the_same(tmp_path, 
     assert len(list(tmp_path.iterdir())) == 1
 
 
+def test_a_python_that_lacks_a_package_is_told(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["gpu"])
+    monkeypatch.setitem(gpu.NEEDED, "no_such_module", "no-such-package")
+    with pytest.raises(SystemExit, match=r"lacks no-such-package; docs/benchmarks.md"):
+        gpu.main()
+
+
 def test_the_tests_for_a_gpu_are_found():
     assert "tests/integration/test_on_a_gpu.py" in gpu.gpu_tests()
 
@@ -112,12 +132,15 @@ def test_the_tests_for_a_gpu_are_found():
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_every_part_runs(tmp_path):
-    """In its smallest form, on whatever is here."""
+    """In its smallest form, on whatever is here, and as on a machine that has torch and little else."""
     record = tmp_path / "gpu.json"
+    (tmp_path / "sitecustomize.py").write_text(WITHOUT_OPTIONAL)  # each process imports it as it starts
     words = [sys.executable, "-m", "benchmarks.gpu", "--quick", "--record", str(record)]
-    done = subprocess.run(words, cwd=gpu.ROOT, capture_output=True, text=True)
+    env = {**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(words, cwd=gpu.ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     statuses = dict(line.split()[:2] for line in done.stdout[done.stdout.rindex("part ") :].splitlines()[1:] if line)
     assert list(statuses) == [part.name for part in gpu.parts()]
     assert set(statuses.values()) <= {"done", "left"}, done.stdout
+    assert "nvidia-dali" in done.stdout  # the loaders' part says that it is not there
     assert not record.exists()

@@ -16,6 +16,7 @@ from moco_dist.config.evaluate import KnnConfig
 from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.config.source import read_config
 from moco_dist.datasets.prepare import prepare_shapes
+from moco_dist.distributed import told as told_module
 from moco_dist.distributed.told import Told
 from moco_dist.distributed.world import World
 from moco_dist.evaluate import features as features_module
@@ -29,7 +30,6 @@ from moco_dist.evaluate.subject import frozen, frozen_encoder, open_evaluation
 from moco_dist.files import write_whole
 from moco_dist.method.encoder import build_encoder
 from moco_dist.report.page import write_report
-from moco_dist.run import told as told_module
 from moco_dist.run.logbook import read_log
 from moco_dist.run.weights import load_trained
 

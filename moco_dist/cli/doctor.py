@@ -29,12 +29,12 @@ def main(words: list[str]) -> int:
     require_positive(args, "nodes", "gpus_per_node")
     is_planned = args.nodes is not None or args.gpus_per_node is not None
 
-    from moco_dist.doctor import finding, hosts, logs, settings
-
     if args.run is not None:
         if rest or is_planned:
             unexpected = repr(rest[0]) if rest else "--nodes or --gpus-per-node"
             raise UserError(f"unexpected argument {unexpected}; --run takes a folder alone")
+        from moco_dist.doctor import logs
+
         return _print(logs.run(args.run))
     files, flags = files_and_flags(rest)
     command = command_of(files[0]) if files else "pretrain"
@@ -45,13 +45,19 @@ def main(words: list[str]) -> int:
         if is_planned:
             raise UserError("--nodes and --gpus-per-node are of a pre-training; an evaluation is checked without them")
         needed = [] if "run_dir" in read_yaml(files[0]) else ["--run-dir", "runs/doctor"]
+        from moco_dist.doctor import settings
+
         config = read_config(SCHEMAS[command], files[0], [*needed, *flags], files[1:])
         return _print(getattr(settings, command)(config))
     try:
         config = read_config(PretrainConfig, files[0] if files else None,
                              flags if files else [*NOTHING_GIVEN, *flags], files[1:])  # fmt: skip
     except UserError as error:
+        from moco_dist.doctor import finding
+
         return _print([finding.problem("config", line) for line in str(error).splitlines()])
+    from moco_dist.doctor import hosts
+
     found = hosts.findings(config, bool(files), args.nodes, args.gpus_per_node)
     return os.EX_OK if found is None else _print(found)
 

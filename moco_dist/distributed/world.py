@@ -4,8 +4,6 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
-
 from moco_dist.errors import UserError
 
 # What starts processes without telling them their places as torchrun does, and the variable that says how many.
@@ -77,6 +75,8 @@ def world_from_env(device: str = "auto", env: Mapping[str, str] = os.environ) ->
 
     local_rank = number("LOCAL_RANK", 0)
     world_size = number("WORLD_SIZE", 1)
+    import torch  # here, since a World is a plain value: what needs no more than values answers without torch
+
     if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
         found = torch.cuda.device_count()
         index = 0 if each_sees_its_own_gpu(env) else local_rank
@@ -102,5 +102,7 @@ def each_sees_its_own_gpu(env: Mapping[str, str] = os.environ) -> bool:
 
     torchrun's processes share their environment, so all of them see the same: one GPU for several is a mistake there.
     """
+    import torch
+
     has_others = env.get("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", env.get("WORLD_SIZE", "1"))) != "1"
     return has_others and "TORCHELASTIC_RUN_ID" not in env and torch.cuda.device_count() == 1

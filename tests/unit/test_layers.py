@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 MOST_LINES = 400
 ALLOWED = {
     "distributed/collectives.py",
@@ -33,13 +35,45 @@ def test_collectives_are_in_one_module():
             assert str(path.relative_to(root)) in ALLOWED, path
 
 
-def test_help_and_wrong_flags_need_no_torch():
+# What the terminal waits for before anything else happens. None of these words needs more than the settings.
+AT_ONCE = [
+    (["--help"], 0),
+    (["pretrain", "--help"], 0),
+    (["pretrain", "--nonsense", "1"], 2),
+    (["configs"], 0),
+    (["configs", "show", "demo"], 0),
+    (["launch", "slurm", "mocov2_r50_200ep", "--gpus-per-node", "8", "--dry-run"], 0),
+    (["launch", "local", "mocov2_r50_200ep", "--gpus-per-node", "8", "--dry-run"], 0),
+    (["doctor", "demo", "--optim.epohcs", "3"], 1),
+    (["doctor", "linear_r50_100ep"], 0),
+]
+SLOW_TO_IMPORT = ("torch", "torchvision", "mlflow", "matplotlib", "PIL", "pandas")
+
+
+def test_what_a_terminal_waits_for_imports_nothing_slow():
+    """One process for all of them: what one has imported would be found after it, and named with it."""
+    code = f"""if True:
+        import sys
+        from moco_dist.cli.main import main
+        for words, expected in {AT_ONCE!r}:
+            status = main(words)
+            found = [name for name in {SLOW_TO_IMPORT!r} if name in sys.modules]
+            assert (status, found) == (expected, []), (words, status, found)
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_the_doctor_imports_no_more_than_it_looks_with():
+    """Torch and torchvision, whose networks it counts; checkpoints, tracking and charts are of other commands."""
     code = """if True:
         import sys
         from moco_dist.cli.main import main
-        assert main(["pretrain", "--help"]) == 0
-        assert main(["pretrain", "--nonsense", "1"]) == 2
-        assert "torch" not in sys.modules and "mlflow" not in sys.modules
+        main(["doctor", "demo", "--run.device", "cpu"])
+        assert "torch" in sys.modules
+        found = {"mlflow", "matplotlib", "torch.distributed.checkpoint", "moco_dist.run.checkpoint"} & set(sys.modules)
+        assert not found, found
     """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -1,18 +1,21 @@
-"""Logs of runs that went wrong in the known ways, and of one that did not."""
+"""Logs of runs that went wrong in the known ways, and of one that did not, as the program itself writes them."""
 
-import json
 import math
 import re
 
 import pytest
+import torch
 
 from moco_dist.cli.main import main
 from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.config.source import to_yaml
+from moco_dist.distributed.world import World
 from moco_dist.doctor.finding import text
 from moco_dist.doctor.logs import run
 from moco_dist.errors import EXIT_MISTAKE, UserError
-from moco_dist.run.logbook import read_log
+from moco_dist.run import logbook
+from moco_dist.run.logbook import Logbook, read_log
+from moco_dist.tracking import Tracker
 from tests.faults.processes import TINY
 
 QUEUE, BATCH = 1024, 64  # full of real keys after 16 steps
@@ -25,7 +28,32 @@ REAL = [*TINY, "--checkpoint.every-steps", "2"]
 
 
 @pytest.fixture
-def diagnose(tmp_path):
+def write(monkeypatch):
+    """A function that lets the program's own Logbook write rows, a line every ten steps; the clock is ours."""
+    now = [0.0]
+    monkeypatch.setattr(logbook.time, "perf_counter", lambda: now[0])
+
+    def write(config, rows):
+        book = Logbook(config, Tracker(), World(), 0, 10 * len(rows))
+        for i, row in enumerate(rows):
+            seconds = 10 * config.optim.global_batch_size / row["images_per_second"]
+            for _ in range(10):
+                book.add(torch.tensor(row["loss"], dtype=torch.float64), row["data_wait_share"] * seconds / 10)
+            now[0] += seconds
+            scalars = {name: torch.tensor(row[name]) for name in ("contrastive_top1", "embedding_std")}
+            book.write(10 * (i + 1), 0.1 * i, row["lr"], scalars)
+        book.close()
+        written = read_log(config.run.dir)
+        assert [row["loss"] for row in written] == pytest.approx([row["loss"] for row in rows])
+        assert [row["images_per_second"] for row in written] == pytest.approx(
+            [row["images_per_second"] for row in rows]
+        )
+
+    return write
+
+
+@pytest.fixture
+def diagnose(tmp_path, write):
     def diagnose(*rows, bn_group_size=32):
         config = PretrainConfig.model_validate({
             "run": {"dir": str(tmp_path)}, "data": {"root": "d"}, "moco": {"queue_size": QUEUE},
@@ -35,8 +63,7 @@ def diagnose(tmp_path):
         checkpoint = tmp_path / "checkpoints" / "step_00000100"
         checkpoint.mkdir(parents=True, exist_ok=True)
         (checkpoint / "checkpoint.json").write_text("{}")
-        lines = [json.dumps({**HEALTHY, "step": 10 * (i + 1), **row}) for i, row in enumerate(rows)]
-        (tmp_path / "log.jsonl").write_text("\n".join(lines))
+        write(config, [{**HEALTHY, **row} for row in rows])
         return [(f.level, f.about, f.text) for f in run(tmp_path)]
 
     return diagnose

@@ -129,3 +129,50 @@ def test_a_journal_that_another_process_sends_is_left_to_it(runs, capsys):
     with Tracker.for_pretraining(config_of(runs / "a"), World()):
         assert main(["sync", str(runs / "a")]) == 0
     assert "pretrain.jsonl is being delivered by another process" in capsys.readouterr().out
+
+
+def test_a_run_that_is_gone_in_mid_training_begins_anew_with_all_of_it(runs, monkeypatch):
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+    from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST
+
+    log_batch, gone = MlflowClient.log_batch, []
+
+    def of_those_there(self, run_id, *args, **more):
+        if run_id in gone:
+            raise MlflowException(f"Run with id={run_id} not found", RESOURCE_DOES_NOT_EXIST)
+        log_batch(self, run_id, *args, **more)
+
+    monkeypatch.setattr(MlflowClient, "log_batch", of_those_there)
+    monkeypatch.setattr(Outbox, "_wait", lambda *_: None)
+    with Tracker.for_pretraining(config_of(runs / "a"), World()) as tracker:
+        tracker.log_metrics(1, {"loss": 3.0})
+        wait_until_sent(tracker)
+        gone.append(record_of(runs / "a")["run_id"])
+        client_for(runs).delete_run(gone[0])
+        tracker.log_metrics(2, {"loss": 2.0})
+        wait_until_sent(tracker)
+    assert record_of(runs / "a")["run_id"] not in gone
+    assert history_of(runs / "a", "loss") == [(1, 3.0), (2, 2.0)]
+
+
+def test_what_is_sent_at_once_is_no_more_than_mlflow_takes(runs, monkeypatch):
+    """More would be refused, and then sent one by one."""
+    from mlflow import MlflowClient
+
+    log_batch, sizes, released = MlflowClient.log_batch, [], threading.Event()
+
+    def counted(self, run_id, metrics=(), **more):
+        assert released.wait(60)
+        sizes.append(len(metrics))
+        log_batch(self, run_id, metrics, **more)
+
+    monkeypatch.setattr(MlflowClient, "log_batch", counted)
+    with Tracker.for_pretraining(config_of(runs / "a"), World()) as tracker:
+        for step in range(1, 61):
+            tracker.log_metrics(step, {f"metric_{i}": 1.0 for i in range(20)})
+        released.set()
+        wait_until_sent(tracker)
+    assert sum(sizes) == 1200
+    assert max(sizes) <= 1000
+    assert len(sizes) < 6

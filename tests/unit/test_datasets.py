@@ -200,3 +200,8 @@ def test_an_image_error_survives_the_way_out_of_a_worker_process():
     error = pickle.loads(pickle.dumps(ImageError("cannot read image x.jpg: empty")))
     assert isinstance(error, ImageError)
     assert str(error) == "cannot read image x.jpg: empty"
+
+
+def test_a_share_of_a_class_is_rounded_up():
+    labels = np.repeat([0, 1, 2], [1, 3, 21])
+    assert np.bincount(labels[share_of_classes(labels, 0.1, [0])]).tolist() == [1, 1, 3]

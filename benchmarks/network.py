@@ -121,7 +121,7 @@ class Run:
         side = config.data.image_size
         self.crops = torch.randint(0, 256, (3 * LOCAL_BATCH, 3, side, side), dtype=torch.uint8)
         colours = draw_colours(config.augment, 0, 0, samples.numpy(), counter_rng.STREAM_COLOUR_K)
-        self.batch = CropBatch(self.crops[:LOCAL_BATCH], self.crops, samples, samples, colours, colours)
+        self.batch = CropBatch(self.crops[:LOCAL_BATCH], self.crops, samples, samples, colours, colours, samples)
 
     def step(self, step: int, gradients: bool) -> float:
         """One step; returns the seconds that making the key views took."""

@@ -1,8 +1,8 @@
 """What every loader yields: the contract between decoding (host) and colours (device)."""
 
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -20,6 +20,7 @@ class CropBatch:
         samples_q, samples_k: int64 (n,) and (m,), indices into the data set, of the rows of view_q and view_k.
         colours_q, colours_k: float32 (n, P), photometric parameters (see `colours.COLOURS`) of the views as they will
             be coloured: keys after they have travelled, with `all_gather` before.
+        key_order: int64 (B,), `Plan.key_permutation` of the step.
         replaced: files that could not be read, with the reason; their successors took their places.
     """
 
@@ -29,6 +30,7 @@ class CropBatch:
     samples_k: Tensor
     colours_q: Tensor
     colours_k: Tensor
+    key_order: Tensor
     replaced: tuple[str, ...] = ()
 
     def to(self, device: torch.device) -> "CropBatch":
@@ -39,12 +41,16 @@ class CropBatch:
         """The batch in page-locked memory (called by torch's DataLoader)."""
         return self._map(Tensor.pin_memory)
 
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        """Keep the batch's memory until what `stream` has been given so far is done, whoever drops the batch."""
+        self._map(lambda x: x.record_stream(stream))
+
     def _map(self, function) -> "CropBatch":
         tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "replaced"}
         return replace(self, **{name: function(x) for name, x in tensors.items()})
 
 
-def to_device(array: NDArray[np.int64 | np.bool_], device: str | torch.device) -> Tensor:
+def to_device(array: NDArray[Any], device: str | torch.device) -> Tensor:
     """A small array as a tensor on `device`. The host does not wait, as it would for a copy from pageable memory."""
     tensor = torch.from_numpy(array)
     return tensor if torch.device(device).type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)

@@ -115,6 +115,7 @@ def view_task(step: int, config: PretrainConfig, plan: Plan, world: World) -> De
             samples_k=torch.from_numpy(samples_k),
             colours_q=draw_colours(augment, seed, step, samples_q, counter_rng.STREAM_COLOUR_Q),
             colours_k=draw_colours(augment, seed, step, samples_coloured, counter_rng.STREAM_COLOUR_K),
+            key_order=torch.from_numpy(plan.key_permutation(step)),
             replaced=replaced,
         )
 

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from moco_dist.config.pretrain import PretrainConfig
-from moco_dist.data.batch import to_device
 from moco_dist.data.colours import apply_colours
 from moco_dist.data.images import ImageFolder
 from moco_dist.data.key_views import KeyExchange
 from moco_dist.data.loaders import never, pretrain_batches
 from moco_dist.data.plan import Plan
+from moco_dist.data.transfer import on_device
 from moco_dist.distributed.world import World
 from moco_dist.errors import LoadingError
 
@@ -64,15 +64,14 @@ def views_of_steps(
         on_lost: as in `load`.
     """
     device = torch.device(world.device)
-    loading = pretrain_batches(images, config, plan, world, start, stop, must_end, on_lost)
-    with contextlib.closing(loading) as loader:
-        keys = KeyExchange(config, plan, world)
-        batches = keys.exchanged((batch.to(device) for batch in loader), start)
+    loader = pretrain_batches(images, config, plan, world, start, stop, must_end, on_lost)
+    keys = KeyExchange(config, plan, world)
+    with contextlib.closing(on_device(loader, device, must_end)) as arriving:
+        batches = keys.exchanged(arriving, start)
         for step in range(start, stop):
             waiting_since = time.perf_counter()
             batch = next(batches)
             wait_seconds = time.perf_counter() - waiting_since
             query = colour(batch.view_q, batch.colours_q, config.augment, dtype)
             key = keys.coloured(batch, step, dtype, colour)
-            order = to_device(plan.key_permutation(step), device)
-            yield Views(query, key, order, batch.replaced), wait_seconds
+            yield Views(query, key, batch.key_order, batch.replaced), wait_seconds

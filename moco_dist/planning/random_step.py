@@ -130,4 +130,5 @@ def _random_batch(config: PretrainConfig) -> CropBatch:
         draw_colours(config.augment, config.run.seed, 0, samples, stream)
         for stream in (counter_rng.STREAM_COLOUR_Q, counter_rng.STREAM_COLOUR_K)
     ]
-    return CropBatch(crops, crops, torch.from_numpy(samples), torch.from_numpy(samples), *colours)
+    in_order = torch.from_numpy(samples)
+    return CropBatch(crops, crops, in_order, in_order, *colours, in_order)

@@ -39,7 +39,7 @@ def collectives_of_a_step(world, config):
     per_rank = config.optim.global_batch_size // world.world_size
     crops = torch.zeros(per_rank, 3, SIDE, SIDE, dtype=torch.uint8).to(memory_format=torch.channels_last)
     samples, colours = torch.zeros(per_rank, dtype=torch.int64), torch.zeros(per_rank, len(COLOURS))
-    batch = CropBatch(crops, crops, samples, samples, colours, colours)
+    batch = CropBatch(crops, crops, samples, samples, colours, colours, samples)
     view_q = torch.randn(per_rank, 3, SIDE, SIDE)
     keys = KeyExchange(config, plan, world)
     for step in range(3):

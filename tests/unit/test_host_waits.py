@@ -104,7 +104,7 @@ def test_key_views_wait_for_nothing(monkeypatch, way):
     config = small_config(shuffle={"exchange": way})
     views = torch.empty(64, 3, 32, 32, dtype=torch.uint8, device="meta")
     colours, samples = torch.empty(64, 10, device="meta"), torch.empty(64, dtype=torch.int64, device="meta")
-    batch = CropBatch(views, views, samples, samples, colours, colours)
+    batch = CropBatch(views, views, samples, samples, colours, colours, samples)
     with Waits() as seen:
         keys = KeyExchange(config, Plan(160, 64, 0), World(device="meta")).coloured(
             batch, 0, torch.bfloat16,

@@ -39,7 +39,7 @@ def bytes_per_second(device: str = "cpu", megabytes: int = 512) -> float:
 
     In place, as updates of weights are: what a plain copy overwrites, a CPU may read first, which nobody counts.
     """
-    x = torch.ones(megabytes * 2**18, device=device)
+    x = torch.randn(megabytes * 2**18, device=device)
     y = torch.zeros_like(x)
     return 3 * x.nbytes / in_turn({"add": lambda: y.add_(x)}, 7, device)["add"]
 
@@ -47,5 +47,5 @@ def bytes_per_second(device: str = "cpu", megabytes: int = 512) -> float:
 def flops_per_second(device: str, dtype: torch.dtype, size: int | None = None) -> float:
     """Measured rate of a large matrix product: two FLOPs for each multiplication and addition."""
     size = size or (8192 if torch.device(device).type == "cuda" else 2048)
-    a = torch.ones(size, size, device=device, dtype=dtype)
+    a = torch.randn(size, size, device=device, dtype=dtype)  # ones take less power: a GPU is faster
     return 2 * size**3 / in_turn({"product": lambda: a @ a}, 7, device)["product"]

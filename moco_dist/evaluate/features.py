@@ -9,7 +9,7 @@ out of date unless images were changed under the same name. The folder has to be
 
 import contextlib
 import math
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -33,6 +33,7 @@ from moco_dist.provenance import key_of
 from moco_dist.run.folder import RunFolder
 
 CHUNK_SAMPLES = 512
+STANDARDISE_ROWS = 65_536
 
 
 @dataclass(frozen=True)
@@ -118,16 +119,27 @@ def standardise(train: Features, val: Features, world: World) -> None:
     """Shift and scale each dimension, in place, to mean 0 and variance 1/D over all ranks' training features.
 
     The squared length of a feature is then 1 on average. A dimension that never changes becomes 0.
+
+    STANDARDISE_ROWS rows at a time, since the arithmetic is in float64, and a copy of ImageNet's features in float64
+    is 21 GB. Up to so many rows a rank the result is that of all rows at once, bit for bit. Beyond that, the sums are
+    added in another order, as they are for another number of ranks: they differ by the rounding of float64.
     """
     dim = train.values.shape[1]
-    mean = all_reduce_sum(train.values.sum(0, dtype=torch.float64), world) / train.total
+    mean = all_reduce_sum(_summed(train, lambda rows: rows.sum(0, dtype=torch.float64)), world) / train.total
     for features in (train, val):
-        features.values.sub_(mean)
-    squares = torch.linalg.vector_norm(train.values, dim=0, dtype=torch.float64).square()
+        for rows in features.values.split(STANDARDISE_ROWS):
+            rows.sub_(mean)
+    squares = _summed(train, lambda rows: torch.linalg.vector_norm(rows, dim=0, dtype=torch.float64).square())
     std = (all_reduce_sum(squares, world) / train.total).sqrt()
     std = torch.where(std > 1e-6 * std.max(), std, torch.inf)
     for features in (train, val):
-        features.values.div_(std * math.sqrt(dim))
+        for rows in features.values.split(STANDARDISE_ROWS):
+            rows.div_(std * math.sqrt(dim))
+
+
+def _summed(features: Features, of_rows: Callable[[Tensor], Tensor]) -> Tensor:
+    """The sum of what `of_rows` (n, D) -> (D,) gives for some rows at a time."""
+    return torch.stack([of_rows(rows) for rows in features.values.split(STANDARDISE_ROWS)]).sum(0)
 
 
 def _encode(

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from moco_dist.method.infonce import _by_blocks
 
 SHAPES = [(1, 1, 16), (5, 64, 128), (70, 1000, 128), (64, 129, 100), (33, 40, 200)]
-# Shared memory that a block may take, in bytes: T4; the smallest of cards since Ampere, which run sm_80's code; H100.
-SHARED_BYTES = {75: 65_536, 80: 101_376, 90: 232_448}
+# Shared memory that a block may take, in bytes: T4; the smallest of cards since Ampere, which run sm_80's; H100; B200.
+SHARED_BYTES = {75: 65_536, 80: 101_376, 90: 232_448, 100: 232_448}
 
 
 def check(device, tolerance, precision="ieee"):
@@ -35,7 +35,7 @@ def test_in_the_interpreter():
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("architecture", [80, 90])
+@pytest.mark.parametrize("architecture", [80, 90, 100])
 @pytest.mark.parametrize("precision", ["tf32", "ieee"])
 def test_registers_and_shared_memory_suffice(tmp_path, architecture, precision):
     """By the compiler that a GPU's driver would be given the kernel by."""
@@ -45,7 +45,7 @@ def test_registers_and_shared_memory_suffice(tmp_path, architecture, precision):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("architecture", "precision", "dim"),
-    [(75, "ieee", 128), *[(a, p, d) for a in (80, 90) for p in ("tf32", "ieee") for d in (16, 64, 256)]],
+    [(75, "ieee", 128), *[(a, p, d) for a in (80, 90, 100) for p in ("tf32", "ieee") for d in (16, 64, 256)]],
 )
 def test_other_cards_and_embeddings_too(tmp_path, architecture, precision, dim):
     check_compiled(tmp_path, architecture, precision, dim)

@@ -6,6 +6,7 @@ import torch
 
 from moco_dist.distributed.world import World
 from moco_dist.evaluate import during_training
+from moco_dist.evaluate import features as features_module
 from moco_dist.evaluate.during_training import ridge_accuracy
 from moco_dist.evaluate.features import Features, standardise
 from tests.unit.clusters import CLASSES, clusters
@@ -45,3 +46,23 @@ def test_features_that_have_collapsed_tell_the_commonest_class():
     standardise(train, val, World())
     share = 100 * (val.labels == 2).double().mean().item()
     assert ridge_accuracy(train, val, CLASSES, World()) == pytest.approx(share)
+
+
+def test_features_are_standardised_some_rows_at_a_time(monkeypatch):
+    """What a copy in float64 would need memory for; the same but for float64's rounding of the sums."""
+    torch.manual_seed(0)
+    values = torch.randn(50, 8) * 3 + 1
+    whole, parts = (_features(values.clone()) for _ in range(2))
+    standardise(whole, _features(values[:3].clone()), World())
+    monkeypatch.setattr(features_module, "STANDARDISE_ROWS", 7)
+    val = _features(values[:3].clone())
+    standardise(parts, val, World())
+    torch.testing.assert_close(parts.values, whole.values, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(val.values, whole.values[:3], rtol=1e-6, atol=1e-7)
+    exact = (values.double() - values.double().mean(0)) / (values.double().std(0, correction=0) * 8**0.5)
+    torch.testing.assert_close(parts.values.double(), exact, rtol=1e-5, atol=1e-6)
+
+
+def _features(values):
+    count = torch.arange(len(values))
+    return Features(values, count, count, len(values))

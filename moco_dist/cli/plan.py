@@ -25,11 +25,23 @@ def main(words: list[str]) -> int:
     parser.add_argument("--measurements", type=Path, metavar="DIR",
                         help="where calibrations are kept, and results of benchmarks/loader.py; "
                         "default: ~/.cache/moco_dist, and a checkout's benchmarks/results")  # fmt: skip
+    parser.add_argument("--dry-run", action="store_true",
+                        help="run one rank's step on tensors without memory, on any machine: does it work, and "
+                        "what does it ask of its GPU")  # fmt: skip
     args, rest = parser.parse_own(words)
     require_positive(args, "nodes", "gpus_per_node", "link_gigabit_per_second", "num_images")
     config = config_or_help("plan", PretrainConfig, rest)
     assert config is not None  # argparse has answered --help
     require_sizes(config, args.nodes * args.gpus_per_node)
+
+    heading = (f"{config.model.arch}, {config.data.image_size} px, {config.optim.global_batch_size} samples a step on "
+               f"{args.nodes} host(s) x {args.gpus_per_node}")  # fmt: skip
+    if args.dry_run:
+        from moco_dist.planning import dry_run
+
+        found = dry_run.dry_run(config, args.nodes, args.gpus_per_node)
+        print(f"{heading}: one rank's step works\n\n{dry_run.text(found)}")
+        return 0
 
     from moco_dist.planning import calibrate, inputs, measurements, table
 
@@ -43,7 +55,6 @@ def main(words: list[str]) -> int:
     planned = inputs.gather(
         config, args.nodes, args.gpus_per_node, args.gpu, args.link_gigabit_per_second, args.num_images, folders
     )
-    print(f"{config.model.arch}, {config.data.image_size} px, {config.optim.global_batch_size} samples a step on "
-          f"{args.nodes} host(s) x {args.gpus_per_node}\n")  # fmt: skip
+    print(f"{heading}\n")
     print(table.text(table.lines_of(planned)))
     return 0

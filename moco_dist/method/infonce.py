@@ -24,6 +24,7 @@ from torch import Tensor
 from moco_dist.distributed.collectives import all_gather, all_reduce_sum, reduce_scatter_sum
 from moco_dist.distributed.world import World
 
+_TRITON_MAX_DIM = 256  # columns that the kernel's block has room for
 _BLOCK_ROWS = 16_384  # queue rows at a time where there is no flash kernel
 
 
@@ -110,12 +111,16 @@ def weighted_sums(q: Tensor, keys: Tensor, temperature: float) -> Tensor:
         return q.new_zeros(q.shape[0], q.shape[1] + 1, dtype=dtype)
     if q.device.type == "cpu":
         return _by_flash(q, keys, temperature, dtype)
-    if q.dtype == dtype == torch.float32:
-        from moco_dist.method import infonce_triton
-
-        if q.shape[1] <= infonce_triton.MAX_DIM:
-            return infonce_triton.weighted_sums(q, keys, temperature)
+    if q.dtype == dtype == torch.float32 and q.shape[1] <= _TRITON_MAX_DIM:
+        return _by_triton(q, keys, temperature)
     return _by_blocks(q.to(dtype), keys.to(dtype), temperature)
+
+
+def _by_triton(q: Tensor, keys: Tensor, temperature: float) -> Tensor:
+    """By one kernel, for GPUs."""
+    from moco_dist.method import infonce_triton  # there is no Triton where there is no GPU
+
+    return infonce_triton.weighted_sums(q, keys, temperature)
 
 
 def _by_flash(q: Tensor, keys: Tensor, temperature: float, dtype: torch.dtype) -> Tensor:

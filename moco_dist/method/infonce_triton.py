@@ -12,8 +12,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-MAX_DIM = 256  # columns of a block
-
 
 @triton.jit
 def _kernel(
@@ -63,7 +61,7 @@ def weighted_sums(q: Tensor, keys: Tensor, temperature: float, precision: str | 
     """`infonce.weighted_sums` for float32 on CUDA.
 
     Args:
-        q: (N, C), C up to MAX_DIM.
+        q: (N, C), C up to 256.
         keys: (K, C) contiguous.
         temperature: tau.
         precision: of the products: `tf32` or `ieee`; by default what torch allows for matrix products.

@@ -11,6 +11,7 @@ Three things of torch need a driver, and have a stand-in here:
 """
 
 import contextlib
+import sys
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -70,6 +71,7 @@ def fake_rank(world: World) -> Iterator[None]:
         mode = _GPU(allow_non_fake_inputs=True, allow_fallback_kernels=False)
         for owner, name, stand_in in _stand_ins():
             stack.enter_context(replaced(owner, name, stand_in))
+        stack.callback(setattr, sys, "excepthook", sys.excepthook)  # torch puts the rank before each line of it
         if world.world_size > 1:
             dist.init_process_group("fake", rank=world.rank, world_size=world.world_size, store=FakeStore())
             stack.callback(dist.destroy_process_group)

@@ -27,6 +27,7 @@ CASES = {
     "accumulation": ["--optim.grad-accum-steps", "2"],
     "symmetric": ["--moco.symmetric", "true"],
     "symmetric, accumulation": ["--moco.symmetric", "true", "--optim.grad-accum-steps", "2"],
+    "queue of keys": ["--moco.queue-start", "keys", "--moco.queue-size", "40"],
     "loader": ["--shuffle.exchange", "loader"],
     "all_to_all": ["--shuffle.exchange", "all_to_all"],
     "all_gather": ["--shuffle.exchange", "all_gather"],

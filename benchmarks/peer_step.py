@@ -40,8 +40,8 @@ from moco_dist.data.views import Views
 from moco_dist.distributed.collectives import barrier
 from moco_dist.distributed.world import World
 from moco_dist.engine.precision import autocast, compute_dtype
+from moco_dist.method.backbone import build_resnet
 from moco_dist.method.build import build_method
-from moco_dist.method.encoder import build_resnet
 
 LR, MOMENTUM, TEMPERATURE, DIM = 0.03, 0.999, 0.2, 128
 PROGRAMS = ("moco_dist", "lightly", "lightly channels-last")

@@ -17,7 +17,7 @@ from moco_dist.engine.schedule import learning_rate
 from moco_dist.engine.speed import compiled_on_gpu
 from moco_dist.errors import LoadingError, Preempted, UserError
 from moco_dist.evaluate.during_training import Probe
-from moco_dist.method.build import build_method
+from moco_dist.method.build import build_method, settled
 from moco_dist.run import checkpoint
 from moco_dist.run.folder import RunFolder
 from moco_dist.run.logbook import Logbook
@@ -37,6 +37,7 @@ def pretrain(config: PretrainConfig, world: World, tracker: Tracker) -> Path:
         UserError: the data cannot be read, the folder holds another run, or the loss is no number.
         Preempted: a scheduler, or a person, asked to stop, and the run is saved.
     """
+    config = settled(config)
     stop_request = StopRequest(config.checkpoint.every_seconds, world)
     images = training_images(config, world)
     plan = plan_of(config, len(images.paths))

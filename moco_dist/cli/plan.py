@@ -34,6 +34,9 @@ def main(words: list[str]) -> int:
     assert config is not None  # argparse has answered --help
     require_sizes(config, args.nodes * args.gpus_per_node)
 
+    from moco_dist.method.build import settled
+
+    config = settled(config)
     heading = (f"{config.model.arch}, {config.data.image_size} px, {config.optim.global_batch_size} samples a step on "
                f"{args.nodes} host(s) x {args.gpus_per_node}")  # fmt: skip
     if args.dry_run:

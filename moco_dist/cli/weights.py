@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from moco_dist.cli.arguments import Parser
-from moco_dist.config.architectures import ARCHITECTURES
+from moco_dist.config.architectures import KNOWN
 
 
 def export(words: list[str]) -> int:
@@ -28,7 +28,7 @@ def import_(words: list[str]) -> int:
         description="a backbone of MoCo's original release, lightly, mmselfsup, torchvision or timm, to evaluate here",
     )
     parser.add_argument("file", type=Path, help=".pth.tar, .pth, .ckpt or .safetensors; no code in it is run")
-    parser.add_argument("--arch", default="resnet50", help=f"{', '.join(ARCHITECTURES)} [default: %(default)s]")
+    parser.add_argument("--arch", default="resnet50", help=f"{KNOWN} [default: %(default)s]")
     parser.add_argument("--stem", default="imagenet", help="imagenet, or cifar (3 x 3, no pooling) [default: imagenet]")
     parser.add_argument("--data-root", type=Path, default=Path("data/imagenet"), help="images to evaluate on")
     parser.add_argument("--out", type=Path, required=True, help="folder of the run to make")

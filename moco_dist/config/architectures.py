@@ -1,6 +1,10 @@
-"""The networks that an encoder's backbone can be: one line each, from which all else follows. No torch here."""
+"""The networks that an encoder's backbone can be: four by a line each, all others by who builds them. No torch here."""
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Annotated, Any
+
+from pydantic import AfterValidator
+
+from moco_dist.errors import UserError, nearest
 
 # Name to the arguments of torchvision's ResNet; `block` is the name of a class beside it.
 ARCHITECTURES: dict[str, dict[str, Any]] = {
@@ -9,13 +13,36 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "resnet34": {"block": "BasicBlock", "layers": [3, 4, 6, 3]},
     "resnet50": {"block": "Bottleneck", "layers": [3, 4, 6, 3]},
 }
+# Who builds a network that has no line above, and what follows the colon. Whether torchvision or timm has such a
+# network, only they know: method/backbone.py asks them.
+FAMILIES = {"torchvision": "NAME", "timm": "NAME", "module": "PACKAGE.MODULE:FUNCTION"}
+KNOWN = ", ".join([*ARCHITECTURES, *(f"{family}:{name}" for family, name in FAMILIES.items())])
 
-if TYPE_CHECKING:
-    Architecture = str  # what a type checker can follow of the next line
-else:
-    Architecture = Literal[tuple(ARCHITECTURES)]
+
+def family_of(arch: str) -> tuple[str, str]:
+    """Who builds a network, and its name there: ("timm", "convnext_tiny"); ("", "resnet50") for one of ARCHITECTURES.
+
+    Raises:
+        UserError: it is none of KNOWN.
+    """
+    family, _, name = arch.partition(":")
+    is_module = all(part.isidentifier() for part in name.replace(":", ".").split(".")) and name.count(":") == 1
+    if arch in ARCHITECTURES:
+        return "", arch
+    if name and (is_module if family == "module" else family in FAMILIES):
+        return family, name
+    meant = [*ARCHITECTURES, *(f"{other}:{name or arch}" for other in FAMILIES if ":" in arch and other != "module")]
+    raise UserError(f"{arch!r} is not one of {KNOWN}{nearest(arch, meant)}")
 
 
-def blocks_in(arch: str) -> int:
-    """How many blocks the network has, over all its stages."""
-    return sum(ARCHITECTURES[arch]["layers"])
+def _checked(arch: str) -> str:
+    family_of(arch)
+    return arch
+
+
+Architecture = Annotated[str, AfterValidator(_checked)]
+
+
+def blocks_in(arch: str) -> int | None:
+    """How many blocks the network has, over all its stages; None for one that is not of ARCHITECTURES."""
+    return sum(ARCHITECTURES[arch]["layers"]) if arch in ARCHITECTURES else None

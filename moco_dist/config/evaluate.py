@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from moco_dist.config.architectures import Architecture
+from moco_dist.config.architectures import KNOWN, Architecture
 from moco_dist.config.loading import DEFAULT_WORKERS, Loader, LoadingConfig
 from moco_dist.config.section import PositiveInt, Probability, Section, setting
 
@@ -231,7 +231,9 @@ class DetectConfig(Section):
         "instead of a run: a file as `moco-dist import` takes it; the result is FILE.detection.json",
         changes="place",
     )
-    arch: Architecture = setting("resnet50", "of the network in `weights`", changes="result")
+    arch: Architecture = setting(
+        "resnet50", f"of the network in `weights`: a ResNet; model.arch is one of {KNOWN}", changes="result"
+    )
     data: DetectDataConfig
     steps: PositiveInt = setting(
         24_000, "length of the training", changes="result", unit="steps", source=DETECTION_SOURCE

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import field_validator, model_validator
 
-from moco_dist.config.architectures import Architecture
+from moco_dist.config.architectures import ARCHITECTURES, KNOWN, Architecture
 from moco_dist.config.augment import AugmentConfig
 from moco_dist.config.loading import Loader, LoadingConfig, OnError
 from moco_dist.config.methods import MocoConfig, SimclrConfig
@@ -62,7 +62,7 @@ class ModelConfig(Section):
 
     arch: Architecture = setting(
         "resnet50",
-        "torchvision's ResNet (resnet10: one basic block a stage)",
+        f"torchvision's ResNet (resnet10: one basic block a stage), or another network: {KNOWN}",
         changes="shapes",
         times=("step",),
         source="v1 sec. 3.3",
@@ -107,12 +107,12 @@ class OptimConfig(Section):
     grad_accum_steps: PositiveInt = setting(
         1, "micro-batches a rank splits its share of a step into", changes="speed", times=("step",)
     )
-    optimizer: Literal["sgd", "lars"] = setting(
+    optimizer: Literal["sgd", "lars", "adamw"] = setting(
         "sgd",
-        "lars: for batches of thousands",
+        "lars: for batches of thousands; adamw (betas 0.9, 0.999): for vision transformers",
         changes="result",
         times=("step",),
-        source="v1 sec. 3.3; LARS: arXiv 1708.03888",
+        source="v1 sec. 3.3; LARS: arXiv 1708.03888; AdamW: arXiv 1711.05101",
     )
     base_lr: float = setting(0.03, "learning rate at batch 256", changes="result", source="v1 sec. 3.3", gt=0)
     lr_scaling: Literal["linear", "sqrt", "none"] = setting(
@@ -132,13 +132,16 @@ class OptimConfig(Section):
     sgd_momentum: float = setting(0.9, "of SGD and LARS", changes="result", source="v1 sec. 3.3", ge=0, lt=1)
     weight_decay: float = setting(
         1e-4,
-        "sgd: on every parameter; lars: on weights of two dimensions or more",
+        "sgd: on every parameter; lars: on weights of two dimensions or more; adamw: on those but position embeddings",
         changes="result",
         source="v1 sec. 3.3",
         ge=0,
     )
     trust_coefficient: float = setting(
         0.001, "lars: of the layer-wise rate", changes="result", source="arXiv 1708.03888", gt=0
+    )
+    clip_grad_norm: float | None = setting(
+        None, "the most that the norm of all gradients may be; null: they are not clipped", changes="result", gt=0
     )
     schedule: Literal["cosine", "step"] = setting(
         "cosine", "of the learning rate", changes="result", source="v2 sec. 3; v1: step"
@@ -160,6 +163,11 @@ class OptimConfig(Section):
         changes="result",
         times=("step",),
     )
+
+    @property
+    def state_numbers(self) -> int:
+        """Numbers that the optimiser keeps for each parameter."""
+        return 2 if self.optimizer == "adamw" else 1
 
 
 class EngineConfig(Section):
@@ -208,7 +216,7 @@ class ShuffleConfig(Section):
     block_size: int | None = setting(
         None,
         "neighbouring samples of a batch among which keys are shuffled, whole BN groups; default: 256, or the "
-        "nearest below it that divides the batch",
+        "nearest below it that divides the batch; 1, not at all, for networks without BatchNorm",
         changes="result",
         unit="samples",
         times=("loader",),
@@ -289,7 +297,7 @@ DEFAULT_BLOCK_SIZE = 256  # samples of one host in the paper
 
 
 def shuffle_block(config: PretrainConfig) -> int:
-    """Samples among which keys are shuffled: `shuffle.block_size`, or its default."""
+    """Samples among which keys are shuffled: `shuffle.block_size`, or its default; 1 where they are not."""
     return config.shuffle.block_size or default_block(config.optim.global_batch_size, config.model.bn_group_size)
 
 
@@ -312,6 +320,8 @@ def block_problems(config: PretrainConfig) -> list[str]:
     size, batch, group = config.shuffle.block_size, config.optim.global_batch_size, config.model.bn_group_size
     if size is None or batch % group or size in (known := block_sizes(batch, group)):
         return []
+    if size == 1 and config.model.arch not in ARCHITECTURES:
+        return []  # whether the network has a BatchNorm, method/build.py looks
     return [
         f"shuffle.block_size {size} has to be two or more BN groups of {group} (model.bn_group_size) and divide "
         f"optim.global_batch_size {batch}; these do: {', '.join(map(str, known))}"
@@ -321,7 +331,7 @@ def block_problems(config: PretrainConfig) -> list[str]:
 def batch_norm_problems(config: PretrainConfig) -> list[str]:
     """Whether BatchNorm of the last stage has one value a group, which has no variance."""
     shrinks = {"imagenet": 32, "cifar": 8}[config.model.stem]  # each halving rounds up
-    if config.model.bn_group_size > 1 or config.data.image_size > shrinks:
+    if config.model.bn_group_size > 1 or config.data.image_size > shrinks or config.model.arch not in ARCHITECTURES:
         return []
     return [
         f"model.bn_group_size 1: images of {config.data.image_size} pixels (data.image_size) end as 1 x 1 with "

@@ -53,7 +53,8 @@ class Plan:
         num_samples: in the data set.
         global_batch_size: samples of one optimiser step, over all ranks.
         seed: the run's.
-        block_size: samples among which keys are shuffled; it divides the batch. None: all of the batch.
+        block_size: samples among which keys are shuffled; it divides the batch. None: all of the batch; 1: they are
+            not, and every rank makes the keys of its own samples.
     """
 
     num_samples: int
@@ -148,6 +149,8 @@ class Plan:
     def _permuted(self, step: int, positions: range) -> Indices:
         """P at `positions`, which follow each other."""
         size = self._block
+        if size == 1:
+            return np.arange(positions.start, positions.stop)
         first, last = positions.start // size, -(-positions.stop // size)
         blocks = [
             # For block 0 this is the same generator as for [1, seed, step].

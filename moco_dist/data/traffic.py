@@ -33,6 +33,8 @@ class KeyTraffic:
 
     def text(self) -> str:
         """One line."""
+        if self.block_size == 1:
+            return "keys are not shuffled, as there is no BatchNorm: each rank makes those of its own samples"
         where = "on one rank"
         if self.block_ranks > 1:
             where = f"on {self.block_ranks} ranks of {'several hosts' if self.spans_hosts else 'a host'}"

@@ -14,6 +14,7 @@ from moco_dist.distributed.world import world_from_env
 from moco_dist.doctor import machine, network, settings
 from moco_dist.doctor.finding import Finding, fine, problem
 from moco_dist.errors import UserError
+from moco_dist.method.build import settled
 
 
 def findings(
@@ -27,6 +28,7 @@ def findings(
         num_nodes: hosts of the planned run; None: those here.
         gpus_per_node: its ranks on each of them; None: this host's GPUs, or the ranks that run here.
     """
+    config = settled(config)
     world = world_from_env("cpu")  # gloo answers on any host, also where a GPU is what is wrong
     here = world.local_world_size if world.world_size > 1 else max(1, torch.cuda.device_count())
     ranks = gpus_per_node or here

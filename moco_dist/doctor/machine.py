@@ -126,7 +126,7 @@ def gpus(config: PretrainConfig, ranks: int) -> Finding:
             return problem("GPUs", f"there is an NVIDIA driver, and torch {torch.__version__} ({why}) cannot use it: "
                            "install the wheel for the driver's CUDA version, or update the driver")  # fmt: skip
         level = "error" if config.run.device == "cuda" else "warning"
-        small = blocks_in(config.model.arch) <= 8 and config.data.image_size <= 64
+        small = (blocks_in(config.model.arch) or 99) <= 8 and config.data.image_size <= 64
         if small and level == "warning":
             return fine("GPUs", "none; a CPU trains this small network")
         return Finding(level, "GPUs", "none, and a ResNet-50 takes months on a CPU; configs/demo.yaml is for CPUs")

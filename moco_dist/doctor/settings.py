@@ -34,7 +34,7 @@ def pretraining(
     if config.of_method.queue_keys:
         found += _queue(config, num_images)
     model, data = config.model, config.data
-    if data.image_size <= SMALL_IMAGE_PIXELS and model.stem == "imagenet" and blocks_in(model.arch) > 4:
+    if data.image_size <= SMALL_IMAGE_PIXELS and model.stem == "imagenet" and (blocks_in(model.arch) or 0) > 4:
         found.append(warning("stem", f"images of {data.image_size} px shrink to 1/4 before the first block; "
                              "--model.stem cifar keeps them"))  # fmt: skip
     return found or [fine("settings", f"sizes fit {world_size} rank(s), and nothing is unusual")]
@@ -42,6 +42,8 @@ def pretraining(
 
 def _batch_norm(config: PretrainConfig) -> list[Finding]:
     group, batch = config.model.bn_group_size, config.optim.global_batch_size
+    if config.shuffle.block_size == 1:
+        return [fine("BN groups", f"{config.model.arch} has no BatchNorm, so keys are not shuffled")]
     if group == batch:
         smaller = next((size for size in (32, 16, 8) if size < batch and batch % size == 0), batch // 2)
         return [warning("BN groups", f"one group holds the whole batch ({batch}), so a query and its key share "

@@ -27,8 +27,12 @@ class Engine(Protocol):
         """Add the gradients of `loss`; with `synchronise`, their mean over ranks."""
         ...
 
-    def step(self, lr: float) -> None:
-        """One optimiser step at learning rate `lr`, times a parameter group's `lr_scale`, and fresh gradients."""
+    def step(self, lr: float, monitored: bool = False) -> dict[str, Tensor]:
+        """One optimiser step at learning rate `lr`, times a parameter group's `lr_scale`, and fresh gradients.
+
+        Returns:
+            of a monitored step, scalars () for the log: the norm of all gradients, before they are clipped.
+        """
         ...
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
@@ -38,6 +42,15 @@ class Engine(Protocol):
     def load_optimizer_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Go on from `optimizer_tensors` that were filled anew, and from weights that were written into `module`."""
         ...
+
+
+def clip_gradients(module: nn.Module, most: float | None) -> Tensor:
+    """The norm () of all gradients of `module`; where they have more than `most`, they are scaled down to it."""
+    parameters = [p for p in module.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if most is not None:
+        torch.nn.utils.clip_grads_with_norm_(parameters, most, norm)
+    return norm
 
 
 def whole_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

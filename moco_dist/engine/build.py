@@ -18,8 +18,8 @@ def build_engine(encoder: nn.Module, config: PretrainConfig, world: World) -> En
     if config.engine.kind == "deepspeed":
         from moco_dist.engine.deepspeed import DeepSpeedEngine
 
-        return DeepSpeedEngine(encoder, optimizer, dtype, config.engine, world)
-    return DDPEngine(encoder, optimizer, dtype, config.engine, world)
+        return DeepSpeedEngine(encoder, optimizer, dtype, config.engine, world, config.optim.clip_grad_norm)
+    return DDPEngine(encoder, optimizer, dtype, config.engine, world, config.optim.clip_grad_norm)
 
 
 def weights_dtype(dtype: torch.dtype) -> torch.dtype:

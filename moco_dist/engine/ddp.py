@@ -8,7 +8,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from moco_dist.config.pretrain import EngineConfig
 from moco_dist.distributed.world import World
-from moco_dist.engine import whole_state
+from moco_dist.engine import clip_gradients, whole_state
 from moco_dist.engine.optimizer import LARS
 from moco_dist.engine.precision import autocast
 from moco_dist.engine.speed import compile_options
@@ -28,8 +28,10 @@ class DDPEngine:
         dtype: torch.dtype,
         config: EngineConfig,
         world: World,
+        clip_grad_norm: float | None = None,
     ) -> None:
         self.module, self.optimizer, self._dtype, self._world = module, optimizer, dtype, world
+        self._clip_grad_norm = clip_grad_norm
         # Every precision has a scaler, though only float16 needs its scale: it looks for gradients that are not finite,
         # on the device, and such a step leaves weights and momentum as they are. It looks after the all-reduce, so
         # all ranks skip a step or none does.
@@ -67,14 +69,19 @@ class DDPEngine:
         """See `Engine`."""
         self.scaler.scale(loss).backward()
 
-    def step(self, lr: float) -> None:
+    def step(self, lr: float, monitored: bool = False) -> dict[str, Tensor]:
         """See `Engine`."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
         self.scaler.unscale_(self.optimizer)
+        scalars = {}
+        if monitored or self._clip_grad_norm is not None:
+            norm = clip_gradients(self.module, self._clip_grad_norm)
+            scalars = {"gradient_norm": norm} if monitored else {}
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+        return scalars
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
         """See `Engine`."""

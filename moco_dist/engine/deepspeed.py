@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from moco_dist.config.pretrain import EngineConfig
 from moco_dist.distributed.collectives import all_gather, all_reduce_sum
 from moco_dist.distributed.world import World
-from moco_dist.engine import whole_state
-from moco_dist.engine.optimizer import LARS, Partition, make_momentum_buffers
+from moco_dist.engine import clip_gradients, whole_state
+from moco_dist.engine.optimizer import LARS, Partition, make_buffers
 from moco_dist.engine.precision import autocast
 from moco_dist.engine.speed import compile_options
 from moco_dist.errors import UserError
@@ -42,21 +42,25 @@ class DeepSpeedEngine:
         dtype: torch.dtype,
         config: EngineConfig,
         world: World,
+        clip_grad_norm: float | None = None,
     ) -> None:
         if dtype not in (torch.float32, torch.bfloat16):
             raise UserError(f"engine.kind deepspeed computes in bf16 or fp32, not in {dtype}; set optim.precision")
         self.module, self.optimizer, self._world = module, optimizer, world
+        self._clip_grad_norm = clip_grad_norm
         self.scaler = torch.amp.GradScaler(torch.device(world.device).type, enabled=False)
         module.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         if config.compile != "off":
             module.compile(**compile_options(config))
-        self._engine = _initialise(_UnderAutocast(module, dtype, world), optimizer, config.zero_stage, world)
+        self._engine = _initialise(
+            _UnderAutocast(module, dtype, world), optimizer, config.zero_stage, clip_grad_norm, world
+        )
         optimizer.register_step_pre_hook(self._leave_out_if_not_finite)
         self._zero: Any = self._engine.optimizer if config.zero_stage else None
         if self._zero is None:
             module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             return
-        make_momentum_buffers(optimizer)  # of this rank's part, which has taken the parameters' place
+        make_buffers(optimizer)  # of this rank's part, which has taken the parameters' place
         if isinstance(optimizer, LARS):
             optimizer.partition = self._partition()
 
@@ -69,15 +73,21 @@ class DeepSpeedEngine:
         """See `Engine`. Stage 2 reduces the gradients of every micro-batch, the others those of the step."""
         self._engine.backward(loss, scale_wrt_gas=False)
 
-    def step(self, lr: float) -> None:
-        """See `Engine`."""
+    def step(self, lr: float, monitored: bool = False) -> dict[str, Tensor]:
+        """See `Engine`. The other stages than 0 take the norm of all parts themselves, and clip by it.
+
+        They too leave out steps with gradients that are not finite.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        if self._zero is None:  # the other stages leave out steps with gradients that are not finite
-            gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-            is_finite = torch.nn.utils.get_total_norm(gradients).isfinite()
-            self.optimizer.found_inf = (~is_finite).float()  # type: ignore[attr-defined]
-        self._engine.step()
+        if self._zero is None:
+            norm = clip_gradients(self.module, self._clip_grad_norm)
+            self.optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
+            self._engine.step()
+        else:
+            self._engine.step()
+            norm = torch.as_tensor(self._zero._global_grad_norm, dtype=torch.float32, device=self._world.device)
+        return {"gradient_norm": norm} if monitored else {}
 
     def _leave_out_if_not_finite(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """As GradScaler does in the other engine, tell the optimiser, on the device, to change nothing now.
@@ -93,46 +103,56 @@ class DeepSpeedEngine:
         """See `Engine`. In stages 1 and 2 all parts come in one all-gather."""
         if self._zero is None:
             return whole_state(self.module, self.optimizer)
-        whole = all_gather(self._momentum_of_part(), self._world)
-        return {f"{name}.momentum_buffer": piece for name, piece in self._by_name(whole).items()}
+        tensors = {}
+        for number, state in enumerate(self._states()):
+            for key, part in state.items():
+                pieces = self._by_name(all_gather(part, self._world), number) if part.ndim else {}
+                # A number, such as AdamW's count of steps, is that of every parameter of the group.
+                tensors |= {f"{name}.{key}": pieces.get(name, part) for name in self._places(number)}
+        return tensors
 
     def load_optimizer_tensors(self, tensors: dict[str, Tensor]) -> None:
         """See `Engine`."""
         if self._zero is None:
             return
-        part = self._momentum_of_part()
-        whole = part.new_zeros(self._world.world_size * len(part))
-        for name, piece in self._by_name(whole).items():
-            piece.copy_(tensors[f"{name}.momentum_buffer"])
-        part.copy_(whole.chunk(self._world.world_size)[self._world.rank])
+        for number, state in enumerate(self._states()):
+            for key, part in state.items():
+                if not part.ndim:
+                    part.copy_(tensors[f"{next(iter(self._places(number)))}.{key}"])
+                    continue
+                whole = part.new_zeros(self._world.world_size * len(part))
+                for name, piece in self._by_name(whole, number).items():
+                    piece.copy_(tensors[f"{name}.{key}"])
+                part.copy_(whole.chunk(self._world.world_size)[self._world.rank])
         self._zero.refresh_fp32_params()
 
-    def _momentum_of_part(self) -> Tensor:
-        (part,) = self.optimizer.param_groups[0]["params"]
-        return self.optimizer.state[part]["momentum_buffer"]
+    def _states(self) -> list[dict[str, Tensor]]:
+        """The optimiser's state of this rank's part, for each group of parameters."""
+        return [self.optimizer.state[part] for group in self.optimizer.param_groups for part in group["params"]]
 
-    def _places(self) -> dict[str, int]:
-        """Where each parameter, by name, begins in the buffer of all parameters."""
-        (flat,) = self._zero.bit16_groups_flat
+    def _places(self, number: int) -> dict[str, int]:
+        """Where in the buffer of a group's parameters each of them, by name, begins."""
+        flat = self._zero.bit16_groups_flat[number]
         return {
             name: parameter.storage_offset() - flat.storage_offset()
             for name, parameter in self.module.named_parameters()
+            if parameter.untyped_storage().data_ptr() == flat.untyped_storage().data_ptr()
         }
 
-    def _by_name(self, whole: Tensor) -> dict[str, Tensor]:
-        """Views of a vector that is laid out as the buffer of all parameters."""
-        places = self._places()
+    def _by_name(self, whole: Tensor, number: int) -> dict[str, Tensor]:
+        """Views of a vector that is laid out as the buffer of a group's parameters."""
+        parameters = dict(self.module.named_parameters())
         return {
-            name: whole[places[name] : places[name] + parameter.numel()].view(parameter.shape)
-            for name, parameter in self.module.named_parameters()
+            name: whole[place : place + parameters[name].numel()].view(parameters[name].shape)
+            for name, place in self._places(number).items()
         }
 
     def _partition(self) -> Partition:
         """Which parameters this rank's part holds, and where."""
-        parameters, size = list(self.module.parameters()), len(self._momentum_of_part())
+        parameters, size = list(self.module.parameters()), len(self._states()[0]["momentum_buffer"])
         start = self._world.rank * size
         pieces = []
-        for number, (parameter, place) in enumerate(zip(parameters, self._places().values(), strict=True)):
+        for number, (parameter, place) in enumerate(zip(parameters, self._places(0).values(), strict=True)):
             first, last = max(place - start, 0), min(place - start + parameter.numel(), size)
             if first < last:
                 pieces.append((number, first, last))
@@ -152,7 +172,7 @@ class _UnderAutocast(nn.Module):
             return self.module(images)
 
 
-def _initialise(module: nn.Module, optimizer: torch.optim.Optimizer, zero_stage: int, world: World):
+def _initialise(module: nn.Module, optimizer: torch.optim.Optimizer, zero_stage: int, clip: float | None, world: World):
     """deepspeed.DeepSpeedEngine around `module`, quietly."""
     device_type = torch.device(world.device).type
     os.environ.setdefault("DS_ACCELERATOR", device_type)
@@ -175,7 +195,7 @@ def _initialise(module: nn.Module, optimizer: torch.optim.Optimizer, zero_stage:
     settings = {
         "train_micro_batch_size_per_gpu": 1,  # for its log alone
         "zero_allow_untested_optimizer": True,
-        "gradient_clipping": 0.0,  # its default is 1
+        "gradient_clipping": (clip or 0.0) if zero_stage else 0.0,  # its default is 1
         "zero_optimization": {
             "stage": zero_stage, "reduce_bucket_size": BUCKET_NUMBERS, "allgather_bucket_size": BUCKET_NUMBERS
         },

@@ -3,15 +3,19 @@
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moco_dist.config.pretrain import OptimConfig
 
+# What the parameters are usually called that only tell places apart, or scale a branch.
+NOT_DECAYED = ("pos_embed", "cls_token", "class_token", "relative_position_bias", "layer_scale")
+
 
 def build_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """SGD (v1 sec. 3.3: weight decay on every parameter) or LARS, with momentum buffers made (zero).
+    """SGD (v1 sec. 3.3: weight decay on every parameter), LARS, or AdamW, with their buffers made (zero).
 
     Buffers that exist from the start can be saved and loaded at any step; zero gives the same first step.
     """
@@ -20,21 +24,51 @@ def build_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.Optim
         optimizer: torch.optim.Optimizer = LARS(
             parameters, config.sgd_momentum, config.weight_decay, config.trust_coefficient
         )
+    elif config.optimizer == "adamw":
+        optimizer = torch.optim.AdamW(decay_groups(module, config.weight_decay), lr=0.0, fused=True)
+        make_buffers(optimizer)
     else:
         # Fused: weights, gradients and buffers are read once, two of them written: 20 bytes a float32 parameter.
         optimizer = torch.optim.SGD(
             parameters, lr=0.0, momentum=config.sgd_momentum, weight_decay=config.weight_decay, fused=True
         )
-        make_momentum_buffers(optimizer)
+        make_buffers(optimizer)
     return optimizer
 
 
-def make_momentum_buffers(optimizer: torch.optim.Optimizer) -> None:
+def decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Parameters for AdamW: norms, biases, position embeddings and class tokens without weight decay.
+
+    Norms and biases are the parameters of one dimension; the others a network names itself, as timm's do, or by the
+    usual names.
+    """
+    own = {
+        f"{prefix}.{name}".lstrip(".")
+        for prefix, part in module.named_modules()
+        for name in getattr(part, "no_weight_decay", set)()
+    }
+    named = dict(module.named_parameters())
+    without = {
+        name for name, p in named.items()
+        if p.ndim <= 1 or name in own or name.rpartition(".")[2].startswith(NOT_DECAYED)
+    }  # fmt: skip
+    return [
+        {"params": [p for name, p in named.items() if name not in without], "weight_decay": weight_decay},
+        {"params": [p for name, p in named.items() if name in without], "weight_decay": 0.0},
+    ]
+
+
+def make_buffers(optimizer: torch.optim.Optimizer) -> None:
     """Zero buffers for the optimiser's parameters, in place of any state it has."""
     optimizer.state.clear()
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+            if isinstance(optimizer, torch.optim.AdamW):
+                averages = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
+                state = {"step": torch.zeros((), device=parameter.device), **averages}
+            else:
+                state = {"momentum_buffer": torch.zeros_like(parameter)}
+            optimizer.state[parameter].update(state)
 
 
 @dataclass(frozen=True)
@@ -87,7 +121,7 @@ class LARS(torch.optim.Optimizer):
         defaults = {"momentum": momentum, "weight_decay": weight_decay, "trust_coefficient": trust_coefficient}
         super().__init__(parameters, {"lr": 0.0, **defaults})
         self.partition: Partition | None = None
-        make_momentum_buffers(self)
+        make_buffers(self)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:

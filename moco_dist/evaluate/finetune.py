@@ -25,7 +25,7 @@ from moco_dist.distributed.stop import StopRequest
 from moco_dist.distributed.told import Told
 from moco_dist.distributed.world import World
 from moco_dist.engine.ddp import DDPEngine
-from moco_dist.engine.optimizer import make_momentum_buffers
+from moco_dist.engine.optimizer import make_buffers
 from moco_dist.engine.schedule import decay
 from moco_dist.engine.speed import set_backends
 from moco_dist.errors import UserError, not_a_multiple
@@ -158,7 +158,7 @@ def _optimizer(network: Network, config: FinetuneConfig) -> torch.optim.SGD:
         {"params": list(network.classifier.parameters()), "lr_scale": config.classifier_lr / config.backbone_lr},
     ]
     sgd = torch.optim.SGD(groups, lr=0.0, momentum=config.sgd_momentum, weight_decay=config.weight_decay, fused=True)
-    make_momentum_buffers(sgd)
+    make_buffers(sgd)
     return sgd
 
 

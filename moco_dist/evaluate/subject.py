@@ -190,7 +190,7 @@ def frozen_encoder(evaluation: Evaluation, name: str) -> FrozenEncoder:
     if name == "pixels":
         dim = 3 * min(evaluation.crop, MAX_PIXEL_SIDE) ** 2
         return FrozenEncoder(name, 0, Pixels(), dim, pretrain, torch.float32, world.device)
-    encoder = build_encoder(pretrain.model, pretrain.run.seed)
+    encoder = build_encoder(pretrain.model, pretrain.run.seed, evaluation.crop)
     step = 0
     if name == "trained":
         step = load_trained(encoder, evaluation.config.run_dir)
@@ -207,7 +207,7 @@ def frozen_encoder(evaluation: Evaluation, name: str) -> FrozenEncoder:
 def frozen_copy(encoder: nn.Module, step: int, evaluation: Evaluation) -> FrozenEncoder:
     """A query encoder in the middle of its training, with running statistics averaged over ranks. Called by all."""
     weights_dtype = next(encoder.parameters()).dtype
-    copy = build_encoder(evaluation.pretrain.model, 0).to(evaluation.world.device, weights_dtype)
+    copy = build_encoder(evaluation.pretrain.model, 0, evaluation.crop).to(evaluation.world.device, weights_dtype)
     copy.load_state_dict({**encoder.state_dict(), **checkpoint.averaged(encoder, evaluation.world)})
     return _of_backbone("trained", step, copy, evaluation)
 
@@ -232,6 +232,8 @@ def _calibrate(encoder: FrozenEncoder, evaluation: Evaluation) -> None:
     samples = np.resize(order, num_groups * group_size)
     data = evaluation.config.data.model_copy(update={"batch_size": group_size})
     norms = [m for m in encoder.module.modules() if isinstance(m, GroupedBatchNorm2d)]
+    if not norms:
+        return
     encoder.module.train()
     batches = eval_batches(evaluation.train, samples, data, evaluation.resize, evaluation.crop, world)
     told = Told("BatchNorm statistics of the untrained network", num_groups, "batches", world)

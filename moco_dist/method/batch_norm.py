@@ -14,6 +14,9 @@ fused passes for any number of groups, without those copies.
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from moco_dist.errors import UserError
 
 
 class GroupedBatchNorm2d(nn.BatchNorm2d):
@@ -25,20 +28,28 @@ class GroupedBatchNorm2d(nn.BatchNorm2d):
         group_size: samples a group.
         update_weight: this call's share of the step's statistics: 1 / micro-batches of the step.
         is_first: whether this is the first micro-batch of the step (the one that decays the running statistics).
+        then: names of submodules that what is normalised goes through, as in timm's fused BatchNorm and activation.
     """
 
-    def __init__(self, num_features: int, group_size: int) -> None:
-        super().__init__(num_features)
+    def __init__(self, num_features: int, group_size: int, eps: float = 1e-5, momentum: float = 0.1) -> None:
+        super().__init__(num_features, eps, momentum)
         self.group_size = group_size
         self.update_weight = 1.0
         self.is_first = True
+        self.then: tuple[str, ...] = ()
 
     def forward(self, input: Tensor) -> Tensor:
-        """(N, C, H, W) to the same; N is a whole number of groups in training.
+        """(N, C, H, W), or any other shape that begins with (N, C), to the same; N is whole groups in training.
 
         Raises:
             ValueError: N is not a multiple of group_size.
         """
+        output = self._normalised(input)
+        for name in self.then:
+            output = self.get_submodule(name)(output)
+        return output
+
+    def _normalised(self, input: Tensor) -> Tensor:
         if not self.training:
             return F.batch_norm(
                 input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
@@ -76,12 +87,41 @@ class GroupedBatchNorm2d(nn.BatchNorm2d):
     def _in_one_expression(self, input: Tensor, num_groups: int) -> tuple[Tensor, Tensor, Tensor]:
         """The same for a compiler to fuse. Arithmetic in the weights' dtype, as BatchNorm's kernels do."""
         x = input.view(num_groups, self.group_size, *input.shape[1:]).to(self.weight.dtype)
-        var, mean = torch.var_mean(x, dim=(1, 3, 4), keepdim=True, correction=0)
-        scale = torch.rsqrt(var + self.eps) * self.weight[:, None, None]
-        output = ((x - mean) * scale + self.bias[:, None, None]).to(input.dtype).view(input.shape)
-        count = self.group_size * input.shape[2] * input.shape[3]
+        shape = (-1, *[1] * (input.ndim - 2))
+        var, mean = torch.var_mean(x, dim=(1, *range(3, x.ndim)), keepdim=True, correction=0)
+        scale = torch.rsqrt(var + self.eps) * self.weight.view(shape)
+        output = ((x - mean) * scale + self.bias.view(shape)).to(input.dtype).view(input.shape)
+        count = self.group_size * input.shape[2:].numel()
         unbiased = var.detach().view(num_groups, -1) * (count / (count - 1))
         return output, mean.detach().view(num_groups, -1), unbiased
+
+
+def grouped(norm: _BatchNorm, group_size: int, called: str) -> GroupedBatchNorm2d:
+    """A BatchNorm over groups with the parameters, buffers and settings of another one, of whatever class.
+
+    Args:
+        norm: torch's own, for any number of dimensions or ranks, or timm's with dropout and activation in it.
+        group_size: samples a group.
+        called: the network and the place, for messages.
+
+    Raises:
+        UserError: it does something else than those, or has no weights, running statistics or momentum.
+    """
+    then = tuple(name for name in ("drop", "act") if isinstance(getattr(norm, name, None), nn.Module))
+    is_torchs = type(norm).__module__.startswith("torch.")
+    if not is_torchs and not (then and type(norm).__module__.startswith("timm.")):
+        raise UserError(f"{called} is a {type(norm).__name__}, a BatchNorm of which it is not known what else it does")
+    if norm.weight is None or norm.running_mean is None or norm.momentum is None:
+        raise UserError(f"{called} is a BatchNorm without weights, running statistics or momentum, which has no groups")
+    new = GroupedBatchNorm2d(norm.num_features, group_size, norm.eps, norm.momentum)
+    new.weight, new.bias = norm.weight, norm.bias
+    new.running_mean, new.running_var, new.num_batches_tracked = (
+        norm.running_mean, norm.running_var, norm.num_batches_tracked
+    )  # fmt: skip
+    new.then = then
+    for name in then:
+        new.add_module(name, norm.get_submodule(name))
+    return new
 
 
 def set_micro_batch(encoder: nn.Module, index: int, count: int) -> None:
@@ -92,5 +132,9 @@ def set_micro_batch(encoder: nn.Module, index: int, count: int) -> None:
 
 
 def running_statistics(encoder: nn.Module) -> dict[str, Tensor]:
-    """The encoder's floating-point buffers by name: running means and variances, over this rank's groups."""
-    return {name: buffer for name, buffer in encoder.named_buffers() if buffer.is_floating_point()}
+    """The encoder's floating-point buffers by name: running means and variances, over this rank's groups.
+
+    Buffers that are in no state dict are constants of the network and left out.
+    """
+    kept = encoder.state_dict().keys()
+    return {name: buffer for name, buffer in encoder.named_buffers() if buffer.is_floating_point() and name in kept}

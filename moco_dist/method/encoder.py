@@ -1,39 +1,41 @@
-"""The encoder f: a torchvision ResNet, a projection head, and the unit sphere (v1 sec. 3.3; v2 sec. 3)."""
+"""The encoder f: a backbone, a projection head, and the unit sphere (v1 sec. 3.3; v2 sec. 3)."""
 
-import functools
 import itertools
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models import resnet
 from torchvision.models.resnet import ResNet
 
-from moco_dist.config.architectures import ARCHITECTURES
 from moco_dist.config.pretrain import ModelConfig
-from moco_dist.method.batch_norm import GroupedBatchNorm2d
+from moco_dist.method.backbone import build_backbone, feature_dim
+
+IMAGENET_PIXELS = 224
 
 
 class Encoder(nn.Module):
     """Images to points on the unit sphere.
 
     Attributes:
-        backbone: torchvision's ResNet with `fc` taken out; its state dict has torchvision's names.
+        backbone: the network without its classifier; its state dict has the names of its library.
         head: linear (v1), or an MLP with ReLU and no BatchNorm (v2).
         feature_dim: size of the backbone's output.
+        notes: what was changed in the network, in words.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, image_size: int = IMAGENET_PIXELS) -> None:
+        """`image_size`: of the images that it is to be used on, in pixels.
+
+        Raises:
+            UserError: there is no such network, or no step can be made with it; see `backbone.py`.
+        """
         super().__init__()
-        norm = functools.partial(GroupedBatchNorm2d, group_size=config.bn_group_size)
-        self.backbone = build_resnet(config.arch, norm)
-        self.feature_dim = self.backbone.fc.in_features
-        self.backbone.fc = nn.Identity()  # type: ignore[assignment]
-        if config.stem == "cifar":
-            self.backbone.conv1 = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)
-            nn.init.kaiming_normal_(self.backbone.conv1.weight, mode="fan_out", nonlinearity="relu")
-            self.backbone.maxpool = nn.Identity()  # type: ignore[assignment]
+        self.backbone, self.notes = build_backbone(config)
+        self.feature_dim = (
+            512 * type(self.backbone.layer4[-1]).expansion  # type: ignore[index]
+            if isinstance(self.backbone, ResNet)
+            else feature_dim(self.backbone, config, image_size)
+        )
         sizes = [self.feature_dim, *config.head_hidden_dims, config.embedding_dim]
         layers_of_head: list[nn.Module] = []
         for fan_in, fan_out in itertools.pairwise(sizes):
@@ -46,15 +48,9 @@ class Encoder(nn.Module):
         return F.normalize(z if z.dtype == torch.float64 else z.float(), dim=1)
 
 
-def build_resnet(arch: str, norm_layer: Callable[..., nn.Module] = nn.BatchNorm2d) -> ResNet:
-    """Torchvision's ResNet of one of `ARCHITECTURES`, with its `fc`."""
-    arguments = {**ARCHITECTURES[arch]}
-    return ResNet(getattr(resnet, arguments.pop("block")), norm_layer=norm_layer, **arguments)
-
-
-def build_encoder(config: ModelConfig, seed: int) -> Encoder:
-    """The encoder with the same initial weights for the same seed, channels-last, on the CPU."""
+def build_encoder(config: ModelConfig, seed: int, image_size: int = IMAGENET_PIXELS) -> Encoder:
+    """The encoder with the same initial weights for the same seed, channels-last, on the CPU; see `Encoder`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        encoder = Encoder(config)
+        encoder = Encoder(config, image_size)
     return encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -27,7 +27,9 @@ class MoCo:
         """At step 0: two encoders of equal weights, and a queue of random keys."""
         self._config, self._world = config, world
         self.dtype = compute_dtype(config.optim.precision, world.device)
-        self.query_encoder = build_encoder(config.model, config.run.seed).to(world.device, weights_dtype(self.dtype))
+        self.query_encoder = build_encoder(config.model, config.run.seed, config.data.image_size).to(
+            world.device, weights_dtype(self.dtype)
+        )
         # Its BatchNorms keep statistics of their own, and are always in training mode.
         self.key_encoder = copy.deepcopy(self.query_encoder).requires_grad_(False).train()
         self.encoders: dict[str, nn.Module] = {"query_encoder": self.query_encoder, "key_encoder": self.key_encoder}
@@ -88,8 +90,9 @@ class MoCo:
             loss = info_nce(q, positives[i], q_all, self.queue.keys, moco.temperature, self._world)
             self.engine.backward(loss / accum)
             loss_sum += loss.detach()
-        self.engine.step(lr)
-        scalars = self._monitor(q_all, positives[-1]) if monitored else {}
+        scalars = self.engine.step(lr, monitored)
+        if monitored:
+            scalars |= self._monitor(q_all, positives[-1])
         self.queue.enqueue(k_all.flatten(0, 1))  # after the loss: a key is never its own negative
         self.step += 1
         return StepResult(loss_sum / accum, scalars)

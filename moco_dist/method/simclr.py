@@ -22,7 +22,9 @@ class SimCLR:
         """At step 0."""
         self._config, self._world = config, world
         self.dtype = compute_dtype(config.optim.precision, world.device)
-        self.query_encoder = build_encoder(config.model, config.run.seed).to(world.device, weights_dtype(self.dtype))
+        self.query_encoder = build_encoder(config.model, config.run.seed, config.data.image_size).to(
+            world.device, weights_dtype(self.dtype)
+        )
         self.encoders: dict[str, nn.Module] = {"query_encoder": self.query_encoder}
         self.engine = build_engine(self.query_encoder, config, world)
         self.queue = None
@@ -43,10 +45,9 @@ class SimCLR:
         z_q, z_k = self.engine(torch.cat([views.query, views.key])).chunk(2)
         loss = nt_xent(z_q, z_k, views.key_order, self._config.simclr.temperature, self._world)
         self.engine.backward(loss)
-        self.engine.step(lr)
-        scalars = {}
+        scalars = self.engine.step(lr, monitored)
         if monitored:
             top1, top5, first = batch_accuracy(z_q.detach(), z_k.detach(), views.key_order, self._world)
-            scalars = {"contrastive_top1": top1, "contrastive_top5": top5, "embedding_std": spread(first)}
+            scalars |= {"contrastive_top1": top1, "contrastive_top5": top5, "embedding_std": spread(first)}
         self.step += 1
         return StepResult(loss.detach(), scalars)

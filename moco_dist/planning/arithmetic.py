@@ -41,7 +41,7 @@ class Sizes:
             "query encoder's weights": floats,
             "key encoder's weights": (c.of_method.num_encoders - 1) * floats,
             "gradients": floats // (self.world_size if stage >= 2 else 1),
-            "optimiser's momentum": floats // (self.world_size if stage >= 1 else 1),
+            "optimiser's momentum": c.optim.state_numbers * floats // (self.world_size if stage >= 1 else 1),
             "queue shard": -(-c.of_method.queue_keys // self.world_size) * self.key_bytes,
             "crops (uint8) and views": pixels * (1 + dtype_of(c).itemsize),
             "activations kept for backward": self.activation_bytes,
@@ -93,7 +93,7 @@ def sizes(config: PretrainConfig, world_size: int, local_world_size: int) -> Siz
     """Count by building the encoder and running it forward on tensors that have a shape and no memory."""
     local_batch = config.optim.global_batch_size // world_size
     with FakeTensorMode():
-        encoder = Encoder(config.model)
+        encoder = Encoder(config.model, config.data.image_size)
         micro_batch = local_batch // config.optim.grad_accum_steps * config.of_method.num_directions
         side = config.data.image_size
         images = torch.zeros(micro_batch, 3, side, side).contiguous(memory_format=torch.channels_last)
@@ -108,18 +108,18 @@ def sizes(config: PretrainConfig, world_size: int, local_world_size: int) -> Siz
 def parameters_of(config: PretrainConfig) -> int:
     """Of one encoder."""
     with torch.device("meta"):
-        return sum(p.numel() for p in Encoder(config.model).parameters())
+        return sum(p.numel() for p in Encoder(config.model, config.data.image_size).parameters())
 
 
 def checkpoint_bytes(config: PretrainConfig, world_size: int) -> int:
     """A checkpoint's tensors: encoders, momentum, queue if there is one; a row of statistics a rank and encoder."""
     method = config.of_method
     with torch.device("meta"):
-        encoder = Encoder(config.model)
+        encoder = Encoder(config.model, config.data.image_size)
     parameters = sum(p.numel() for p in encoder.parameters())
     statistics = sum(b.numel() for b in encoder.buffers() if b.is_floating_point())
     queue = method.queue_keys * config.model.embedding_dim
-    weights = (method.num_encoders + 1) * parameters  # and the momentum
+    weights = (method.num_encoders + config.optim.state_numbers) * parameters
     return (weights + method.num_encoders * world_size * statistics + queue) * FLOAT_BYTES
 
 

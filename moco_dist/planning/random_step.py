@@ -94,10 +94,10 @@ class Marks:
         with self.part("backward"):
             self._engine.backward(loss)
 
-    def step(self, lr: float) -> None:
+    def step(self, lr: float, monitored: bool = False) -> dict[str, Tensor]:
         """See `Engine`."""
         with self.part("optimiser"):
-            self._engine.step(lr)
+            return self._engine.step(lr, monitored)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)

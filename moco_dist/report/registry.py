@@ -80,7 +80,8 @@ def register(record: RunRecord, run_dir: Path, name: str) -> str:
     from mlflow.models import infer_signature
 
     config = RunFolder(run_dir).settings()
-    encoder = build_encoder(config.model, config.run.seed)
+    packages = ["torch", "torchvision"] + ["timm"] * config.model.arch.startswith("timm:")
+    encoder = build_encoder(config.model, config.run.seed, config.data.image_size)
     step = load_trained(encoder, run_dir)
     backbone = encoder.backbone.eval()
     example = torch.zeros(2, 3, config.data.image_size, config.data.image_size).numpy()
@@ -93,7 +94,7 @@ def register(record: RunRecord, run_dir: Path, name: str) -> str:
         folder, card = Path(scratch) / "backbone", model_card(record, config)
         mlflow.pytorch.save_model(
             backbone, str(folder), signature=signature, input_example=example,
-            pip_requirements=[f"{package}=={metadata.version(package)}" for package in ("torch", "torchvision")],
+            pip_requirements=[f"{package}=={metadata.version(package)}" for package in packages],
             metadata={"step": step, "model_card": card}, **safe,
         )  # fmt: skip
         (folder / "README.md").write_text(card, encoding="utf-8")

@@ -71,7 +71,7 @@ def snapshot(method: Method, facts: dict[str, Any], world: World) -> Snapshot:
     copies = {name: _to_host(tensor) for name, tensor in replicated_tensors(method).items()}
     if method.queue is not None:
         copies["queue"] = as_sharded(_to_host(method.queue.keys), method.queue.size, world)
-    for name, encoder in method.encoders.items():
+    for name, encoder in _with_statistics(method).items():
         row = _to_host(_as_row(running_statistics(encoder)))
         copies[f"{name}.running_statistics"] = as_sharded(row, world.world_size, world)
     manifest = {
@@ -218,14 +218,14 @@ def load(method: Method, folder: Path, world: World) -> None:
         tensors["queue"] = as_sharded(method.queue.keys, method.queue.size, world)
     saved_worlds = manifest["world_size"]
     rows = {}
-    for name, encoder in method.encoders.items():
+    for name, encoder in _with_statistics(method).items():
         row = _as_row(running_statistics(encoder))
         rows[name] = tensors[f"{name}.running_statistics"] = row.new_empty(saved_worlds, row.shape[1])
     _read(tensors, folder, world)
     method.engine.load_optimizer_tensors(
         {name.removeprefix(OPTIMIZER): value for name, value in tensors.items() if name.startswith(OPTIMIZER)}
     )
-    for name, encoder in method.encoders.items():
+    for name, encoder in _with_statistics(method).items():
         row = rows[name][world.rank] if saved_worlds == world.world_size else rows[name].mean(0)
         _fill_from_row(running_statistics(encoder), row)
     if manifest["loss_scale"]:
@@ -237,10 +237,13 @@ def load_query_encoder(encoder: nn.Module, folder: Path) -> int:
     """Fill `encoder` with a checkpoint's query encoder, its running statistics averaged; returns the step."""
     manifest = read_manifest(folder)
     tensors = {f"query_encoder.{name}": p.detach() for name, p in encoder.named_parameters()}
-    row = _as_row(running_statistics(encoder))
+    if not (statistics := running_statistics(encoder)):
+        _read(tensors, folder, World())
+        return manifest["step"]
+    row = _as_row(statistics)
     rows = tensors["query_encoder.running_statistics"] = row.new_empty(manifest["world_size"], row.shape[1])
     _read(tensors, folder, World())
-    _fill_from_row(running_statistics(encoder), rows.mean(0))
+    _fill_from_row(statistics, rows.mean(0))
     return manifest["step"]
 
 
@@ -281,7 +284,8 @@ def without_secrets(config: PretrainConfig) -> PretrainConfig:
 
 def averaged(encoder: nn.Module, world: World) -> dict[str, Tensor]:
     """The encoder's running statistics averaged over ranks: what evaluation uses. One small all-gather."""
-    local = running_statistics(encoder)
+    if not (local := running_statistics(encoder)):
+        return {}
     mean = all_gather(_as_row(local), world).mean(0)
     pieces = mean.split([buffer.numel() for buffer in local.values()])
     return {name: piece.view_as(local[name]) for name, piece in zip(local, pieces, strict=True)}
@@ -331,6 +335,11 @@ def _to_host(tensor: Tensor) -> Tensor:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _with_statistics(method: Method) -> dict[str, nn.Module]:
+    """The encoders that have running statistics: those with BatchNorm."""
+    return {name: encoder for name, encoder in method.encoders.items() if running_statistics(encoder)}
 
 
 def _as_row(statistics: dict[str, Tensor]) -> Tensor:

@@ -27,6 +27,7 @@ def opening_lines(config: PretrainConfig, plan: Plan, method: Method, stop: int,
             config, optim.global_batch_size // world.world_size, world.world_size, world.local_world_size
         ).text(),
     ]
+    lines += [note for note in getattr(method.query_encoder, "notes", [])]
     if method.queue is not None and method.queue.size > plan.num_samples:
         lines.append(
             f"warning: moco.queue_size {method.queue.size} is larger than the data set ({plan.num_samples}): "

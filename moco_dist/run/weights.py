@@ -1,7 +1,8 @@
 """Weights that go out to other programs (`moco-dist export`) and come in from them (`moco-dist import`).
 
-Here a backbone has torchvision's names. Files are safetensors, or torch's own format where the other program asks
-for it; what comes in is read with `weights_only=True`, which runs no code of the file.
+Inside, a backbone has the names of its library: torchvision's, timm's or the user's. Files are safetensors, or torch's
+own format where the other program asks for it; what comes in is read with `weights_only=True`, which runs no code of
+the file.
 """
 
 import io
@@ -18,12 +19,13 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from moco_dist.config.architectures import ARCHITECTURES
+from moco_dist.config.architectures import ARCHITECTURES, family_of
 from moco_dist.config.pretrain import ModelConfig, PretrainConfig
 from moco_dist.config.source import to_yaml
 from moco_dist.errors import UserError, file_error, nearest
 from moco_dist.files import write_whole
-from moco_dist.method.encoder import Encoder, build_encoder
+from moco_dist.method.backbone import build_backbone, classifier_of, of_torchvision
+from moco_dist.method.encoder import build_encoder
 from moco_dist.run import checkpoint
 from moco_dist.run.folder import RunFolder
 
@@ -59,7 +61,7 @@ class Backbone:
     """A trained backbone.
 
     Attributes:
-        tensors: torchvision's names (without `fc`) to float32 tensors on the CPU.
+        tensors: the library's names (without the classifier) to float32 tensors on the CPU.
         model: what network it is; its head is of no matter here.
         step: optimiser steps behind it; 0 where unknown.
     """
@@ -108,20 +110,27 @@ def export_run(run_dir: Path, format: str, out: Path) -> str:
         return f"safetensors.torch.load_file({str(out)!r})  # backbone.* with torchvision's names, head.*"
     backbone = backbone_of_run(run_dir)
     arch, step = backbone.model.arch, backbone.step
-    is_torchvisions = hasattr(torchvision.models, arch)
-    if backbone.model.stem != "imagenet" or (not is_torchvisions and format != "torchvision"):
+    family, name = family_of(arch)
+    is_own = arch in ARCHITECTURES and not hasattr(torchvision.models, arch)
+    is_torchvisions = family in ("", "torchvision")
+    has_resnets_names = is_torchvisions and not is_own and "layer4.0.conv1.weight" in backbone.tensors
+    has_it = is_torchvisions if format == "torchvision" else has_resnets_names or (format, family) == ("timm", "timm")
+    if backbone.model.stem != "imagenet" or not has_it:
         raise UserError(
             f"{format} has no {arch} with the {backbone.model.stem} stem; --format safetensors has no such limit"
         )
     if format == "torchvision":
         _save(backbone.tensors, out, {})
         how = f"model.load_state_dict(torch.load({str(out)!r}, weights_only=True), strict=True)"
-        own = "ResNet(torchvision.models.resnet.{block}, {layers})".format(**ARCHITECTURES[arch])
-        network = f"{arch}()" if is_torchvisions else own
-        return f"model = torchvision.models.{network}; model.fc = torch.nn.Identity(); {how}"
+        own = "ResNet(torchvision.models.resnet.{block}, {layers})".format(**ARCHITECTURES[arch]) if is_own else ""
+        if family:
+            head = classifier_of(of_torchvision(name), arch)
+            taken_out = f"model.set_submodule({head!r}, torch.nn.Identity())"
+            return f"model = torchvision.models.get_model({name!r}); {taken_out}; {how}"
+        return f"model = torchvision.models.{own if is_own else f'{arch}()'}; model.fc = torch.nn.Identity(); {how}"
     if format == "timm":
         _save(backbone.tensors, out, {"step": str(step), "arch": arch})
-        return f"timm.create_model({arch!r}, num_classes=0, checkpoint_path={str(out)!r})"
+        return f"timm.create_model({name!r}, num_classes=0, checkpoint_path={str(out)!r})"
     # Where a file says so, detectron2 matches names by their longest common endings: any prefix of its models fits.
     renamed = {to_detectron2(name): value for name, value in backbone.tensors.items() if "num_batches" not in name}
     _save({"model": renamed, "matching_heuristics": True, "__author__": "moco_dist"}, out, {})
@@ -183,7 +192,7 @@ def load_trained(encoder: nn.Module, run_dir: Path) -> int:
     if checkpoint.complete_checkpoints(run_dir) or not imported.is_file():
         return checkpoint.load_query_encoder(encoder, checkpoint.latest(run_dir))
     tensors = {f"backbone.{name}": value for name, value in _read(imported).items()}
-    wanted = {name: value.shape for name, value in encoder.state_dict().items() if name.startswith("backbone.")}
+    wanted = {name: value for name, value in encoder.state_dict().items() if name.startswith("backbone.")}
     if problem := _problem(tensors, wanted):
         raise UserError(f"{imported} does not fit the model of {RunFolder(run_dir).config}: {problem}")
     encoder.load_state_dict(tensors, strict=False)
@@ -197,51 +206,56 @@ def read_backbone(path: Path, arch: str, stem: str = "imagenet") -> Backbone:
 
     Args:
         path: `.pth`, `.pth.tar`, `.ckpt` or `.safetensors`.
-        arch: torchvision's name of the network that it should be.
+        arch: as in `model.arch`.
         stem: as in `model.stem`.
 
     Raises:
         UserError: the file cannot be read safely, is not exactly such a backbone, or a weight is no number.
     """
-    if arch not in ARCHITECTURES:
-        raise UserError(f"--arch {arch!r} is not one of {', '.join(ARCHITECTURES)}{nearest(arch, ARCHITECTURES)}")
+    try:
+        family_of(arch)
+    except UserError as error:
+        raise UserError(f"--arch {error}") from error
     stems = get_args(ModelConfig.model_fields["stem"].annotation)
     if stem not in stems:
         raise UserError(f"--stem {stem!r} is not one of {', '.join(stems)}{nearest(stem, stems)}")
     found = _named_tensors(_read(path))
-    wanted = _shapes(arch, stem)
+    wanted = _wanted(arch, stem)
     # A prefix that no name has would leave nothing to speak of; where none fits, the one under which most fits is it.
-    tensors = min((_under(prefix, found) for prefix in PREFIXES), key=lambda named: len(wanted.keys() - named))
+    tensors = min((_under(prefix, found, wanted) for prefix in PREFIXES), key=lambda named: len(wanted.keys() - named))
     if problem := _problem(tensors, wanted):
         raise UserError(f"{path} holds no {arch}: {problem}; {_advice(tensors, arch, stem)}")
-    kept = {name: tensors[name].float().contiguous() for name in wanted}  # they may be channels-last
+    kept = {name: tensors[name].to(value.dtype).contiguous() for name, value in wanted.items()}  # maybe channels-last
     for name, value in kept.items():
-        if not (tensors[name].is_floating_point() and value.isfinite().all()):
+        if wanted[name].is_floating_point() and not (tensors[name].is_floating_point() and value.isfinite().all()):
             raise UserError(f"{path} cannot be used: {name} has values that are not finite numbers of floating point")
     kept |= {f"{name[:-12]}num_batches_tracked": torch.tensor(0) for name in wanted if "running_mean" in name}
     return Backbone(kept, ModelConfig.model_validate({"arch": arch, "stem": stem}), 0)
 
 
-def _shapes(arch: str, stem: str) -> dict[str, torch.Size]:
-    """What a backbone consists of, without BatchNorm's counters."""
+def _wanted(arch: str, stem: str) -> dict[str, Tensor]:
+    """What a backbone consists of, as tensors without memory; BatchNorm's counters left out."""
     with torch.device("meta"):
-        backbone = Encoder(ModelConfig.model_validate({"arch": arch, "stem": stem})).backbone
-    return {name: value.shape for name, value in backbone.state_dict().items() if not name.endswith(COUNTER)}
+        backbone, _ = build_backbone(ModelConfig.model_validate({"arch": arch, "stem": stem}))
+    return {name: value for name, value in backbone.state_dict().items() if not name.endswith(COUNTER)}
 
 
-def _under(prefix: str, found: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors below a prefix by torchvision's names, without those of a head and BatchNorm's counters."""
-    named = {_torchvision_name(k.removeprefix(prefix)): v for k, v in found.items() if k.startswith(prefix)}
-    return {k: v for k, v in named.items() if k.partition(".")[0] not in HEADS and not k.endswith(COUNTER)}
+def _under(prefix: str, found: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors below a prefix by the names of `wanted`, without those of a head and BatchNorm's counters."""
+    below = {k.removeprefix(prefix): v for k, v in found.items() if k.startswith(prefix)}
+    named = {name if name in wanted else _torchvision_name(name): value for name, value in below.items()}
+    return {
+        k: v for k, v in named.items() if k in wanted or (k.partition(".")[0] not in HEADS and not k.endswith(COUNTER))
+    }
 
 
-def _problem(tensors: dict[str, Tensor], wanted: dict[str, torch.Size]) -> str:
+def _problem(tensors: dict[str, Tensor], wanted: dict[str, Tensor]) -> str:
     """The first difference between the tensors and those that are wanted, or ""."""
-    for name, shape in wanted.items():
+    for name, value in wanted.items():
         if name not in tensors:
             return f"{name} is missing"
-        if tensors[name].shape != shape:
-            return f"{name} has the shape {tuple(tensors[name].shape)} instead of {tuple(shape)}"
+        if tensors[name].shape != value.shape:
+            return f"{name} has the shape {tuple(tensors[name].shape)} instead of {tuple(value.shape)}"
     return next((f"{name} has no place in it" for name in tensors if name not in wanted), "")
 
 
@@ -255,7 +269,7 @@ def _advice(tensors: dict[str, Tensor], arch: str, stem: str) -> str:
         return f"images here have 3 channels; {how} in its place computes the same on gray ones"
     stems = get_args(ModelConfig.model_fields["stem"].annotation)
     for other_arch, other_stem in itertools.product(ARCHITECTURES, stems):
-        if not _problem(tensors, _shapes(other_arch, other_stem)):
+        if not _problem(tensors, _wanted(other_arch, other_stem)):
             flags = [f"--arch {other_arch}"] * (other_arch != arch) + [f"--stem {other_stem}"] * (other_stem != stem)
             return f"with {' '.join(flags)} it fits"
     return f"no other --arch ({', '.join(ARCHITECTURES)}) or --stem ({', '.join(stems)}) fits either"
@@ -268,7 +282,7 @@ def _torchvision_name(name: str) -> str:
 
 def _query_encoder(run_dir: Path) -> tuple[dict[str, Tensor], PretrainConfig, int]:
     config = RunFolder(run_dir).settings()
-    encoder = build_encoder(config.model, config.run.seed)
+    encoder = build_encoder(config.model, config.run.seed, config.data.image_size)
     step = load_trained(encoder, run_dir)
     return {name: value.contiguous() for name, value in encoder.state_dict().items()}, config, step
 

@@ -61,7 +61,7 @@ def saver_for(run_dir, world, say=print, keep_last=2, keep_every_steps=0, facts=
 
 
 def run_program(world, config, steps, mutate=None):
-    """Losses of each step, gradients of the first and the last, and the state after it, the same on all ranks."""
+    """Losses of each step, gradients of the first and the last, norms, and the state after it, alike on all ranks."""
     if mutate is not None:
         mutate()
     method = build_method(config, world)
@@ -80,16 +80,18 @@ def run_program(world, config, steps, mutate=None):
     table = images(next(method.query_encoder.parameters()).dtype)
     if steps and (filling := filling_steps(config, plan)):
         method.fill_queue(views_at(table, plan, step, world) for step in filling)
-    losses = []
+    losses, norms = [], []
     for step in range(steps):
         views = views_at(table, plan, step, world)
         lr = learning_rate(config.optim, step, plan.steps_per_epoch)
         result = method.train_step(views, lr, step % 2 == 0)
         losses.append(gather_uneven(result.loss[None], world).mean().item())
+        norms += [result.scalars["gradient_norm"].item()] if result.scalars else []
     return {
         "initial": initial,
         "losses": losses,
         "gradients": gradients,
+        "gradient_norms": norms,
         "query_encoder": {name: p.detach().clone() for name, p in named.items()},
         "key_encoder": {name: p.detach().clone() for name, p in method.key_encoder.named_parameters()},
         "running_q": averaged(method.query_encoder, world),

@@ -4,6 +4,7 @@ import itertools
 import math
 
 import pytest
+import timm
 import torch
 from torch import nn
 
@@ -41,6 +42,19 @@ def test_scaling_and_warmup():
     root = OptimConfig(global_batch_size=4096, lr_scaling="sqrt", base_lr=0.075)
     assert learning_rate_formula(root) == "lr = 0.075 x sqrt(4096 / 256) = 0.3"
     assert learning_rate(OptimConfig(global_batch_size=4096, lr_scaling="none"), 0, 10) == 0.03
+
+
+def test_adamw_decays_neither_norms_nor_biases_nor_position_embeddings():
+    network = timm.create_model("test_vit", num_classes=0)
+    optimizer = build_optimizer(network, OptimConfig(optimizer="adamw", weight_decay=0.1))
+    decayed, not_decayed = ({id(p) for p in group["params"]} for group in optimizer.param_groups)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
+    named = dict(network.named_parameters())
+    assert decayed | not_decayed == {id(p) for p in named.values()} and not decayed & not_decayed
+    without = {name for name, p in named.items() if id(p) in not_decayed}
+    assert without == {n for n, p in named.items() if p.ndim == 1} | {"pos_embed"} | ({"cls_token"} & named.keys())
+    assert "patch_embed.proj.weight" not in without
+    assert all(set(state) == {"step", "exp_avg", "exp_avg_sq"} for state in optimizer.state.values())
 
 
 def test_lars_is_its_formula():

@@ -22,7 +22,7 @@ from moco_dist.config.evaluate import DetectConfig
 from moco_dist.config.pretrain import AugmentConfig
 from moco_dist.distributed.world import World
 from moco_dist.errors import UserError
-from moco_dist.method.encoder import build_resnet
+from moco_dist.method.backbone import build_resnet
 from moco_dist.run.weights import Backbone
 
 ANCHOR_SIDES = (32, 64, 128, 256, 512)  # pixels

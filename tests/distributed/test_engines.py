@@ -25,8 +25,7 @@ STEPS = 20
 # a little more with each step (float64 ones do not: test_against_reference.py). A small learning rate keeps them close
 # for 20 steps: the figures are about three times what is found.
 TOLERANCE = {"losses": 2e-3, "query_encoder": 0.05, "key_encoder": 0.05, "queue": 0.02}
-BASE_LR = {"sgd": 5e-4, "lars": 0.1, "adamw": 5e-5}
-CLIP = {"adamw": 0.2}  # less than the gradients' norm
+BASE_LR = {"sgd": 5e-4, "lars": 0.1}
 
 
 def deepspeed_program(world, config, steps):
@@ -54,28 +53,14 @@ def close(ours, expected):
 
 
 def config_of(optimizer="sgd", accum=1, **engine):
-    optim = {"precision": "fp32", "optimizer": optimizer, "base_lr": BASE_LR[optimizer], "grad_accum_steps": accum,
-             "clip_grad_norm": CLIP.get(optimizer)}  # fmt: skip
+    optim = {"precision": "fp32", "optimizer": optimizer, "base_lr": BASE_LR[optimizer], "grad_accum_steps": accum}
     return small_config(optim=optim, engine=engine, moco={"queue_size": 512})
 
 
 @pytest.fixture(scope="module")
 def alone():
     """One process, by optimiser."""
-    return {name: run(run_program, 1, config_of(name), STEPS)[0] for name in BASE_LR}
-
-
-@pytest.mark.slow
-def test_adamw_and_clipping_are_the_same_on_two_ranks_in_float64():
-    configs = [small_config(optim={"optimizer": "adamw", "base_lr": 1e-3, "clip_grad_norm": 0.2, "weight_decay": 0.1,
-                                   "grad_accum_steps": accum}) for accum in (1, 2)]  # fmt: skip
-    (expected,) = run(run_program, 1, configs[0], 4)
-    assert min(expected["gradient_norms"]) > 0.2
-    clipped = torch.nn.utils.get_total_norm(list(expected["gradients"][0].values()))
-    assert clipped.item() == pytest.approx(0.2, rel=1e-4)
-    for ours in run(run_program, 2, configs[1], 4):
-        for name in ("losses", "gradient_norms", "query_encoder", "key_encoder", "queue"):
-            assert largest_difference(ours[name], expected[name]) < 1e-8, name
+    return {name: run(run_program, 1, config_of(name), STEPS)[0] for name in ("sgd", "lars")}
 
 
 @pytest.mark.slow
@@ -88,7 +73,7 @@ def test_float32_is_the_same_on_any_number_of_ranks(alone, world_size, accum):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("world_size", "accum", "optimizer"),
-    [(1, 1, "sgd"), (2, 1, "sgd"), (2, 2, "sgd"), (1, 1, "lars"), (2, 1, "lars"), (2, 2, "lars"), (2, 2, "adamw")],
+    [(1, 1, "sgd"), (2, 1, "sgd"), (2, 2, "sgd"), (1, 1, "lars"), (2, 1, "lars"), (2, 2, "lars")],
 )
 def test_deepspeed_is_the_same_training(alone, optimizer, world_size, accum):
     """ZeRO stages 0, 1 and 2."""
@@ -156,7 +141,7 @@ def train(world, run_dir, config, start, stop):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("optimizer", BASE_LR)
+@pytest.mark.parametrize("optimizer", ["sgd", "lars"])
 def test_either_engine_goes_on_where_the_other_stopped(tmp_path, optimizer):
     """DDP on 2 ranks, ZeRO 2 on 4, ZeRO 1 on 2, ZeRO 0 on 1, DDP again."""
     pytest.importorskip("deepspeed")

@@ -32,7 +32,7 @@ def config_of(**engine):
 
 
 def outcomes(world, configs):
-    """Gradient norms and the state after three steps of each config, and whether the optimiser takes twice its state."""
+    """Gradient norms and the state after three steps, and whether the optimiser takes twice its state."""
     found = []
     with process_group(world, alone_too=True):
         for config in configs:

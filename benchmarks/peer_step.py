@@ -185,7 +185,7 @@ def main() -> None:
     sizes = {"arch": args.arch, "image_size": args.image_size, "queue_size": args.queue_size}
     links: dict[str, float | None] = {"loopback": None, "1 Gb/s": 1.0}
     if args.ranks == 1:
-        links = {"none": None}
+        links = {"no network": None}
     elif reason := why_not():
         print(f"loopback only: {reason}")
         del links["1 Gb/s"]

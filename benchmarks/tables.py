@@ -201,7 +201,8 @@ def headlines() -> str:
         what = f"received by a rank in a step, beside gradients; {most} hosts, {images} images on each"
         add(result, what, received["loader"], received["all_gather"], "all images gathered", "MB")
     for result in newest("peer_step"):
-        for row in result["rows"]:
+        most = max(row.get("local_batch", 0) for row in result["rows"])
+        for row in (row for row in result["rows"] if row.get("local_batch", 0) == most):
             seconds = row["step_seconds"]
             way = f"lightly's MoCo ({seconds['lightly channels-last']:.3g} s in channels-last)"
             what = f"a step of {result['arch']}, {result['ranks']} rank(s), {row['link']}"

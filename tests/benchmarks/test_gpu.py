@@ -130,7 +130,7 @@ def test_the_tests_for_a_gpu_are_found():
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1500)
 def test_every_part_runs(tmp_path):
     """In its smallest form, on whatever is here, and as on a machine that has torch and little else."""
     record = tmp_path / "gpu.json"

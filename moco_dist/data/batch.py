@@ -1,8 +1,8 @@
 """What every loader yields: the contract between decoding (host) and colours (device)."""
 
 from dataclasses import dataclass, fields, replace
-from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -50,7 +50,7 @@ class CropBatch:
         return replace(self, **{name: function(x) for name, x in tensors.items()})
 
 
-def to_device(array: NDArray[Any], device: str | torch.device) -> Tensor:
+def to_device(array: NDArray[np.int64 | np.bool_], device: str | torch.device) -> Tensor:
     """A small array as a tensor on `device`. The host does not wait, as it would for a copy from pageable memory."""
     tensor = torch.from_numpy(array)
     return tensor if torch.device(device).type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)

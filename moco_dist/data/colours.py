@@ -21,7 +21,6 @@ from torch import Tensor
 
 from moco_dist.config.pretrain import AugmentConfig
 from moco_dist.data import counter_rng
-from moco_dist.data.batch import to_device
 
 COLOURS = (
     "brightness", "contrast", "saturation", "hue",  # factors; 1, 1, 1 and 0 change nothing
@@ -214,4 +213,4 @@ def _make_neighbours(size: int, radius: int, dtype: torch.dtype, device: torch.d
     for offset in range(-radius, radius + 1):
         there = (size - 1) - ((size - 1) - (here + offset).abs()).abs()
         neighbours[abs(offset), here, there] += 1
-    return to_device(neighbours.flatten(1).numpy(), device)
+    return neighbours.flatten(1).to(device)

@@ -26,7 +26,8 @@ Result = dict[str, Any]
 def newest(theme: str) -> list[Result]:
     """The newest result of a theme on each hardware."""
     found: dict[str, Result] = {}
-    for path in sorted(FOLDER.glob(f"{theme}_*.json"), key=lambda path: path.stem.rsplit("_", 1)[1]):
+    # The device after the name: `checkpoint` is not the beginning of `checkpoint_planning`.
+    for path in sorted(FOLDER.glob(f"{theme}_c[pu]*-*.json"), key=lambda path: path.stem.rsplit("_", 1)[1]):
         found[path.stem.rsplit("_", 1)[0]] = json.loads(path.read_text())
     return list(found.values())
 
@@ -185,6 +186,16 @@ def checkpoint(result: Result) -> str:
     return markdown([f"a checkpoint of {result['bytes'] / 1e6:.0f} MB", "training waits, s"], rows) + origin(result)
 
 
+def checkpoint_planning(result: Result) -> str:
+    """What planning a checkpoint costs rank 0."""
+    ways = list(result["rows"][0]["ways"])
+    rows = [
+        [f"{r['ranks']:,}", *(f"{r['ways'][way]:.3g}" for way in ways), f"{r['ratio_of_medians']:.0f}"]
+        for r in result["rows"]
+    ]
+    return markdown(["ranks", *(f"{way}, s" for way in ways), "ratio"], rows) + origin(result)
+
+
 def headlines() -> str:
     """What each theme comes to: here, and in the way that is usual."""
     rows: list[list[str]] = []
@@ -228,7 +239,7 @@ def headlines() -> str:
 
 THEMES = (
     network, peer_step, step_parts, infonce, update, table3, plan_validation, loader, sources, exchange, augment,
-    checkpoint,
+    checkpoint, checkpoint_planning,
 )  # fmt: skip
 TABLES: dict[str, Callable[[Result], str]] = {table.__name__: table for table in THEMES}
 

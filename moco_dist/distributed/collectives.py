@@ -9,7 +9,7 @@ import datetime
 import os
 import re
 from collections.abc import Callable, Iterator
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,8 @@ from torch.distributed.tensor import DTensor, Shard
 from moco_dist.distributed.meeting import ended_at_once, meet
 from moco_dist.distributed.world import World
 from moco_dist.errors import InfrastructureError, UnreachableError, UserError
+
+T = TypeVar("T")
 
 
 @contextlib.contextmanager
@@ -177,6 +179,34 @@ def gather_texts(text: str, world: World) -> list[str]:
     raw = torch.tensor(list(text.encode()), dtype=torch.uint8, device=world.device)
     sizes = all_gather(torch.tensor([len(raw)], device=world.device), world).tolist()
     return [bytes(part.tolist()).decode() for part in gather_uneven(raw, world).split(sizes)]
+
+
+def broadcast_value(value: T, world: World) -> T:
+    """Rank 0's value, pickled, on every rank."""
+    if world.world_size == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, device=torch.device("cpu"))
+    return values[0]
+
+
+def broadcast_in_place(x: Tensor, rank: int, world: World) -> None:
+    """Fill `x` with what `rank` holds, bit by bit. Receives n bytes."""
+    if world.world_size == 1:
+        return
+    dense = x.contiguous()  # as NCCL wants it
+    dist.broadcast(dense, rank)
+    if dense is not x:
+        x.copy_(dense)
+
+
+def mean_on_rank_0(x: Tensor, world: World, group: dist.ProcessGroup | None = None) -> Tensor:
+    """On rank 0, the mean of the ranks' CPU tensors, summed in float64; on others nothing of use."""
+    if world.world_size == 1:
+        return x.clone()
+    total = x.to(torch.float64, copy=True)
+    dist.reduce(total, 0, group=group)
+    return (total / world.world_size).to(x.dtype)
 
 
 def send_bytes(data: bytes, rank: int) -> None:

@@ -1,4 +1,4 @@
-"""What one rank of each host finds out for all ranks there: a listed folder, an index that was read.
+"""What one rank finds out for the others: a listed folder, an index that was read, what a checkpoint holds.
 
 A file server that each of 512 ranks asks for 1.28 million names answers none of them for minutes.
 """
@@ -12,7 +12,7 @@ from typing import TypeVar, cast
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from moco_dist.distributed.collectives import gather_texts, receive_bytes, send_bytes
+from moco_dist.distributed.collectives import broadcast_value, gather_texts, receive_bytes, send_bytes
 from moco_dist.distributed.world import World
 from moco_dist.errors import EXIT_IO, SaidElsewhere, UserError
 
@@ -69,6 +69,24 @@ def once_a_host(make: Callable[[], T], about: str, world: World) -> T:
         if its == maker != rank:
             send_bytes(data, rank)
     return cast(T, result)
+
+
+def from_rank_0(make: Callable[[], T], world: World) -> T:
+    """`make()` of rank 0, which tells all others. Called by all ranks; for what is done within a few seconds.
+
+    Raises:
+        UserError: of rank 0's `make`, on all ranks.
+    """
+    told: T | UserError | None = None
+    if world.is_main:
+        try:
+            told = make()
+        except UserError as error:
+            told = error
+    told = broadcast_value(told, world)
+    if isinstance(told, UserError):
+        raise told
+    return cast(T, told)
 
 
 def _wait_until_made(store: dist.Store, count: int) -> None:

@@ -193,7 +193,7 @@ def frozen_encoder(evaluation: Evaluation, name: str) -> FrozenEncoder:
     encoder = build_encoder(pretrain.model, pretrain.run.seed, evaluation.crop)
     step = 0
     if name == "trained":
-        step = load_trained(encoder, evaluation.config.run_dir)
+        step = load_trained(encoder, evaluation.config.run_dir, world)
         if len(steps := all_gather(torch.tensor([step], device=world.device), world).unique()) > 1:
             raise InfrastructureError(
                 f"ranks see different newest checkpoints, of steps {steps.tolist()}; is the run going on?"

@@ -112,7 +112,7 @@ def parameters_of(config: PretrainConfig) -> int:
 
 
 def checkpoint_bytes(config: PretrainConfig, world_size: int) -> int:
-    """A checkpoint's tensors: encoders, momentum, queue if there is one; a row of statistics a rank and encoder."""
+    """A checkpoint's tensors: encoders, momentum, queue if there is one; their statistics, by rank and averaged."""
     method = config.of_method
     with torch.device("meta"):
         encoder = Encoder(config.model, config.data.image_size)
@@ -120,7 +120,7 @@ def checkpoint_bytes(config: PretrainConfig, world_size: int) -> int:
     statistics = sum(b.numel() for b in encoder.buffers() if b.is_floating_point())
     queue = method.queue_keys * config.model.embedding_dim
     weights = (method.num_encoders + config.optim.state_numbers) * parameters
-    return (weights + method.num_encoders * world_size * statistics + queue) * FLOAT_BYTES
+    return (weights + method.num_encoders * (world_size + 1) * statistics + queue) * FLOAT_BYTES
 
 
 def saved_bytes(encoder: nn.Module, images: torch.Tensor, dtype: torch.dtype) -> int:

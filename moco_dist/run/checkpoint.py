@@ -1,18 +1,14 @@
-"""What a method keeps, on disk: torch.distributed.checkpoint in safetensors files, no pickle anywhere.
+"""What a method keeps, on disk, in files that `tensors.py` writes.
 
-A checkpoint is a folder RUN/checkpoints/step_00001000 with one or more safetensors files a rank and a
-checkpoint.json that is written last, so a folder that has it is complete. The queue is one sharded tensor: it
-loads on any number of ranks. BatchNorm's running statistics are saved as a row a rank: the same number of ranks
-gets its rows back bit by bit, another number gets their mean, which is what they stand for.
+A checkpoint is a folder RUN/checkpoints/step_00001000 with a safetensors file a rank and a checkpoint.json that is
+written last, so a folder that has it is complete. Each rank writes its share of the weights. The queue is one sharded
+tensor: it loads on any number of ranks. BatchNorm's running statistics are saved as a row a rank, and their mean: the
+same number of ranks gets its rows back bit by bit, another number gets the mean, which is what they stand for.
 """
 
-import contextlib
-import hashlib
 import json
 import os
 import shutil
-import warnings
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,36 +16,45 @@ from typing import Any
 import safetensors.torch
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.storage import WriteResult
 
 from moco_dist.config.credentials import without_credentials
 from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.data.images import ImageFolder
-from moco_dist.distributed.collectives import all_gather, as_sharded, barrier, gather_texts
+from moco_dist.distributed.collectives import all_gather, as_sharded, barrier, gather_texts, mean_on_rank_0
+from moco_dist.distributed.once import from_rank_0
 from moco_dist.distributed.world import World
-from moco_dist.errors import InfrastructureError, UserError
+from moco_dist.errors import UserError
 from moco_dist.files import write_whole
 from moco_dist.method.batch_norm import running_statistics
 from moco_dist.method.step import Method
 from moco_dist.provenance import git_state, package_versions
+from moco_dist.run import tensors as files_of_tensors
 from moco_dist.run.folder import RunFolder
 from moco_dist.run.image_list import listed
 from moco_dist.run.manifest import MANIFEST, read_manifest
+from moco_dist.run.tensors import Stored, sha256, shares
 
 CANNOT_WRITE = (Exception, CheckpointException)  # the latter is no Exception
 OPTIMIZER = "optimizer."
+ROWS, MEAN = "running_statistics", "mean_statistics"  # after the encoder's name
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A method as it was at `step`, in host memory: nothing of it changes while it is written."""
+    """This rank's share of a method as it was at `step`, in host memory: nothing of it changes while it is written.
+
+    Attributes:
+        step: optimiser steps.
+        tensors: of those that all ranks hold, this rank's share; rows of the queue and of running statistics.
+        statistics: by encoder, this rank's running statistics, of which the mean is still to be taken.
+        manifest: for checkpoint.json.
+    """
 
     step: int
     tensors: dict[str, Tensor]
+    statistics: dict[str, Tensor]
     manifest: dict[str, Any]
 
 
@@ -60,7 +65,7 @@ def facts_of(config: PretrainConfig, images: ImageFolder) -> dict[str, Any]:
 
 
 def snapshot(method: Method, facts: dict[str, Any], world: World) -> Snapshot:
-    """Copy the method to host memory: a training has to wait for nothing else. Called by all ranks.
+    """Copy this rank's share of the method to host memory: a training waits for nothing else. Called by all ranks.
 
     Args:
         method: what to save.
@@ -68,12 +73,14 @@ def snapshot(method: Method, facts: dict[str, Any], world: World) -> Snapshot:
         world: this process.
     """
     # safetensors has no strides: channels-last weights are written in their logical order.
-    copies = {name: _to_host(tensor) for name, tensor in replicated_tensors(method).items()}
+    replicated = replicated_tensors(method)
+    owners = shares(replicated, world.world_size)
+    copies = {name: _to_host(tensor) for name, tensor in replicated.items() if owners[name] == world.rank}
     if method.queue is not None:
         copies["queue"] = as_sharded(_to_host(method.queue.keys), method.queue.size, world)
-    for name, encoder in _with_statistics(method).items():
-        row = _to_host(_as_row(running_statistics(encoder)))
-        copies[f"{name}.running_statistics"] = as_sharded(row, world.world_size, world)
+    encoders = _with_statistics(method)
+    rows = {name: _to_host(_as_row(running_statistics(encoder))) for name, encoder in encoders.items()}
+    copies |= {f"{name}.{ROWS}": as_sharded(row, world.world_size, world) for name, row in rows.items()}
     manifest = {
         "step": method.step,
         "world_size": world.world_size,
@@ -81,7 +88,7 @@ def snapshot(method: Method, facts: dict[str, Any], world: World) -> Snapshot:
         "loss_scale": method.engine.scaler.state_dict(),
         **facts,
     }
-    return Snapshot(method.step, copies, manifest)
+    return Snapshot(method.step, copies, rows, manifest)
 
 
 def replicated_tensors(method: Method) -> dict[str, Tensor]:
@@ -125,13 +132,10 @@ def write(taken: Snapshot, run_dir: Path, world: World, group: dist.ProcessGroup
             shutil.rmtree(left_over, ignore_errors=True)
     try:
         barrier(world, group)
+        means = {f"{name}.{MEAN}": mean_on_rank_0(row, world, group) for name, row in taken.statistics.items()}
         # The writer makes the folder too, and where one rank cannot, all raise.
-        writer = _Writer(str(partial), save_distributed=True)
-        with _alone_on_purpose():
-            dcp.save(taken.tensors, storage_writer=writer, no_dist=world.world_size == 1, process_group=group)
+        files = files_of_tensors.write(taken.tensors | (means if world.is_main else {}), partial, world, group)
         if world.is_main:
-            paths = [partial / name for name in writer.written]
-            files = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in paths}
             with (partial / MANIFEST).open("w") as file:
                 file.write(json.dumps({**taken.manifest, "files": files}, indent=1))
                 file.flush()
@@ -143,24 +147,6 @@ def write(taken: Snapshot, run_dir: Path, world: World, group: dist.ProcessGroup
             shutil.rmtree(partial, ignore_errors=True)
         raise
     return folder
-
-
-class _Writer(dcp.HuggingFaceStorageWriter):
-    """Knows on rank 0, where alone `finish` is called, what all ranks have written.
-
-    Attributes:
-        written: names of the files.
-    """
-
-    written: Sequence[str] = ()
-
-    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """Refuse a checkpoint of which rank 0 does not see every file: RUN may be another folder on another host."""
-        super().finish(metadata, results)
-        self.written = sorted({result.storage_data.relative_path for part in results for result in part})
-        missing = [name for name in self.written if not Path(self.path, name).is_file()]
-        if missing:
-            raise OSError(f"{missing[0]} of another rank is not here; RUN has to lie on a disk that all hosts share")
 
 
 def prune(run_dir: Path, keep_last: int, keep_every_steps: int) -> None:
@@ -176,9 +162,9 @@ def damage(folder: Path, world: World) -> str:
     Ranks share the reading: rank r reads files r, r + W, ...
     """
     try:
-        files = read_manifest(folder)["files"]
+        files = from_rank_0(lambda: read_manifest(folder)["files"], world)
     except UserError as error:
-        return str(error)  # all ranks read this file
+        return str(error)
     found = []
     for name, expected in sorted(files.items())[world.rank :: world.world_size]:
         path = folder / name
@@ -186,7 +172,7 @@ def damage(folder: Path, world: World) -> str:
             found.append(f"{path} is missing")
         elif path.stat().st_size != expected["bytes"]:
             found.append(f"{path} has {path.stat().st_size} bytes instead of {expected['bytes']}")
-        elif _sha256(path) != expected["sha256"]:
+        elif sha256(path) != expected["sha256"]:
             found.append(f"{path} has another content than was written")
     return next((text for text in gather_texts(next(iter(found), ""), world) if text), "")
 
@@ -208,7 +194,7 @@ def load(method: Method, folder: Path, world: World) -> None:
     Raises:
         UserError: the checkpoint is incomplete, damaged, or of another model or queue.
     """
-    manifest = read_manifest(folder)
+    manifest, stored = from_rank_0(lambda: read_manifest(folder), world), Stored(folder, world)
     tensors = replicated_tensors(method)
     if method.queue is not None:
         if manifest["queue_size"] != method.queue.size:
@@ -216,35 +202,51 @@ def load(method: Method, folder: Path, world: World) -> None:
                 f"{folder} has a queue of {manifest['queue_size']} keys; moco.queue_size is {method.queue.size}"
             )
         tensors["queue"] = as_sharded(method.queue.keys, method.queue.size, world)
-    saved_worlds = manifest["world_size"]
+    is_same_world = manifest["world_size"] == world.world_size
     rows = {}
     for name, encoder in _with_statistics(method).items():
         row = _as_row(running_statistics(encoder))
-        rows[name] = tensors[f"{name}.running_statistics"] = row.new_empty(saved_worlds, row.shape[1])
-    _read(tensors, folder, world)
+        if is_same_world:
+            rows[name] = torch.empty_like(row)
+            tensors[f"{name}.{ROWS}"] = as_sharded(rows[name], world.world_size, world)
+        else:
+            rows[name] = tensors.setdefault(*_mean_to_read(name, row, stored, manifest["world_size"]))
+    stored.fill(tensors)
     method.engine.load_optimizer_tensors(
         {name.removeprefix(OPTIMIZER): value for name, value in tensors.items() if name.startswith(OPTIMIZER)}
     )
     for name, encoder in _with_statistics(method).items():
-        row = rows[name][world.rank] if saved_worlds == world.world_size else rows[name].mean(0)
-        _fill_from_row(running_statistics(encoder), row)
+        _fill_from_row(running_statistics(encoder), rows[name].mean(0))  # of one row, or of all that an older one has
     if manifest["loss_scale"]:
         method.engine.scaler.load_state_dict(manifest["loss_scale"])
     method.step = manifest["step"]
 
 
-def load_query_encoder(encoder: nn.Module, folder: Path) -> int:
-    """Fill `encoder` with a checkpoint's query encoder, its running statistics averaged; returns the step."""
-    manifest = read_manifest(folder)
+def load_query_encoder(encoder: nn.Module, folder: Path, world: World) -> int:
+    """Fill `encoder` with a checkpoint's query encoder, its running statistics averaged. Called by all ranks.
+
+    Returns:
+        the optimiser steps behind it.
+    """
+    manifest, stored = from_rank_0(lambda: read_manifest(folder), world), Stored(folder, world)
     tensors = {f"query_encoder.{name}": p.detach() for name, p in encoder.named_parameters()}
     if not (statistics := running_statistics(encoder)):
-        _read(tensors, folder, World())
+        stored.fill(tensors)
         return manifest["step"]
-    row = _as_row(statistics)
-    rows = tensors["query_encoder.running_statistics"] = row.new_empty(manifest["world_size"], row.shape[1])
-    _read(tensors, folder, World())
+    rows = tensors.setdefault(*_mean_to_read("query_encoder", _as_row(statistics), stored, manifest["world_size"]))
+    stored.fill(tensors)
     _fill_from_row(statistics, rows.mean(0))
     return manifest["step"]
+
+
+def _mean_to_read(name: str, row: Tensor, stored: Stored, num_rows: int) -> tuple[str, Tensor]:
+    """The tensor of a checkpoint that has the mean of an encoder's running statistics, and memory for it.
+
+    An older checkpoint has all rows, and not their mean.
+    """
+    if f"{name}.{MEAN}" in stored:
+        return f"{name}.{MEAN}", row.new_empty(row.shape)
+    return f"{name}.{ROWS}", row.new_empty(num_rows, row.shape[1])
 
 
 def reason(error: BaseException) -> str:
@@ -306,35 +308,9 @@ def export_backbone(method: Method, path: Path, world: World) -> None:
     write_whole(path, safetensors.torch.save(backbone, metadata={"step": str(method.step), "format": "pt"}))
 
 
-def _read(tensors: dict[str, Tensor], folder: Path, world: World) -> None:
-    reader = dcp.HuggingFaceStorageReader(str(folder))
-    try:
-        with _alone_on_purpose():
-            dcp.load(tensors, storage_reader=reader, no_dist=world.world_size == 1)
-    except (CheckpointException, RuntimeError, ValueError, KeyError, safetensors.SafetensorError) as error:
-        failures = [e for e, _ in error.failures.values()] if isinstance(error, CheckpointException) else []
-        if found := next((e for e in failures if isinstance(e, OSError) and e.errno), None):
-            raise InfrastructureError(f"{folder} cannot be read: {(found.strerror or str(found)).lower()}") from error
-        reason = str(error).strip().splitlines()[-1]
-        raise UserError(f"{folder} does not fit this config or is damaged: {reason}") from error
-
-
-@contextlib.contextmanager
-def _alone_on_purpose() -> Iterator[None]:
-    """Silence the warning that there is no process group: a world of one has none."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-        yield
-
-
 def _to_host(tensor: Tensor) -> Tensor:
     """A copy of its own in host memory, in logical order."""
     return torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach())
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _with_statistics(method: Method) -> dict[str, nn.Module]:

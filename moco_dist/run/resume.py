@@ -8,8 +8,8 @@ from moco_dist.config.section import COMPUTED
 from moco_dist.config.source import declarations, flatten, to_yaml
 from moco_dist.data.images import ImageFolder
 from moco_dist.data.sources import find_training_images
-from moco_dist.distributed.collectives import barrier, gather_texts
-from moco_dist.distributed.once import once_a_host
+from moco_dist.distributed.collectives import barrier
+from moco_dist.distributed.once import from_rank_0, once_a_host
 from moco_dist.distributed.world import World
 from moco_dist.engine.schedule import learning_rate
 from moco_dist.errors import UserError
@@ -62,16 +62,14 @@ def resume(method: Method, config: PretrainConfig, images: ImageFolder, world: W
     pending_losses: list[float] = []
     other_images = ""
     # What rank 0 sees counts: a shared file system may show a new folder to some hosts a little later.
-    seen = " ".join(folder.name for folder in checkpoint.complete_checkpoints(config.run.dir))
-    for name in reversed(gather_texts(seen, world)[0].split()):
+    seen = from_rank_0(lambda: [folder.name for folder in checkpoint.complete_checkpoints(config.run.dir)], world)
+    for name in reversed(seen):
         folder = run.checkpoints / name
         if problem := checkpoint.damage(folder, world):
             damaged[folder] = problem
             continue
-        refuse_changes(config, folder)
-        other_images = refuse_other_images(config, images, folder)
+        other_images, pending_losses = from_rank_0(lambda folder=folder: _what_goes_on(config, images, folder), world)
         checkpoint.load(method, folder, world)
-        pending_losses = read_manifest(folder)["pending_losses"]
         break
     else:
         if damaged:
@@ -91,6 +89,12 @@ def resume(method: Method, config: PretrainConfig, images: ImageFolder, world: W
         write_whole(run.config, to_yaml(without_secrets(config)).encode())
     barrier(world)
     return notes, pending_losses
+
+
+def _what_goes_on(config: PretrainConfig, images: ImageFolder, folder: Path) -> tuple[str, list[float]]:
+    """What became of the images, and the losses of the log interval under way; a UserError if `config` does not fit."""
+    refuse_changes(config, folder)
+    return refuse_other_images(config, images, folder), read_manifest(folder)["pending_losses"]
 
 
 def refuse_changes(config: PretrainConfig, folder: Path) -> None:

@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from moco_dist.config.architectures import ARCHITECTURES, family_of
 from moco_dist.config.pretrain import ModelConfig, PretrainConfig
 from moco_dist.config.source import to_yaml
+from moco_dist.distributed.once import from_rank_0
+from moco_dist.distributed.world import World
 from moco_dist.errors import UserError, file_error, nearest
 from moco_dist.files import write_whole
 from moco_dist.method.backbone import build_backbone, classifier_of, of_torchvision
@@ -179,8 +181,13 @@ def imported_from(run_dir: Path) -> str:
         return ""
 
 
-def load_trained(encoder: nn.Module, run_dir: Path) -> int:
+def load_trained(encoder: nn.Module, run_dir: Path, world: World | None = None) -> int:
     """Fill a query encoder from a run's newest checkpoint, or the backbone alone where it was imported.
+
+    Args:
+        encoder: what to fill.
+        run_dir: RUN.
+        world: this process, if all ranks call it; None: this process alone.
 
     Returns:
         the optimiser steps behind it.
@@ -188,9 +195,15 @@ def load_trained(encoder: nn.Module, run_dir: Path) -> int:
     Raises:
         UserError: there is neither, or it does not fit.
     """
-    imported = RunFolder(run_dir).backbone
-    if checkpoint.complete_checkpoints(run_dir) or not imported.is_file():
-        return checkpoint.load_query_encoder(encoder, checkpoint.latest(run_dir))
+    world, run = world or World(), RunFolder(run_dir)
+    imported = run.backbone
+
+    def newest() -> str:
+        has_one = checkpoint.complete_checkpoints(run_dir) or not imported.is_file()
+        return checkpoint.latest(run_dir).name if has_one else ""
+
+    if name := from_rank_0(newest, world):
+        return checkpoint.load_query_encoder(encoder, run.checkpoints / name, world)
     tensors = {f"backbone.{name}": value for name, value in _read(imported).items()}
     wanted = {name: value for name, value in encoder.state_dict().items() if name.startswith("backbone.")}
     if problem := _problem(tensors, wanted):

@@ -17,6 +17,7 @@ ALLOWED = {
     "engine/ddp.py",
     "launchers/torchrun.py",  # is torchrun, and no rank
     "run/checkpoint.py",
+    "run/tensors.py",
 }
 
 

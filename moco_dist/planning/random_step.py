@@ -126,9 +126,9 @@ def _random_batch(config: PretrainConfig) -> CropBatch:
     count, side = config.optim.global_batch_size, config.data.image_size
     crops = torch.randint(0, 256, (count, side, side, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
     samples = np.arange(count)
-    colours = [
+    colours_q, colours_k = (
         draw_colours(config.augment, config.run.seed, 0, samples, stream)
         for stream in (counter_rng.STREAM_COLOUR_Q, counter_rng.STREAM_COLOUR_K)
-    ]
+    )
     in_order = torch.from_numpy(samples)
-    return CropBatch(crops, crops, in_order, in_order, *colours, in_order)
+    return CropBatch(crops, crops, in_order, in_order, colours_q, colours_k, in_order)

@@ -35,7 +35,7 @@ def train(world, run_dir, start, stop):
         lr = peak_learning_rate(config().optim)
         result = method.train_step(views, lr, True)
         losses.append(gather_uneven(result.loss[None], world).mean().item())
-        assert {"contrastive_top1", "contrastive_top5", "embedding_std"} == result.scalars.keys()
+        assert {"contrastive_top1", "contrastive_top5", "embedding_std", "gradient_norm"} == result.scalars.keys()
     saver = saver_for(run_dir, world, print, keep_last=1, keep_every_steps=0)
     saver.save(method, [])
     saver.finish()

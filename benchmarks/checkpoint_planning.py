@@ -103,7 +103,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=[64, 512, 1024])
     parser.add_argument("--rounds", type=int, default=3)
-    args = parser.parse_args()
+    args = results.parse(parser, ranks=[8], rounds=1)
     rows = []
     for num_ranks in args.ranks:
         rows.append(measured(num_ranks, args.rounds))

@@ -76,10 +76,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=2_000)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--quick", action="store_true", help="64 images, one round, no results: whether it runs")
-    args = parser.parse_args()
-    if args.quick:
-        args.images, args.rounds = 64, 1
+    args = results.parse(parser, images=64, rounds=1)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch) / "folder"
@@ -99,9 +96,8 @@ def main() -> None:
     rows = [row_of(name, values, times["folder"], args.images // BATCH * BATCH) for name, values in times.items()]
     for row in rows:
         print(row)
-    if not args.quick:
-        results.write("sources", rows, images=args.images, rounds=args.rounds, image_size=[WIDTH, HEIGHT],
-                      crop_size=SIZE, crops_per_image=2, shards=SHARDS)  # fmt: skip
+    results.write("sources", rows, images=args.images, rounds=args.rounds, image_size=[WIDTH, HEIGHT],
+                  crop_size=SIZE, crops_per_image=2, shards=SHARDS)  # fmt: skip
 
 
 def row_of(

@@ -35,7 +35,7 @@ COMMAND_LINE = {
     "fraction of an epoch": ([*NEW, "--optim.epochs", "1.5"], r"optim\.epochs: 1\.5 is not a valid integer"),
     "yes for a number": ([*NEW, "--optim.epochs", "yes"], r"optim\.epochs: true is not a value for it"),
     "no epochs": ([*NEW, "--optim.epochs", "0"], r"optim\.epochs: 0 is not greater than 0"),
-    "wrong optimiser": ([*NEW, "--optim.optimizer", "larz"], r"'larz' is not one of 'sgd' or 'lars'; did you mean lars\?"),
+    "wrong optimiser": ([*NEW, "--optim.optimizer", "larz"], r"'larz' is not one of 'sgd', 'lars' or 'adamw'; did you mean lars\?"),
     "wrong arch": ([*NEW, "--model.arch", "resnet5"], r"model\.arch: 'resnet5' is not one of .*did you mean resnet50\?"),
     "wrong precision": ([*NEW, "--optim.precision", "bf61"], r"'bf61' is not one of .*did you mean bf16\?"),
     "wrong schedule": ([*NEW, "--optim.schedule", "cosin"], r"did you mean cosine\?"),
@@ -178,8 +178,9 @@ def _filled(words, folders):
 
 
 def _content(folder: Path):
-    """Every file's bytes; the lock says only who was here last."""
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+    """Every file's bytes, without those that say who was here last, and where data was found."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name not in (".lock", ".data_roots"))
+    return {path: path.read_bytes() for path in files}
 
 
 def _fails(words, folders, says, capsys):

@@ -38,8 +38,9 @@ class Told:
             total=total, initial=done, desc=what, unit=f" {unit}", disable=not (world.is_main and is_watched),
             leave=False,
         )  # fmt: skip
+        self._teller = threading.Thread(target=self._tell, daemon=True)
         if world.is_main and not is_watched:
-            threading.Thread(target=self._tell, daemon=True).start()
+            self._teller.start()
 
     def add(self, count: int = 1, note: str = "") -> None:
         """So much more is done; `note` says what came of it."""
@@ -53,6 +54,8 @@ class Told:
 
     def __exit__(self, *error: object) -> None:
         self._ended.set()
+        if self._teller.is_alive():
+            self._teller.join()
         self._bar.close()
 
     def line(self) -> str:

@@ -307,6 +307,7 @@ def test_long_work_says_how_far_it_is(monkeypatch, capsys):
         wait_for(lambda: "detector: 10 of 1,000 steps  begun 0:00:00 ago" in capsys.readouterr().err)
         told.add(5, "loss 2.5")
         wait_for(lambda: "detector: 15 of 1,000 steps  loss 2.5  0:0" in capsys.readouterr().err)
+    capsys.readouterr()
     with Told("detector", 1000, "steps", World(1, 1, 2, 2)):  # rank 0 alone speaks
         time.sleep(0.1)
     assert capsys.readouterr().err == ""

@@ -75,7 +75,7 @@ def test_seeds_are_averaged(tmp_path):
 
 
 def test_memory_and_time_stand_beside_the_published(tmp_path, monkeypatch, capsys):
-    def measure(configs, batches, device, steps, rounds):
+    def measure(configs, batches, device, steps, rounds, kept):
         assert {method: config.method for method, config in configs.items()} == {"MoCo": "moco", "end to end": "simclr"}
         return [{"method": m, "local_batch": 32, "peak_bytes": 4e9, "step_seconds": 0.5} for m in configs]
 

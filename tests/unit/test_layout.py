@@ -84,8 +84,8 @@ class Contiguous(nn.Module):
 def test_a_layout_copy_is_noticed(monkeypatch):
     build = Encoder.__init__
 
-    def with_a_mistake(self, config):
-        build(self, config)
+    def with_a_mistake(self, *args):
+        build(self, *args)
         self.backbone.layer2.add_module("mistake", Contiguous())
 
     monkeypatch.setattr(Encoder, "__init__", with_a_mistake)

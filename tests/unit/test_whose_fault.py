@@ -22,7 +22,7 @@ from moco_dist.datasets.published import _downloading, _read_idx
 from moco_dist.distributed.world import World
 from moco_dist.errors import EXIT_IO, EXIT_MISTAKE, EXIT_UNREACHABLE, UserError, file_error
 from moco_dist.launchers import kubernetes, slurm
-from moco_dist.run import checkpoint, weights
+from moco_dist.run import tensors, weights
 
 OF_PATHS = [errno.ENOENT, errno.EACCES, errno.EROFS, errno.EISDIR]
 OF_STORAGE = [errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN]
@@ -168,12 +168,12 @@ def test_a_checkpoint(tmp_path, monkeypatch, number, status):
     """Its disk fails, or it is another model's."""
     error = OSError(number, os.strerror(number)) if number else ValueError("size mismatch")
 
-    def load(*_, **__):
+    def read_metadata(_):
         raise CheckpointException("load", {0: (error, None)})
 
-    monkeypatch.setattr(checkpoint.dcp, "load", load)
+    monkeypatch.setattr(tensors.dcp.HuggingFaceStorageReader, "read_metadata", read_metadata)
     with pytest.raises(UserError) as caught:
-        checkpoint._read({}, tmp_path, World())
+        tensors.Stored(tmp_path, World())
     assert caught.value.exit_status == status
 
 

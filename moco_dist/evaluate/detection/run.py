@@ -71,9 +71,11 @@ def run_detection(config: DetectConfig, world: World) -> dict[str, Any]:
     data = config.data
     out = RunFolder(config.run_dir).detection if config.run_dir else _beside(config.weights)
     record = RunFolder(config.run_dir).data_roots if config.run_dir else out.with_name(f".{out.name}.data_roots")
-    with missed_if_gone(data.root, has_evaluated_on(data.root, record), out.parent):
+    lists = [data.root / name for name in {*data.train_sets, *data.test_sets}]  # each by itself: its name may be wrong
+    with missed_if_gone(data.root, all(has_evaluated_on(of_set, record) for of_set in lists), out.parent):
         train, test = (read_sets(data.root, sets, data.classes) for sets in (data.train_sets, data.test_sets))
-    remember(data.root, record, world)
+    for of_set in sorted(lists):
+        remember(of_set, record, world)
     if len(train) < config.global_batch_size:
         sets, batch = ", ".join(data.train_sets), config.global_batch_size
         raise UserError(f"{sets}: {len(train)} images, less than one batch (global_batch_size {batch})")

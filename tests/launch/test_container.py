@@ -1,5 +1,6 @@
 """The Dockerfile without a container engine: linted, read, and its steps run in a folder of this machine."""
 
+import functools
 import re
 import shutil
 import subprocess
@@ -99,7 +100,11 @@ def test_the_last_steps_install_the_program(tmp_path):
     ignored = shutil.ignore_patterns("__pycache__", "examples")
     for value in (value for name, value in build if name == "COPY" and "--from" not in value):
         for word in value.split()[:-1]:
-            copy = shutil.copy if Path(word).is_file() else lambda a, b: shutil.copytree(a, b, ignore=ignored)
+            copy = (
+                shutil.copy
+                if Path(word).is_file()
+                else functools.partial(shutil.copytree, ignore=ignored, dirs_exist_ok=True)
+            )
             copy(word, context / word)
     steps = [value for name, value in build if name == "RUN"]
     assert "python3 -m venv /opt/venv" in steps

@@ -16,6 +16,8 @@ from moco_dist.engine.precision import compute_dtype
 from moco_dist.evaluate.features import Features, extract, standardise
 from moco_dist.evaluate.knn import knn_accuracy
 from moco_dist.evaluate.subject import Evaluation, frozen_copy, labelled_images
+from moco_dist.run.folder import RunFolder
+from moco_dist.run.known_data import remember
 
 TRAINING_K, TRAINING_TEMPERATURE = 20, 0.07
 # A share of the mean variance along a direction. On Fashion-MNIST, with 512 dimensions and 600 to 16,000 images, it is
@@ -68,6 +70,7 @@ def _evaluation(config: PretrainConfig, world: World) -> Evaluation:
     data = EvalDataConfig(**{name: getattr(config.data, name) for name in shared})
     num_train = min(config.log.knn_train_samples, config.data.max_samples or config.log.knn_train_samples)
     train, val = labelled_images(config.data.root, num_train, config.log.knn_val_samples, config.run.dir, world)
+    remember(config.data.root, RunFolder(config.run.dir).data_roots, world)
     crop = config.data.image_size
     dtype = compute_dtype(config.optim.precision, world.device)
     evaluation = EvalConfig(run_dir=config.run.dir, data=data)

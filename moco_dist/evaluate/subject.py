@@ -153,9 +153,7 @@ def labelled_images(
         InfrastructureError: there is none any more: the run or an earlier evaluation of it has found them there.
     """
     run = RunFolder(run_dir)
-    found = once_a_host(lambda: _labelled_images(root, max_train, max_val, run), f"{root} {max_train} {max_val}", world)
-    remember(root, run.data_roots, world)
-    return found
+    return once_a_host(lambda: _labelled_images(root, max_train, max_val, run), f"{root} {max_train} {max_val}", world)
 
 
 def _labelled_images(
@@ -187,6 +185,8 @@ def frozen_encoder(evaluation: Evaluation, name: str) -> FrozenEncoder:
         InfrastructureError: ranks see different ones.
     """
     pretrain, world = evaluation.pretrain, evaluation.world
+    run = RunFolder(evaluation.config.run_dir)
+    remember(evaluation.config.data.root or pretrain.data.root, run.data_roots, world)  # no mistake was found
     if name == "pixels":
         dim = 3 * min(evaluation.crop, MAX_PIXEL_SIDE) ** 2
         return FrozenEncoder(name, 0, Pixels(), dim, pretrain, torch.float32, world.device)

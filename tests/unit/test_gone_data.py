@@ -71,7 +71,9 @@ def run_of(run, root, has_checkpoint):
     """A folder as a run over `root` leaves it."""
     run.mkdir()
     (run / "config.yaml").write_text(
-        to_yaml(PretrainConfig.model_validate({"run": {"dir": run}, "data": {"root": root}}))
+        to_yaml(
+            PretrainConfig.model_validate({"run": {"dir": run}, "model": {"bn_group_size": 2}, "data": {"root": root}})
+        )
     )
     if has_checkpoint:
         (run / "checkpoints" / "step_00000001").mkdir(parents=True)
@@ -111,7 +113,8 @@ def test_at_an_evaluation(tmp_path, capsys, command, knows, harm, status):
     root = tmp_path / "images"
     for split in ("train", "val"):
         (root / split / "class").mkdir(parents=True)
-        Image.new("RGB", (80, 70)).save(root / split / "class" / "0.jpg")
+        for name in ("0.jpg", "1.jpg"):  # a BN group of `run_of`, without which fine-tuning does not begin
+            Image.new("RGB", (80, 70)).save(root / split / "class" / name)
     run = run_of(tmp_path / "run", root if knows == TRAINED else tmp_path / "another", has_checkpoint=True)
     words = [command, "--run-dir", str(run), "--data.root", str(root), "--device", "cpu", "--tracking", "none"]
     if command == "knn":

@@ -9,6 +9,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from moco_dist.data.images import NO_CLASS, ImageFolder, MissingDataError, cannot_read
 from moco_dist.data.index import image_paths
 from moco_dist.data.layout import folder_names, no_train, require_distinct, require_layout
+from moco_dist.data.names import Names
 from moco_dist.data.storage import read_patiently
 from moco_dist.errors import UserError, nearest
 
@@ -57,7 +58,7 @@ def folder_images(
     label_of = {name: label for label, name in enumerate(classes)}
     firsts = (path.partition("/") for path in paths)
     labels = [label_of[first] if below else NO_CLASS for first, below, _ in firsts]
-    return ImageFolder(folder, paths, np.array(labels, dtype=np.int64), tuple(classes))
+    return ImageFolder(folder, Names.of(paths), np.array(labels, dtype=np.int64), tuple(classes))
 
 
 def read_bytes(path: Path) -> bytes:

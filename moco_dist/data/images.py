@@ -3,7 +3,6 @@
 import errno
 import functools
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -65,14 +64,15 @@ class ImageFolder:
 
     Attributes:
         root: the folder that paths are relative to, or that holds the files they lie in.
-        paths: N relative paths with `/` between folders, sorted.
+        paths: N relative paths with `/` between folders, sorted. They lie in arrays: looking up a string of a list
+            changes its reference count, so that each worker would copy the list bit by bit.
         labels: (N,) int64, indices into `classes`; NO_CLASS for images of no class.
         classes: sorted names.
         places: where the images lie in tar shards; None: each is a file.
     """
 
     root: Path
-    paths: Sequence[str]
+    paths: Names
     labels: NDArray[np.int64]
     classes: tuple[str, ...]
     places: Places | None = None
@@ -80,7 +80,7 @@ class ImageFolder:
     @functools.cached_property
     def list_hash(self) -> str:
         """SHA-256 in hex digits of the paths in their order."""
-        return self.paths.digest() if isinstance(self.paths, Names) else hash_of_list(self.paths)
+        return self.paths.digest()
 
     @functools.cached_property
     def content_hash(self) -> str:
@@ -113,10 +113,9 @@ def subset(folder: ImageFolder, max_samples: int | None) -> ImageFolder:
 def rows_of(folder: ImageFolder, rows: NDArray[np.int64]) -> ImageFolder:
     """Some of the images, in the order of `rows`; the classes stay."""
     paths, places = folder.paths, folder.places
-    taken = paths.take(rows) if isinstance(paths, Names) else [paths[i] for i in rows]
     if places is not None:
         places = Places(places.files, places.facts, places.file[rows], places.offset[rows], places.size[rows])
-    return replace(folder, paths=taken, labels=folder.labels[rows], places=places)
+    return replace(folder, paths=paths.take(rows), labels=folder.labels[rows], places=places)
 
 
 def share_of_classes(labels: NDArray[np.int64], share: float, seed: list[int], leave: int = 0) -> NDArray[np.bool_]:

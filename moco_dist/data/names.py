@@ -2,10 +2,12 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from typing import Any, overload
+from typing import Any, Self, overload
 
 import numpy as np
 from numpy.typing import NDArray
+
+CHUNK = 2**16  # names whose places are looked up at once
 
 
 class Names(Sequence[str]):
@@ -22,6 +24,11 @@ class Names(Sequence[str]):
     ) -> None:
         self._content, self._ends, self._rows = content, ends, rows
 
+    @classmethod
+    def of(cls, names: Sequence[str]) -> Self:
+        """These names, in arrays."""
+        return cls(*in_arrays(names))
+
     def __len__(self) -> int:
         return len(self._ends if self._rows is None else self._rows)
 
@@ -37,11 +44,17 @@ class Names(Sequence[str]):
         if not -len(self) <= index < len(self):
             raise IndexError(index)
         row = int(index) % len(self) if self._rows is None else int(self._rows[index])
-        start = int(self._ends[row - 1]) + 1 if row else 0
-        return self._content[start : int(self._ends[row])].tobytes().decode("utf-8", "surrogateescape")
+        start = self._ends.item(row - 1) + 1 if row else 0
+        return str(self._content.data[start : self._ends.item(row)], "utf-8", "surrogateescape")
 
     def __iter__(self) -> Iterator[str]:
-        return (self[i] for i in range(len(self)))
+        content = self._content.data
+        for first in range(0, len(self), CHUNK):
+            chunk = np.arange(first, min(first + CHUNK, len(self)))
+            rows = chunk if self._rows is None else self._rows[chunk]
+            starts = np.where(rows > 0, self._ends[rows - 1] + 1, 0)
+            for start, end in zip(starts.tolist(), self._ends[rows].tolist(), strict=True):
+                yield str(content[start:end], "utf-8", "surrogateescape")
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and len(self) == len(other) and all(map(str.__eq__, self, other))
@@ -61,6 +74,8 @@ class Names(Sequence[str]):
 
 def in_arrays(names: Sequence[str]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """`content` and `ends` of names."""
-    texts = [name.encode("utf-8", "surrogateescape") for name in names]
-    lengths = np.fromiter(map(len, texts), np.int64, len(texts))
-    return np.frombuffer(b"\n".join(texts), np.uint8), np.cumsum(lengths + 1) - 1
+    content = "\n".join(names).encode("utf-8", "surrogateescape")
+    lengths = np.fromiter(map(len, names), np.int64, len(names))
+    if lengths.sum() + max(0, len(names) - 1) < len(content):  # characters of several bytes
+        lengths = np.fromiter((len(name.encode("utf-8", "surrogateescape")) for name in names), np.int64, len(names))
+    return np.frombuffer(content, np.uint8), np.cumsum(lengths + 1) - 1

@@ -20,6 +20,7 @@ from torch import Tensor
 from moco_dist.data.beton import JPEG, Beton, read_beton
 from moco_dist.data.decode import CropsFor, cut, cut_pixels, decode_image
 from moco_dist.data.images import NO_CLASS, ImageError, ImageFolder, MissingDataError, cannot_read
+from moco_dist.data.names import Names
 from moco_dist.data.storage import PlacedFile, patiently
 from moco_dist.errors import UserError, file_error, nearest
 
@@ -42,7 +43,7 @@ def packed_images(path: Path, split: Literal["train", "val"]) -> ImageFolder:
     classes = sorted({name.split("/")[1] for name in names if name.count("/") > 1})
     label_of = {name: label for label, name in enumerate(classes)}
     labels = [label_of[path.partition("/")[0]] if "/" in path else NO_CLASS for path in paths]
-    return ImageFolder(path / split, paths, np.array(labels, dtype=np.int64), tuple(classes))
+    return ImageFolder(path / split, Names.of(paths), np.array(labels, dtype=np.int64), tuple(classes))
 
 
 def has_split(path: Path, split: str) -> bool:

@@ -22,6 +22,7 @@ from moco_dist.data import transfer, views
 from moco_dist.data.batch import CropBatch
 from moco_dist.data.colours import COLOURS, apply_colours
 from moco_dist.data.images import ImageFolder
+from moco_dist.data.names import Names
 from moco_dist.data.plan import Plan, plan_of
 from moco_dist.data.tasks import view_task
 from moco_dist.distributed.world import World
@@ -107,7 +108,7 @@ def _steps(config: PretrainConfig, world: World, watch: Watch, folder: Path) -> 
         stack.enter_context(replaced(views, "pretrain_batches", lambda *_: _crops(config, plan, world)))
         stack.enter_context(replaced(transfer, "ahead", _ahead(memory, parts["crops (uint8)"])))
         logbook = stack.enter_context(contextlib.closing(Logbook(logged, Tracker(), world, 0, STEPS)))
-        images = ImageFolder(folder, [], np.empty(0, dtype=np.int64), ())
+        images = ImageFolder(folder, Names.of([]), np.empty(0, dtype=np.int64), ())
         feed = views.views_of_steps(images, config, plan, world, 0, STEPS + 2, method.dtype)
         stack.enter_context(contextlib.closing(feed))
         for is_logged in (True, False):

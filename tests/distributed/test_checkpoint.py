@@ -9,6 +9,7 @@ import safetensors.torch
 import torch
 
 from moco_dist.data.images import ImageFolder
+from moco_dist.data.names import Names
 from moco_dist.data.plan import Plan
 from moco_dist.distributed.collectives import barrier, gather_uneven
 from moco_dist.errors import UserError
@@ -247,7 +248,7 @@ def resume_and_save(world, run_dir, steps, keep_last):
     """As a training that goes on from the newest intact checkpoint."""
     config = small_config(run={"dir": run_dir})
     method = build_method(config, world)
-    images = ImageFolder(run_dir, ["a/1.jpg"], np.zeros(1, np.int64), ("a",))
+    images = ImageFolder(run_dir, Names.of(["a/1.jpg"]), np.zeros(1, np.int64), ("a",))
     notes, _ = resume(method, config, images, world)
     start = method.step
     saver = saver_for(run_dir, world, print, keep_last=keep_last, keep_every_steps=0)

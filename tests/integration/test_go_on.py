@@ -10,6 +10,7 @@ from PIL import Image
 from moco_dist.cli.main import main
 from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.data.images import ImageFolder
+from moco_dist.data.names import Names
 from moco_dist.errors import UserError
 from moco_dist.provenance import package_versions
 from moco_dist.run.checkpoint import complete_checkpoints
@@ -166,7 +167,7 @@ def test_what_is_no_json_object_is_damage(tmp_path, text):
 
 
 def images(*paths):
-    return ImageFolder("root", list(paths), np.zeros(len(paths), np.int64), ())
+    return ImageFolder("root", Names.of(paths), np.zeros(len(paths), np.int64), ())
 
 
 def test_a_list_that_was_lost_leaves_the_numbers(tmp_path):

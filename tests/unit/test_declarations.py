@@ -10,6 +10,7 @@ from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.config.section import COMPUTED, Section, setting
 from moco_dist.config.source import declarations, flatten, read_config, what_is_computed
 from moco_dist.data.images import ImageFolder
+from moco_dist.data.names import Names
 from moco_dist.planning.measurements import settings_of
 from moco_dist.run.resume import facts_to_agree_on
 
@@ -74,7 +75,7 @@ def test_what_is_computed_is_told_in_sections():
 
 def test_ranks_agree_on_all_but_what_hosts_may_have_of_their_own():
     config = read_config(PretrainConfig, None, ["--run.dir", "r", "--data.root", "d"])
-    facts = facts_to_agree_on(config, ImageFolder(Path("d"), ["a.jpg"], [0], ["class"]))
+    facts = facts_to_agree_on(config, ImageFolder(Path("d"), Names.of(["a.jpg"]), [0], ["class"]))
     assert flatten(config).keys() - facts.keys() == set(PER_HOST)
     assert settings_of(config).keys() == matching(PretrainConfig, [*STEP, *LOADER])
 

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from moco_dist.errors import UserError, file_error
 
 VERSION = 2
+PACKED_SUFFIX = ".beton"  # of a file's name
 PAGE_BYTES = 8 * 2**20  # FFCV's default
 JPEG, RAW = 0, 1
 

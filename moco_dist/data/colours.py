@@ -200,9 +200,13 @@ def _blur(x: Tensor, sigma: Tensor, radius: int, block: int) -> Tensor:
     return torch.cat([x[..., near] @ matrix[:, :, rows, near].mT for rows, near in bands], dim=3)
 
 
-@torch.compiler.assume_constant_result  # a compiler looks through a cache, and would make it anew at every step
 def _neighbours(size: int, radius: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return _make_neighbours(size, radius, dtype, device)
+
+
+# A compiler looks through a cache, and would make it anew at every step. This is what
+# torch.compiler.assume_constant_result sets; calling that imports the compiler, for seconds, in every process.
+_neighbours._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.lru_cache(maxsize=4)

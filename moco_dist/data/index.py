@@ -13,9 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from torchvision.datasets.folder import IMG_EXTENSIONS
-
-from moco_dist.data.layout import is_left_out
+from moco_dist.data.layout import IMAGE_SUFFIXES, is_left_out
 from moco_dist.errors import UserError
 from moco_dist.files import write_whole
 from moco_dist.provenance import hash_of_list
@@ -68,7 +66,7 @@ def _scan(folder: Path, prefix: str, folders: dict[str, int]) -> list[str]:
         for entry in entries:
             if is_left_out(entry.name):
                 continue
-            if entry.name.lower().endswith(IMG_EXTENSIONS):
+            if entry.name.lower().endswith(IMAGE_SUFFIXES):
                 found.append(prefix + entry.name)
             elif entry.is_dir():
                 target = Path(entry).resolve() if entry.is_symlink() else None

@@ -6,11 +6,11 @@ import re
 import unicodedata
 from pathlib import Path
 
-from torchvision.datasets.folder import IMG_EXTENSIONS
-
 from moco_dist.data.images import MissingDataError
 from moco_dist.errors import UserError, nearest
 
+# Which files count as images. They are those of torchvision, whose import takes longer than listing a data set.
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 # What file systems, file servers and archivers put among people's folders, with images in it that are nobody's.
 _LEFT_OUT = {"lost+found", "__macosx", "@eadir", "#recycle", "@recycle", "$recycle.bin", "system volume information"}
 _FILES_LOOKED_AT = 1000  # of a folder, to know what it holds
@@ -97,7 +97,7 @@ def holds_images(folder: Path) -> bool:
     """Whether at least half of the first files below are images: not so in a folder of annotations, or of runs."""
     names = (name for _, _, files in os.walk(folder) for name in files if not is_left_out(name))
     looked_at = list(itertools.islice(names, _FILES_LOOKED_AT))
-    images = sum(name.lower().endswith(IMG_EXTENSIONS) for name in looked_at)
+    images = sum(name.lower().endswith(IMAGE_SUFFIXES) for name in looked_at)
     return images > 0 and 2 * images >= len(looked_at)
 
 

@@ -12,9 +12,10 @@ from torch import Tensor
 from moco_dist.config.evaluate import EvalDataConfig
 from moco_dist.config.pretrain import DataConfig, PretrainConfig
 from moco_dist.data.batch import CropBatch
+from moco_dist.data.beton import PACKED_SUFFIX
 from moco_dist.data.crops import centre_resize
 from moco_dist.data.images import ImageFolder
-from moco_dist.data.packed import PACKED_SUFFIX, PackedFile
+from moco_dist.data.packed import PackedFile
 from moco_dist.data.plan import Plan
 from moco_dist.data.tar.source import TarShards
 from moco_dist.data.tasks import Crop, DecodeTask, TaskOf, row_task, view_task

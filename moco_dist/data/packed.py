@@ -24,8 +24,6 @@ from moco_dist.data.names import Names
 from moco_dist.data.storage import PlacedFile, patiently
 from moco_dist.errors import UserError, file_error, nearest
 
-PACKED_SUFFIX = ".beton"  # of a file that `moco-dist data pack` wrote
-
 
 def packed_images(path: Path, split: Literal["train", "val"]) -> ImageFolder:
     """The images of one split, as `find_images` finds them in the folder that was packed; `root` is FILE/SPLIT.

@@ -1,4 +1,7 @@
-"""Where images come from: finds those of a data set in whatever it is stored, and opens them for reading."""
+"""Where images come from: finds those of a data set in whatever it is stored, and opens them for reading.
+
+What decodes needs torch, and is imported where it is used: to find the images of a folder takes no torch.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,12 +10,10 @@ from typing import Literal
 from PIL import Image
 
 from moco_dist.config.pretrain import DataConfig
-from moco_dist.data.decode import decode_image
+from moco_dist.data.beton import PACKED_SUFFIX
 from moco_dist.data.folder import folder_images, read_bytes
 from moco_dist.data.images import ImageFolder, subset
-from moco_dist.data.packed import PACKED_SUFFIX, PackedFile, has_split, packed_images
 from moco_dist.data.tar.layout import find_shards
-from moco_dist.data.tar.source import TarShards, tar_splits
 from moco_dist.errors import UserError
 
 
@@ -33,8 +34,12 @@ def find_images(
         UserError: there is no such data set, no image in it, or `val` has a class that `train` lacks.
     """
     if root.suffix == PACKED_SUFFIX:
+        from moco_dist.data.packed import packed_images
+
         return packed_images(root, split)
     if shards := find_shards(root):
+        from moco_dist.data.tar.source import tar_splits
+
         splits = tar_splits(root, shards, remember, index_folder)
         if split not in splits:
             raise UserError(
@@ -61,9 +66,17 @@ def find_training_images(data: DataConfig, index_folder: Path | None = None) -> 
 def find_splits(root: Path, remember: bool = True) -> dict[str, ImageFolder]:
     """`find_images` of `train`, and of `val` where there is one."""
     if shards := find_shards(root):
+        from moco_dist.data.tar.source import tar_splits
+
         return tar_splits(root, shards, remember, None)
     found = {"train": find_images(root, "train", remember)}
-    if has_split(root, "val") if root.suffix == PACKED_SUFFIX else (root / "val").is_dir():
+    if root.suffix == PACKED_SUFFIX:
+        from moco_dist.data.packed import has_split
+
+        has_val = has_split(root, "val")
+    else:
+        has_val = (root / "val").is_dir()
+    if has_val:
         found["val"] = find_images(root, "val", remember)
     return found
 
@@ -71,6 +84,8 @@ def find_splits(root: Path, remember: bool = True) -> dict[str, ImageFolder]:
 def bytes_reader(folder: ImageFolder) -> Callable[[int], tuple[bytes | bytearray, str]]:
     """A function from an image's number to its bytes and its name; or an ImageError. A packed file has none."""
     if folder.places is not None:
+        from moco_dist.data.tar.source import TarShards
+
         return TarShards(folder).content
 
     def read(i: int) -> tuple[bytes, str]:
@@ -83,7 +98,11 @@ def bytes_reader(folder: ImageFolder) -> Callable[[int], tuple[bytes | bytearray
 def image_reader(folder: ImageFolder) -> Callable[[int], tuple[int, Image.Image]]:
     """A function from an image's number to the bytes that it takes and the whole image, RGB; or an ImageError."""
     if folder.root.parent.suffix == PACKED_SUFFIX and folder.root.parent.is_file():
+        from moco_dist.data.packed import PackedFile
+
         return PackedFile(folder).image
+    from moco_dist.data.decode import decode_image
+
     read_one = bytes_reader(folder)
 
     def read(i: int) -> tuple[int, Image.Image]:

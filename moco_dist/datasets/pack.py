@@ -12,10 +12,9 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from moco_dist.data.beton import JPEG, RAW, BetonWriter
+from moco_dist.data.beton import JPEG, PACKED_SUFFIX, RAW, BetonWriter
 from moco_dist.data.decode import decode_image
 from moco_dist.data.images import ImageError, ImageFolder
-from moco_dist.data.packed import PACKED_SUFFIX
 from moco_dist.data.sources import bytes_reader, find_splits
 from moco_dist.data.storage import raise_if_storage_failed
 from moco_dist.datasets.compressed import decompressed, find_compressed

@@ -75,9 +75,11 @@ def world_from_env(device: str = "auto", env: Mapping[str, str] = os.environ) ->
 
     local_rank = number("LOCAL_RANK", 0)
     world_size = number("WORLD_SIZE", 1)
-    import torch  # here, since a World is a plain value: what needs no more than values answers without torch
+    if device != "cpu":
+        import torch  # here, since a World is a plain value: what needs no more than values answers without torch
 
-    if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
+        device = "cuda" if device == "cuda" or torch.cuda.is_available() else "cpu"
+    if device == "cuda":
         found = torch.cuda.device_count()
         index = 0 if each_sees_its_own_gpu(env) else local_rank
         if index >= found:
@@ -86,8 +88,6 @@ def world_from_env(device: str = "auto", env: Mapping[str, str] = os.environ) ->
                 + (f"start {found} process(es) per host, or use device cpu" if found else "use device cpu or auto")
             )
         device = f"cuda:{index}"
-    else:
-        device = "cpu"
     return World(
         rank=number("RANK", 0),
         local_rank=local_rank,

@@ -5,16 +5,12 @@ import json
 import socket
 import time
 
-import torch
-
 from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.data.sources import find_images, find_training_images
-from moco_dist.distributed import collectives
 from moco_dist.distributed.world import world_from_env
 from moco_dist.doctor import machine, network, settings
 from moco_dist.doctor.finding import Finding, fine, problem
 from moco_dist.errors import UserError
-from moco_dist.method.build import settled
 
 
 def findings(
@@ -23,14 +19,14 @@ def findings(
     """Look at this host, and gather what the others found; None on all ranks but the first. Called by all ranks.
 
     Args:
-        config: of the planned run.
+        config: of the planned run, as `settled` has it.
         with_data: whether data.root is looked at.
         num_nodes: hosts of the planned run; None: those here.
         gpus_per_node: its ranks on each of them; None: this host's GPUs, or the ranks that run here.
     """
-    config = settled(config)
     world = world_from_env("cpu")  # gloo answers on any host, also where a GPU is what is wrong
-    here = world.local_world_size if world.world_size > 1 else max(1, torch.cuda.device_count())
+    gpus = 0 if config.run.device == "cpu" else machine.num_gpus()
+    here = world.local_world_size if world.world_size > 1 else max(1, gpus)
     ranks = gpus_per_node or here
     world_size = ranks * (num_nodes or world.num_nodes)
     found, num_images = _data(config) if with_data else ([], None)
@@ -39,6 +35,10 @@ def findings(
     found.append(network.mlflow_server(config.tracking))
     if world.is_main:
         found += settings.pretraining(config, world_size, ranks, num_images)
+    if world.world_size == 1:
+        return found
+    from moco_dist.distributed import collectives  # here: one process alone is answered without torch
+
     with collectives.process_group(world):
         collectives.barrier(world)
         facts = {"host": socket.gethostname(), "time": time.time(), "is_first": world.local_rank == 0,

@@ -11,9 +11,11 @@ from moco_dist.config.architectures import blocks_in
 from moco_dist.config.loading import worker_count
 from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.doctor.finding import Finding, fine, problem, warning
+from moco_dist.run.size import checkpoint_bytes
 
 MEMORY = Path("/proc/meminfo")
 MEMORY_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+OTHER_GPUS = (Path("/dev/kfd"), Path("/dev/dxg"))  # AMD's, and those of a Linux in Windows
 FILES_A_WORKER = 4  # its socket, its end, and the batch that it hands over
 FILES_A_RANK = 4  # rank 0's connections to it: two meshes of gloo, and the two of the store that rank 0 holds
 FILES_BESIDE = 256  # libraries, the log
@@ -111,17 +113,27 @@ def _is_missing(module: str) -> bool:
         return True
 
 
-def gpus(config: PretrainConfig, ranks: int) -> Finding:
-    """One a rank, and a PyTorch that can use them."""
+def num_gpus() -> int:
+    """Those that torch can use here. Where no GPU can be, torch is not imported to ask: that takes seconds."""
+    if not _has_nvidia_driver() and not any(device.exists() for device in OTHER_GPUS):
+        return 0
     import torch
 
-    from moco_dist.distributed.world import each_sees_its_own_gpu
+    return torch.cuda.device_count()
 
+
+def _has_nvidia_driver() -> bool:
+    return Path("/dev/nvidiactl").exists() or shutil.which("nvidia-smi") is not None
+
+
+def gpus(config: PretrainConfig, ranks: int) -> Finding:
+    """One a rank, and a PyTorch that can use them."""
     if config.run.device == "cpu":
         return fine("GPUs", "run.device is cpu")
-    has_driver = Path("/dev/nvidiactl").exists() or shutil.which("nvidia-smi") is not None
-    if not torch.cuda.is_available():
-        if has_driver:
+    if num_gpus() == 0:
+        if _has_nvidia_driver():
+            import torch
+
             why = "built without CUDA" if torch.version.cuda is None else f"of CUDA {torch.version.cuda}"
             return problem("GPUs", f"there is an NVIDIA driver, and torch {torch.__version__} ({why}) cannot use it: "
                            "install the wheel for the driver's CUDA version, or update the driver")  # fmt: skip
@@ -130,7 +142,11 @@ def gpus(config: PretrainConfig, ranks: int) -> Finding:
         if small and level == "warning":
             return fine("GPUs", "none; a CPU trains this small network")
         return Finding(level, "GPUs", "none, and a ResNet-50 takes months on a CPU; configs/demo.yaml is for CPUs")
-    count = torch.cuda.device_count()
+    import torch
+
+    from moco_dist.distributed.world import each_sees_its_own_gpu
+
+    count = num_gpus()
     if count < ranks and not each_sees_its_own_gpu():
         return problem("GPUs", f"{count} for {ranks} ranks: start {count} processes a host")
     return fine("GPUs", f"{count} x {torch.cuda.get_device_name()}")
@@ -138,8 +154,6 @@ def gpus(config: PretrainConfig, ranks: int) -> Finding:
 
 def disk(config: PretrainConfig, world_size: int) -> Finding:
     """Room for the checkpoints that are kept, and the one being written."""
-    from moco_dist.planning.arithmetic import checkpoint_bytes
-
     folder = config.run.dir.absolute()
     while not folder.exists():
         folder = folder.parent

@@ -111,18 +111,6 @@ def parameters_of(config: PretrainConfig) -> int:
         return sum(p.numel() for p in Encoder(config.model, config.data.image_size).parameters())
 
 
-def checkpoint_bytes(config: PretrainConfig, world_size: int) -> int:
-    """A checkpoint's tensors: encoders, momentum, queue if there is one; their statistics, by rank and averaged."""
-    method = config.of_method
-    with torch.device("meta"):
-        encoder = Encoder(config.model, config.data.image_size)
-    parameters = sum(p.numel() for p in encoder.parameters())
-    statistics = sum(b.numel() for b in encoder.buffers() if b.is_floating_point())
-    queue = method.queue_keys * config.model.embedding_dim
-    weights = (method.num_encoders + config.optim.state_numbers) * parameters
-    return (weights + method.num_encoders * (world_size + 1) * statistics + queue) * FLOAT_BYTES
-
-
 def saved_bytes(encoder: nn.Module, images: torch.Tensor, dtype: torch.dtype) -> int:
     """Bytes of the tensors that a forward pass keeps for the backward pass, the weights left out.
 

@@ -4,10 +4,11 @@ from dataclasses import dataclass
 
 from moco_dist.config.loading import worker_count
 from moco_dist.planning import measurements
-from moco_dist.planning.arithmetic import Sizes, checkpoint_bytes
+from moco_dist.planning.arithmetic import Sizes
 from moco_dist.planning.forecast import Forecast, weak_scaling
 from moco_dist.planning.inputs import Inputs
 from moco_dist.planning.measurements import CoreSeconds, Measurement
+from moco_dist.run.size import checkpoint_bytes
 
 ARITHMETIC = "arithmetic"
 

@@ -18,8 +18,9 @@ from moco_dist.method.backbone import feature_dim
 from moco_dist.method.batch_norm import GroupedBatchNorm2d
 from moco_dist.method.build import settled
 from moco_dist.method.encoder import Encoder, build_encoder
-from moco_dist.planning.arithmetic import checkpoint_bytes, sizes
+from moco_dist.planning.arithmetic import sizes
 from moco_dist.run.logbook import read_log
+from moco_dist.run.size import checkpoint_bytes
 from moco_dist.run.weights import backbone_of_run, load_trained
 from tests.distributed.program import largest_difference, run_program, small_config
 from tests.world import run

@@ -5,13 +5,15 @@ import shutil
 import pytest
 import torch
 
+from moco_dist.config.architectures import ARCHITECTURES
 from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.distributed.world import World
 from moco_dist.doctor.machine import disk
 from moco_dist.method.build import build_method
 from moco_dist.method.encoder import Encoder
-from moco_dist.planning.arithmetic import checkpoint_bytes, parameters_of, saved_bytes, sizes
-from moco_dist.run import checkpoint
+from moco_dist.planning.arithmetic import parameters_of, saved_bytes, sizes
+from moco_dist.run import checkpoint, size
+from moco_dist.run.size import checkpoint_bytes
 from tests.distributed.program import SIDE
 from tests.distributed.traffic import collectives_of_a_step
 from tests.planning.config import config_of
@@ -65,6 +67,14 @@ def test_bytes_of_a_checkpoint_are_those_on_disk(name, tmp_path, monkeypatch):
     for free, level in [(2 * checkpoint_bytes(config, 1), "ok"), (2 * checkpoint_bytes(config, 1) - 1, "error")]:
         monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: usage._replace(free=free))
         assert disk(config, 1).level == level
+
+
+@pytest.mark.parametrize("stem", ["imagenet", "cifar"])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_a_resnet_is_counted_as_it_is_built(arch, stem):
+    """Without torch, so that `doctor` is quick; one with other arguments than these has to be built."""
+    config = config_of(model={"arch": arch, "stem": stem, "head_hidden_dims": [96, 48], "embedding_dim": 16})
+    assert size._of_resnet(config.model) == size._of_built(config)
 
 
 def _collectives(world, configs):

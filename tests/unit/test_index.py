@@ -7,6 +7,7 @@ import pytest
 
 from moco_dist.data import index
 from moco_dist.data.index import NAME, image_paths
+from moco_dist.data.layout import IMAGE_SUFFIXES
 from moco_dist.data.sources import find_images
 from moco_dist.errors import UserError
 
@@ -80,3 +81,9 @@ def test_a_link_to_a_folder_above_it_is_named(folder):
 def test_a_link_to_another_folder_is_followed(folder):
     (folder / "d").symlink_to(folder / "b" / "deep")
     assert len(image_paths(folder)) == 16
+
+
+def test_the_images_are_those_of_torchvision():
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    assert IMAGE_SUFFIXES == IMG_EXTENSIONS

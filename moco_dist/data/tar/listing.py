@@ -11,10 +11,9 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from moco_dist.data.images import NO_CLASS, content_name
-from moco_dist.data.layout import require_distinct
+from moco_dist.data.layout import IMAGE_SUFFIXES, require_distinct
 from moco_dist.data.names import in_arrays
 from moco_dist.data.tar.headers import Label, ShardImages
 from moco_dist.data.tar.layout import SPLIT_FOLDERS, Shard
@@ -86,7 +85,7 @@ def list_images(root: Path, shards: Sequence[Shard], found: list[ShardImages], c
     offset = np.concatenate([np.zeros(0, np.int64), *(images.offset for images in found)])
     size = np.concatenate([np.zeros(0, np.int64), *(images.size for images in found)])
     if not names:
-        raise UserError(f"no image found in {root}; members called {', '.join(IMG_EXTENSIONS)} count as images")
+        raise UserError(f"no image found in {root}; members called {', '.join(IMAGE_SUFFIXES)} count as images")
     names, said = _without_splits(names, root)
     splits = _splits(names, said, shards, shard_of)
     _require_one_kind(labels, names)

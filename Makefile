@@ -6,7 +6,7 @@ STAMP := .venv/.installed
 # A process a core, a file of tests at a time: what a file's tests share is made once.
 PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
-.PHONY: demo test check lint soak audit gpu clean
+.PHONY: demo test check lint docs soak audit gpu clean
 
 demo: $(CORE)
 	@$(BIN)/python -m moco_dist demo
@@ -42,6 +42,11 @@ lint: $(STAMP)
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 
+# The documentation site, as site/index.html; what is wrong with a page or a link ends it.
+docs: $(CORE)
+	$(BIN)/pip install --quiet --editable ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
 # Both are installed anew only when the project's requirements change. The demo needs no extra and none of the tests' tools.
 $(CORE): pyproject.toml
 	test -d .venv || $(PYTHON) -m venv .venv
@@ -55,4 +60,4 @@ $(STAMP): $(CORE)
 	touch $@
 
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv build site *.egg-info

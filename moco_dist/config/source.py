@@ -207,9 +207,9 @@ def help_text(schema: type[BaseModel], prefix: str = "") -> str:
     for name, field in sorted(own.items(), key=lambda item: not item[1].is_required()):
         extra = declared(field)
         facts = [f"unit: {extra['unit']}"] if extra["unit"] else []
-        facts.append("required" if field.is_required() else f"default: {_show(field.default)}")
+        facts.append("required" if field.is_required() else f"default: {default_text(field.default)}")
         facts += [f"source: {extra['source']}"] if extra["source"] else []
-        lines.append(f"  --{(prefix + name).replace('_', '-')} {_type_name(field.annotation)}")
+        lines.append(f"  --{(prefix + name).replace('_', '-')} {type_name(field.annotation)}")
         text = f"{field.description or ''} [{'; '.join(facts)}]"
         lines += textwrap.wrap(text, width, initial_indent=" " * 8, subsequent_indent=" " * 8)
     for name, field in schema.model_fields.items():
@@ -297,7 +297,7 @@ def mistakes(error: ValidationError, schema: type[BaseModel]) -> list[str]:
         elif kind == "extra_forbidden":
             messages.append(f"unknown setting {name}{nearest(name, {*known, *(k.split('.')[0] for k in known)})}")
         elif kind == "missing" and (whole := ".".join(map(str, loc[:-1]))) in known:  # a list that is too short
-            messages.append(f"{whole}: {_type_name(known[whole].annotation)} is expected")
+            messages.append(f"{whole}: {type_name(known[whole].annotation)} is expected")
         elif kind == "missing":
             messages += [f"{field} is required" for field in _required_below(name, known)]
         elif kind in ("model_type", "model_attributes_type"):
@@ -329,13 +329,15 @@ def _required_below(name: str, known: dict[str, FieldInfo]) -> list[str]:
     return below or [name]
 
 
-def _show(value: Any) -> str:
+def default_text(value: Any) -> str:
+    """A setting's default as `--help` and the reference show it."""
     if isinstance(value, Path):
         return str(value)
     return json.dumps(list(value) if isinstance(value, tuple) else value)
 
 
-def _type_name(annotation: Any) -> str:
+def type_name(annotation: Any) -> str:
+    """A setting's type or choices as `--help` and the reference show them."""
     if annotation in (int, float, str, bool):
         return {int: "INT", float: "FLOAT", str: "TEXT", bool: "true|false"}[annotation]
     if annotation is Path:
@@ -344,6 +346,6 @@ def _type_name(annotation: Any) -> str:
     if args and all(isinstance(a, str) for a in args):
         return "|".join(args)
     if getattr(annotation, "__origin__", None) is tuple:
-        inner = _type_name(args[0])
-        return f"[{inner}, ...]" if Ellipsis in args else f"[{', '.join(_type_name(a) for a in args)}]"
-    return _type_name(args[0]) if args else "VALUE"
+        inner = type_name(args[0])
+        return f"[{inner}, ...]" if Ellipsis in args else f"[{', '.join(type_name(a) for a in args)}]"
+    return type_name(args[0]) if args else "VALUE"

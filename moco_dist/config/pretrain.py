@@ -73,6 +73,12 @@ class ModelConfig(Section):
         changes="shapes",
         times=("step",),
     )
+    init: Path | None = setting(
+        None,
+        "what the backbones of both encoders begin with: a file that `moco-dist import` reads, the folder of a run, or "
+        "timm:NAME; default: random weights. A run that goes on has those of its checkpoint",
+        changes="result",
+    )
     head_hidden_dims: tuple[PositiveInt, ...] = setting(
         (2048,),
         "hidden sizes of the MLP head, ReLU between; [] is v1's linear head",

@@ -161,7 +161,7 @@ def _key(evaluation: Evaluation, encoder: FrozenEncoder, split: str, folder: Ima
     facts = {
         "encoder": encoder.name,
         "weights": digest(encoder.module),
-        "model": evaluation.pretrain.model.model_dump(mode="json"),
+        "model": evaluation.pretrain.model.model_dump(mode="json", exclude={"init"}),
         "normalisation": [evaluation.pretrain.augment.mean, evaluation.pretrain.augment.std],
         "dtype": str(encoder.dtype),
         "images": str(folder.root.resolve()),

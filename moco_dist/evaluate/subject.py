@@ -177,8 +177,9 @@ def _labelled_images(
 def frozen_encoder(evaluation: Evaluation, name: str) -> FrozenEncoder:
     """The encoder of one of the config's `encoders`: trained, untrained or pixels.
 
-    `untrained` is the run's network with the weights of step 0. Its BatchNorm statistics are those of training images,
-    as the trained one's are: with the initial 0 and 1 it would be a worse baseline than it is.
+    `untrained` is the run's network with the weights that the seed draws, whatever `model.init` is. Its BatchNorm
+    statistics are those of training images, as the trained one's are: with the initial 0 and 1 it would be a worse
+    baseline than it is.
 
     Raises:
         UserError: the run has no checkpoint.

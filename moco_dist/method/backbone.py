@@ -188,21 +188,34 @@ def classifier_of(network: nn.Module, arch: str) -> str:
     return linear[-1]
 
 
-def _of_timm(arch: str) -> nn.Module:
+def of_timm(name: str, called: str, pretrained: bool = False) -> nn.Module:
+    """A network of timm without its classifier.
+
+    Args:
+        name: timm's name for it.
+        called: what gave the name, for messages.
+        pretrained: whether it has timm's own weights, downloaded where they are not in timm's cache.
+
+    Raises:
+        UserError: timm is not installed, or has no network of this name; the nearest is named.
+    """
     try:
         import timm
     except ImportError as error:
-        raise UserError(f"model.arch {arch}: {error}; install it by pip install 'moco_dist[timm]'") from error
-    name = family_of(arch)[1]
+        raise UserError(f"{called}: {error}; install it by pip install 'moco_dist[timm]'") from error
     if not timm.is_model(name):
         known = timm.list_models()
-        raise UserError(f"model.arch {arch}: timm {timm.__version__} has no such network{nearest(name, known)}")
+        raise UserError(f"{called}: timm {timm.__version__} has no such network{nearest(name, known)}")
     try:  # a vision transformer then takes images of any size, by resampling its position embeddings
-        return timm.create_model(name, num_classes=0, dynamic_img_size=True)
+        return timm.create_model(name, pretrained=pretrained, num_classes=0, dynamic_img_size=True)
     except TypeError as error:
         if "dynamic_img_size" not in str(error):
             raise
-    return timm.create_model(name, num_classes=0)
+    return timm.create_model(name, pretrained=pretrained, num_classes=0)
+
+
+def _timm_without_classifier(arch: str) -> nn.Module:
+    return of_timm(family_of(arch)[1], f"model.arch {arch}")
 
 
 def _of_user(arch: str) -> nn.Module:
@@ -217,4 +230,6 @@ def _of_user(arch: str) -> nn.Module:
     return network
 
 
-_BUILDERS = {"": _resnet, "torchvision": _torchvision_without_classifier, "timm": _of_timm, "module": _of_user}
+_BUILDERS = {
+    "": _resnet, "torchvision": _torchvision_without_classifier, "timm": _timm_without_classifier, "module": _of_user,
+}  # fmt: skip

@@ -22,6 +22,7 @@ from moco_dist.run.folder import RunFolder
 from moco_dist.run.image_list import difference, keep_list
 from moco_dist.run.known_data import has_trained_on, missed_if_gone
 from moco_dist.run.manifest import read_manifest, saved_config
+from moco_dist.run.start import begin_with_weights
 
 
 def training_images(config: PretrainConfig, world: World) -> ImageFolder:
@@ -41,7 +42,7 @@ def _training_images(config: PretrainConfig) -> ImageFolder:
 
 
 def resume(method: Method, config: PretrainConfig, images: ImageFolder, world: World) -> tuple[list[str], list[float]]:
-    """Load the newest intact checkpoint of the run's folder, if there is one; write the resolved config.
+    """Load the newest intact checkpoint of the run's folder, or else `model.init`; write the resolved config.
 
     Args:
         method: what to fill.
@@ -50,17 +51,17 @@ def resume(method: Method, config: PretrainConfig, images: ImageFolder, world: W
         world: this process.
 
     Returns:
-        lines about checkpoints that were passed over and images that changed, and the losses of the log interval that
-        was under way.
+        lines about `model.init`, checkpoints that were passed over and images that changed, and the losses of the log
+        interval that was under way.
 
     Raises:
         UserError: the checkpoint was made with settings that compute something else (each is named), by another
-            version, or over other images; or none is intact.
+            version, or over other images; or none is intact; or `model.init` does not fit.
     """
     run = RunFolder(config.run.dir)
     damaged: dict[Path, str] = {}
     pending_losses: list[float] = []
-    other_images = ""
+    other_images, begun_with = "", []
     # What rank 0 sees counts: a shared file system may show a new folder to some hosts a little later.
     seen = from_rank_0(lambda: [folder.name for folder in checkpoint.complete_checkpoints(config.run.dir)], world)
     for name in reversed(seen):
@@ -75,7 +76,8 @@ def resume(method: Method, config: PretrainConfig, images: ImageFolder, world: W
         if damaged:
             lines = [f"{folder.name} is damaged: {problem}" for folder, problem in damaged.items()]
             raise UserError("\n".join([*lines, f"no checkpoint of {config.run.dir} is intact; give another --run.dir"]))
-    notes = [
+        begun_with = begin_with_weights(method, config, world)
+    notes = begun_with + [
         f"warning: {folder.name} is damaged and set aside as {checkpoint.aside(folder).name}: {problem}"
         for folder, problem in damaged.items()
     ]

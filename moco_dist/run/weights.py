@@ -66,11 +66,13 @@ class Backbone:
         tensors: the library's names (without the classifier) to float32 tensors on the CPU.
         model: what network it is; its head is of no matter here.
         step: optimiser steps behind it; 0 where unknown.
+        left_out: what stood beside it, by the first parts of the names.
     """
 
     tensors: dict[str, Tensor]
     model: ModelConfig
     step: int
+    left_out: tuple[str, ...] = ()
 
 
 def backbone_of_run(run_dir: Path) -> Backbone:
@@ -232,10 +234,16 @@ def read_backbone(path: Path, arch: str, stem: str = "imagenet") -> Backbone:
     stems = get_args(ModelConfig.model_fields["stem"].annotation)
     if stem not in stems:
         raise UserError(f"--stem {stem!r} is not one of {', '.join(stems)}{nearest(stem, stems)}")
-    found = _named_tensors(_read(path))
+    return backbone_among(_named_tensors(_read(path)), path, arch, stem)
+
+
+def backbone_among(found: dict[str, Tensor], path: Path, arch: str, stem: str) -> Backbone:
+    """The backbone among the tensors of `path`; see `read_backbone`."""
     wanted = _wanted(arch, stem)
     # A prefix that no name has would leave nothing to speak of; where none fits, the one under which most fits is it.
-    tensors = min((_under(prefix, found, wanted) for prefix in PREFIXES), key=lambda named: len(wanted.keys() - named))
+    under = {prefix: _under(prefix, found, wanted) for prefix in PREFIXES}
+    prefix = min(PREFIXES, key=lambda prefix: len(wanted.keys() - under[prefix]))
+    tensors = under[prefix]
     if problem := _problem(tensors, wanted):
         raise UserError(f"{path} holds no {arch}: {problem}; {_advice(tensors, arch, stem)}")
     kept = {name: tensors[name].to(value.dtype).contiguous() for name, value in wanted.items()}  # maybe channels-last
@@ -243,7 +251,8 @@ def read_backbone(path: Path, arch: str, stem: str = "imagenet") -> Backbone:
         if wanted[name].is_floating_point() and not (tensors[name].is_floating_point() and value.isfinite().all()):
             raise UserError(f"{path} cannot be used: {name} has values that are not finite numbers of floating point")
     kept |= {f"{name[:-12]}num_batches_tracked": torch.tensor(0) for name in wanted if "running_mean" in name}
-    return Backbone(kept, ModelConfig.model_validate({"arch": arch, "stem": stem}), 0)
+    model = ModelConfig.model_validate({"arch": arch, "stem": stem})
+    return Backbone(kept, model, 0, _beside(prefix, found, wanted))
 
 
 def _wanted(arch: str, stem: str) -> dict[str, Tensor]:
@@ -260,6 +269,18 @@ def _under(prefix: str, found: dict[str, Tensor], wanted: dict[str, Tensor]) -> 
     return {
         k: v for k, v in named.items() if k in wanted or (k.partition(".")[0] not in HEADS and not k.endswith(COUNTER))
     }
+
+
+def _beside(prefix: str, found: dict[str, Tensor], wanted: dict[str, Tensor]) -> tuple[str, ...]:
+    """What else there is, such as module.encoder_k and module.encoder_q.fc; sorted."""
+    depth, left_out = prefix.count(".") or 1, set()
+    for name in found:
+        below = name.removeprefix(prefix) if name.startswith(prefix) else ""
+        if below in wanted or _torchvision_name(below) in wanted or name.endswith(COUNTER):
+            continue
+        parts = depth if not below or not prefix else depth + 1
+        left_out.add(".".join(name.split(".")[:parts]))
+    return tuple(sorted(left_out))
 
 
 def _problem(tensors: dict[str, Tensor], wanted: dict[str, Tensor]) -> str:

@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import safetensors.torch
+import torch
 
 from moco_dist.cli.main import main
 from tests.faults.processes import TINY
@@ -112,6 +114,14 @@ COMMAND_LINE = {
     "reproduce seeds": (["reproduce", "table1", "--seeds", "a"], "is not a list of whole numbers such as 0,1,2"),
     "import of nothing": (["import", "NEW", "--out", "NEW"], "new"),
     "import of another network": (["import", "RUN/backbone.safetensors", "--arch", "resnet18", "--out", "NEW"], "resnet18"),
+    "start from nothing": ([*NEW, "--model.init", "NEW/w.pth"], r"model\.init .*w\.pth does not exist; a file of weights, the folder of a run and timm:NAME can"),
+    "start from another network": ([*NEW, "--model.arch", "resnet18", "--model.init", "RUN/backbone.safetensors"], r"model\.init .*holds no resnet18: layer1\.1.* is missing; with --model\.arch resnet10 it fits"),
+    "start from a run of another network": ([*NEW, "--model.stem", "cifar", "--model.init", "RUN"], r"model\.init .*holds no resnet10: conv1\.weight has the shape .*; with --model\.stem imagenet it fits"),
+    "start from a pickle": ([*NEW, "--model.init", "CONFIGS/pickle.pth"], r"model\.init .*cannot be read as weights alone, without running code of it: it holds print, which"),
+    "start from what is no number": ([*NEW, "--model.init", "CONFIGS/nan.safetensors"], r"model\.init .*cannot be used: conv1\.weight has values that are not finite"),
+    "start from a folder that is no run": ([*NEW, "--model.init", "CONFIGS"], r"model\.init .*configs is not the folder of a run"),
+    "start from no network of timm": ([*NEW, "--model.init", "timm:resnet81"], r"model\.init timm:resnet81: timm .* has no such network; did you mean resnet18"),
+    "start from what timm has no weights of": ([*NEW, "--model.arch", "resnet18", "--model.init", "timm:seresnet18"], r"model\.init timm:seresnet18 cannot be had: No pretrained weights exist"),
     "experiment of no server": (["compare", "--experiment", "x", "--uri", "htpp://host"], r"did you mean http\?"),
     "experiment of a silent server": (["compare", "--experiment", "x", "--uri", "http://127.0.0.1:9"], r"MLflow at http://127\.0\.0\.1:9: it does not answer"),
     "compare with nothing": (["compare", "RUN", "NEW"], r"new is not the folder of a run"),
@@ -152,6 +162,13 @@ ENVIRONMENT = {
 }
 
 
+class Hostile:
+    """Runs code when a careless program loads it."""
+
+    def __reduce__(self):
+        return (print, ("code of the file was run",))
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory, tiny_data):
     """The places that the words above stand for; RUN is a real run of two steps."""
@@ -168,6 +185,10 @@ def folders(tmp_path_factory, tiny_data):
     text = "".join(f"{name}:\n" + "".join(f"  {line}\n" for line in lines) for name, lines in sections.items())
     (places["CONFIGS"] / "tiny.yaml").write_text(text)
     assert main(_filled([*PRETRAIN, "--checkpoint.every-steps", "2"], places)) == 0
+    weights = safetensors.torch.load_file(places["RUN"] / "backbone.safetensors")
+    weights["conv1.weight"][0, 0, 0, 0] = float("nan")
+    safetensors.torch.save_file(weights, places["CONFIGS"] / "nan.safetensors")
+    torch.save({"state_dict": Hostile()}, places["CONFIGS"] / "pickle.pth")
     return places
 
 

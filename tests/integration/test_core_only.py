@@ -63,7 +63,10 @@ def test_it_trains_without_any_optional_package(tmp_path):
     flags = ["--neighbours", "[5]", "--data.num-workers", "0", "--tracking", "none"]
     evaluated = without_optional("knn", "--run-dir", str(tmp_path / "run"), *flags)
     assert evaluated.returncode == 0, evaluated.stderr
-    for flags, package in ((["--engine.kind", "deepspeed"], "deepspeed"), (["--data.loader", "dali"], "dali")):
+    for flags, package in (
+        (["--engine.kind", "deepspeed"], "deepspeed"), (["--data.loader", "dali"], "dali"),
+        (["--model.init", "timm:resnet10t"], "timm"),
+    ):  # fmt: skip
         done = without_optional(*tiny, "--tracking.backend", "none", "--run.dir", str(tmp_path / package), *flags)
         assert done.returncode == 2, done.stderr
         line = done.stderr.strip().splitlines()[-1]

@@ -23,7 +23,8 @@ SHAPES = ["method", "model.arch", "model.stem", "model.head_hidden_dims", "model
 NOT_COMPARED = ["run.dir", "run.resume", "run.stop_at_step", "tracking.*", "log.*", "checkpoint.*"]
 PER_HOST = ["data.root", "data.num_workers", "run.dir", "run.device", "run.resume"]
 STEP = [
-    "method", "data.image_size", "augment.*", "model.*", "moco.queue_size", "moco.symmetric", "optim.optimizer",
+    "method", "data.image_size", "augment.*", "model.arch", "model.stem", "model.head_hidden_dims",
+    "model.embedding_dim", "model.bn_group_size", "moco.queue_size", "moco.symmetric", "optim.optimizer",
     "optim.grad_accum_steps", "optim.precision", "engine.*",
 ]  # fmt: skip
 LOADER = ["data.loader", "data.root", "data.image_size", "data.dali.*", "augment.crop_scale", "shuffle.*"]

@@ -48,7 +48,7 @@ def pretrain(config: PretrainConfig, world: World, tracker: Tracker) -> Path:
     probe = Probe(config, plan.steps_per_epoch, stop, world)
     method = build_method(config, world)
     notes, pending_losses = resume(method, config, images, world)
-    logbook = Logbook(config, tracker, world, method.step, stop, pending_losses)
+    logbook = Logbook(config, world, method.step, stop, pending_losses, tracker)
     for line in [*notes, *opening_lines(config, plan, method, stop, world)]:
         logbook.say(line)
     saver = Saver(config, checkpoint.facts_of(config, images), plan.steps_per_epoch, stop, world, logbook.say)
@@ -85,9 +85,7 @@ def pretrain(config: PretrainConfig, world: World, tracker: Tracker) -> Path:
                     saver.save(method, logbook.pending_losses())
             if asked in (STOP, FAILED) and step != stop:
                 saver.finish()
-                if asked == FAILED:
-                    raise stop_request.failure or LoadingError(f"another rank cannot load; saved at step {step}")
-                raise preempted(config, step, world)
+                raise ended_early(asked, step, stop_request, config, world)
         saver.finish()
         checkpoint.export_backbone(method, RunFolder(config.run.dir).backbone, world)
         return checkpoint.latest(config.run.dir)
@@ -97,7 +95,7 @@ def pretrain(config: PretrainConfig, world: World, tracker: Tracker) -> Path:
         saver.save(method, logbook.pending_losses())
         saver.finish()
         if stop_request.ends_waiting():
-            raise preempted(config, method.step, world) from None
+            raise ended_early(STOP, method.step, stop_request, config, world) from None
         raise
     finally:
         feed.close()
@@ -107,20 +105,26 @@ def pretrain(config: PretrainConfig, world: World, tracker: Tracker) -> Path:
 def until_asked(
     feed: Generator[tuple[Views, float], None, None], config: PretrainConfig, stop_request: StopRequest, world: World
 ) -> Generator[Views, None, None]:
-    """The views that fill the queue.
+    """The views that fill the queue. Where it ends early, the run begins anew.
 
     Raises:
-        Preempted: a scheduler, or a person, asked to stop; the run begins anew.
+        Preempted: a scheduler, or a person, asked to stop.
+        LoadingError: a rank cannot go on loading.
     """
     with contextlib.closing(feed):
         for batch, (views, _) in enumerate(feed, 1):
             yield views
-            if stop_request.agreed(batch) == STOP:
-                raise preempted(config, 0, world)
+            asked = stop_request.agreed(batch)
+            if asked in (STOP, FAILED):
+                raise ended_early(asked, 0, stop_request, config, world)
 
 
-def preempted(config: PretrainConfig, step: int, world: World) -> Preempted:
-    """Mark the run as stopped early, for launchers, and say so. The checkpoint of `step` is written."""
+def ended_early(
+    asked: int, step: int, stop_request: StopRequest, config: PretrainConfig, world: World
+) -> Preempted | LoadingError:
+    """Why all ranks end after `step`, which is saved: STOP, which marks the run's folder for launchers, or FAILED."""
+    if asked == FAILED:
+        return stop_request.failure or LoadingError(f"another rank cannot load; saved at step {step}")
     if world.is_main:
         RunFolder(config.run.dir).stopped.write_text(json.dumps({"step": step}))
     return Preempted(step)

@@ -8,6 +8,7 @@ import contextlib
 import datetime
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator
 from typing import TypeVar, cast
 
@@ -29,7 +30,8 @@ def process_group(world: World, timeout_seconds: float = 600, alone_too: bool = 
     """The default process group (NCCL on GPUs, gloo on CPU) for the length of a `with`.
 
     A world of one has none, unless `alone_too` (DeepSpeed asks for one). After an error the group is left as it is: to
-    end it, NCCL would wait for ranks that sit in a collective, and the process ends without that.
+    end it, NCCL would wait for ranks that sit in a collective, and the process ends without that. While there is a
+    group, torch puts the rank before each line of an exception that nobody catches.
 
     Raises:
         UnreachableError: the other ranks cannot be reached.
@@ -42,7 +44,7 @@ def process_group(world: World, timeout_seconds: float = 600, alone_too: bool = 
     device = torch.device(world.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    timeout = datetime.timedelta(seconds=timeout_seconds)
+    timeout, excepthook = datetime.timedelta(seconds=timeout_seconds), sys.excepthook
     try:
         with ended_at_once():
             dist.init_process_group(
@@ -61,8 +63,10 @@ def process_group(world: World, timeout_seconds: float = 600, alone_too: bool = 
     except BaseException:
         if world.world_size == 1:
             dist.destroy_process_group()
+            sys.excepthook = excepthook
         raise
     dist.destroy_process_group()
+    sys.excepthook = excepthook
 
 
 def why_no_group(error: Exception, world: World) -> UserError | None:
@@ -207,21 +211,6 @@ def mean_on_rank_0(x: Tensor, world: World, group: dist.ProcessGroup | None = No
     total = x.to(torch.float64, copy=True)
     dist.reduce(total, 0, group=group)
     return (total / world.world_size).to(x.dtype)
-
-
-def send_bytes(data: bytes, rank: int) -> None:
-    """Hand `data` to another rank, which calls `receive_bytes`; by the CPU's backend."""
-    dist.send(torch.tensor([len(data)]), rank)
-    dist.send(torch.frombuffer(bytearray(data), dtype=torch.uint8), rank)
-
-
-def receive_bytes(rank: int) -> bytes:
-    """What `rank` hands to this one by `send_bytes`."""
-    size = torch.zeros(1, dtype=torch.int64)
-    dist.recv(size, rank)
-    data = torch.empty(int(size.item()), dtype=torch.uint8)
-    dist.recv(data, rank)
-    return data.numpy().tobytes()
 
 
 def barrier(world: World, group: dist.ProcessGroup | None = None) -> None:

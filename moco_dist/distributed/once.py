@@ -4,15 +4,15 @@ A file server that each of 512 ranks asks for 1.28 million names answers none of
 """
 
 import itertools
-import pickle
 import time
 from collections.abc import Callable
 from typing import TypeVar, cast
 
+import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from moco_dist.distributed.collectives import broadcast_value, gather_texts, receive_bytes, send_bytes
+from moco_dist.distributed.collectives import broadcast_value, gather_texts
 from moco_dist.distributed.world import World
 from moco_dist.errors import EXIT_IO, SaidElsewhere, UserError
 
@@ -62,13 +62,13 @@ def once_a_host(make: Callable[[], T], about: str, world: World) -> T:
             raise
         store.add(_MADE, 1)
     _wait_until_made(store, len(set(makers)))
+    told, cpu = [result], torch.device("cpu")
     if world.rank != maker:
-        return pickle.loads(receive_bytes(maker))
-    data = pickle.dumps(result)
+        dist.recv_object_list(told, maker, device=cpu)
     for rank, its in enumerate(makers):
-        if its == maker != rank:
-            send_bytes(data, rank)
-    return cast(T, result)
+        if its == maker == world.rank != rank:
+            dist.send_object_list(told, rank, device=cpu)
+    return cast(T, told[0])
 
 
 def from_rank_0(make: Callable[[], T], world: World) -> T:

@@ -1,5 +1,8 @@
 """Collectives on ranks that all hold something else, and the bytes that one step moves."""
 
+import contextlib
+import sys
+
 import pytest
 import torch
 from torch.distributed import distributed_c10d
@@ -9,6 +12,7 @@ from moco_dist.distributed.collectives import (
     all_reduce_sum,
     as_sharded,
     gather_uneven,
+    process_group,
     reduce_scatter_sum,
     shard_bounds,
 )
@@ -108,3 +112,14 @@ def groups_made(world):
 def test_a_sharded_tensor_makes_no_group():
     """Each would be a connection to every other rank, at every checkpoint."""
     assert run(groups_made, 2) == [0, 0]
+
+
+@pytest.mark.parametrize("error", [None, ValueError])
+def test_a_group_that_has_ended_leaves_how_exceptions_are_printed(error):
+    """Torch puts `[rank0]:` before each line of an exception that nobody catches, and does not undo it."""
+    before = sys.excepthook
+    with contextlib.suppress(ValueError), process_group(World(), alone_too=True):
+        assert sys.excepthook is not before
+        if error:
+            raise error
+    assert sys.excepthook is before

@@ -7,8 +7,8 @@ import pytest
 from moco_dist import train
 from moco_dist.cli.main import main
 from moco_dist.datasets.prepare import prepare_shapes
-from moco_dist.distributed.stop import STOP
-from moco_dist.errors import EXIT_MISTAKE, EXIT_PREEMPTED
+from moco_dist.distributed.stop import FAILED, STOP
+from moco_dist.errors import EXIT_MISTAKE, EXIT_PREEMPTED, EXIT_UNREACHABLE
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +49,9 @@ def test_it_is_filled_once_and_the_run_goes_on_as_if_never_stopped(pretrain, mon
     with monkeypatch.context() as patch:  # a scheduler asks to stop while the queue is being filled
         patch.setattr(train.StopRequest, "agreed", lambda self, step: STOP)
         assert pretrain("asked", *KEYS) == (EXIT_PREEMPTED, [])
+        patch.setattr(train.StopRequest, "agreed", lambda self, step: FAILED)  # another rank has no loader any more
+        assert pretrain("asked", *KEYS) == (EXIT_UNREACHABLE, [])
+        assert "another rank cannot load; saved at step 0" in capsys.readouterr().err
     assert pretrain("asked", *KEYS) == (0, whole)
 
 

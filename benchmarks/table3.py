@@ -2,7 +2,7 @@
 
     python -m benchmarks.table3 [--arch resnet50] [--image-size 224] [--batches 32 128 512] [--quick]
 
-The same measurement as `moco-dist reproduce table3` (moco_dist/reproduce/table3.py): one rank with its share of the
+The same measurement as `moco-dist reproduce table3` (moco_dist/planning/table3.py): one rank with its share of the
 batch of 8, each method and batch in a process of its own, in turn. On a CPU smaller images and batches by default.
 """
 
@@ -14,7 +14,7 @@ import torch
 from benchmarks import results
 from moco_dist.config.architectures import ARCHITECTURES
 from moco_dist.engine.precision import compute_dtype
-from moco_dist.reproduce.table3 import LOCAL_BATCHES, ROUNDS, STEPS, as_markdown, configs_of, measure
+from moco_dist.planning.table3 import LOCAL_BATCHES, ROUNDS, STEPS, as_markdown, configs_of, measure
 
 CPU_SIDE, CPU_BATCHES = 64, (32, 64, 128)
 

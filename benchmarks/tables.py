@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.results import FOLDER
-from moco_dist.reproduce.table3 import as_markdown
+from moco_dist.planning.table3 import as_markdown
 
 ROOT = Path(__file__).parent.parent
 PAGES = ("README.md", "docs/benchmarks.md", "docs/data.md")

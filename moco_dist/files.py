@@ -1,4 +1,4 @@
-"""Paths as people write them, and files that a crash, a full disk or a second writer leaves whole."""
+"""Files that a crash, a full disk or a second writer leaves whole."""
 
 import errno
 import fcntl
@@ -7,21 +7,7 @@ import os
 import secrets
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
-
-from moco_dist.errors import UserError
-
-T = TypeVar("T")
-
-
-def is_pattern(path: Path) -> bool:
-    """Whether a path stands for several, as `set-train-{0000..1023}.tar` does, and is no file of that very name."""
-    return "{" in str(path) and not path.exists()
-
-
-def without_pattern(path: Path) -> Path:
-    """The folder that all files of a pattern lie in, or below; another path as it is."""
-    return next(part for part in (path, *path.parents) if not is_pattern(part))
+from typing import Any
 
 
 def write_whole(path: Path, content: bytes | Sequence[bytes | memoryview]) -> None:
@@ -50,26 +36,6 @@ def read_record(line: bytes) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) else None
-
-
-def read_json(path: Path, kind: type[T], remedy: str) -> T:
-    """A file of JSON that this program has written.
-
-    Args:
-        path: the file.
-        kind: dict or list.
-        remedy: what a person can do where it is damaged.
-
-    Raises:
-        UserError: it is damaged.
-    """
-    try:
-        content = json.loads(path.read_bytes())
-        if not isinstance(content, kind):
-            raise ValueError(f"it holds a {type(content).__name__} instead of a {kind.__name__}")
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged: {error}; {remedy}") from error
-    return content
 
 
 def is_held(error: OSError) -> bool:

@@ -1,27 +1,14 @@
-"""What a result depends on beside its settings, and short names for the whole of it."""
+"""What a result depends on beside its settings."""
 
 import hashlib
-import json
 import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 from moco_dist import __version__
-
-
-def key_of(facts: Any) -> str:
-    """16 hex digits of plain values (as JSON has them): a name for what was computed from them."""
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
-
-
-def hash_of_list(names: Iterable[str]) -> str:
-    """SHA-256 in hex digits of names, in their order; file names may hold any bytes."""
-    return hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def source_hash(folder: Path = Path(__file__).parent) -> str:

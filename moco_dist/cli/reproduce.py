@@ -47,7 +47,7 @@ def main(words: list[str]) -> int:
 
     out = args.out or Path("runs") / f"{args.table}_{args.scale}"
     if args.table == "table3":
-        from moco_dist.reproduce import table3
+        from moco_dist.planning import table3
 
         if args.ranks > 1 or args.dry_run:
             raise UserError(f"table3 times one rank with its share of a batch of {table3.RANKS}, without --ranks and "

@@ -1,12 +1,23 @@
 """The settings of loading, which training and every evaluation share."""
 
 import os
+from pathlib import Path
 from typing import Literal
 
 from moco_dist.config.section import PositiveInt, Section, setting
 
 Loader = Literal["torchvision", "dali", "ffcv"]
 OnError = Literal["fail", "skip-and-report"]
+
+
+def is_pattern(path: Path) -> bool:
+    """Whether a path stands for several, as `set-train-{0000..1023}.tar` does, and is no file of that very name."""
+    return "{" in str(path) and not path.exists()
+
+
+def without_pattern(path: Path) -> Path:
+    """The folder that all files of a pattern lie in, or below; another path as it is."""
+    return next(part for part in (path, *path.parents) if not is_pattern(part))
 
 
 class DaliConfig(Section):

@@ -10,9 +10,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from moco_dist.data.names import Names
+from moco_dist.data.names import Names, hash_of_list
 from moco_dist.errors import EXIT_IO, UserError
-from moco_dist.provenance import hash_of_list
 
 NO_CLASS = -1  # label of an image that lies in no class folder
 # What the system answers about a name that cannot be a file's, such as a folder's or a pipe's.

@@ -13,10 +13,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from moco_dist.data.layout import IMAGE_SUFFIXES, is_left_out
+from moco_dist.data.layout import is_image, is_left_out
+from moco_dist.data.names import hash_of_list
 from moco_dist.errors import UserError
 from moco_dist.files import write_whole
-from moco_dist.provenance import hash_of_list
 
 NAME = ".moco_dist_index.json"
 MIN_IMAGES = 10_000  # below it, listing takes less than a second
@@ -66,7 +66,7 @@ def _scan(folder: Path, prefix: str, folders: dict[str, int]) -> list[str]:
         for entry in entries:
             if is_left_out(entry.name):
                 continue
-            if entry.name.lower().endswith(IMAGE_SUFFIXES):
+            if is_image(entry.name):
                 found.append(prefix + entry.name)
             elif entry.is_dir():
                 target = Path(entry).resolve() if entry.is_symlink() else None

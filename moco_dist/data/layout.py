@@ -19,6 +19,11 @@ _SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", 
 _SPLIT = re.compile(rf"(?<![a-z])({'|'.join(_SPLITS)})([ _-]?set)?(?![a-z])")
 
 
+def is_image(name: str) -> bool:
+    """Whether a file of this name is taken for an image, before anybody has looked into it."""
+    return name.lower().endswith(IMAGE_SUFFIXES)
+
+
 def is_left_out(name: str) -> bool:
     """Whether a file or folder of this name is no part of a data set: hidden ones, and a system's own."""
     return name.startswith(".") or name.casefold() in _LEFT_OUT
@@ -97,7 +102,7 @@ def holds_images(folder: Path) -> bool:
     """Whether at least half of the first files below are images: not so in a folder of annotations, or of runs."""
     names = (name for _, _, files in os.walk(folder) for name in files if not is_left_out(name))
     looked_at = list(itertools.islice(names, _FILES_LOOKED_AT))
-    images = sum(name.lower().endswith(IMAGE_SUFFIXES) for name in looked_at)
+    images = sum(map(is_image, looked_at))
     return images > 0 and 2 * images >= len(looked_at)
 
 

@@ -1,13 +1,18 @@
-"""Many names in two arrays, which processes share: a list of 14 million strings would be a gigabyte in each of them."""
+"""Many names: their hash, and two arrays of them, which processes share (14 million strings are a gigabyte in each)."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Self, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 CHUNK = 2**16  # names whose places are looked up at once
+
+
+def hash_of_list(names: Iterable[str]) -> str:
+    """SHA-256 in hex digits of names, in their order; file names may hold any bytes."""
+    return hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 class Names(Sequence[str]):
@@ -66,10 +71,10 @@ class Names(Sequence[str]):
         return Names(self._content, self._ends, rows if self._rows is None else self._rows[rows])
 
     def digest(self) -> str:
-        """`provenance.hash_of_list` of them."""
+        """`hash_of_list` of them."""
         if self._rows is None:
             return hashlib.sha256(self._content.data).hexdigest()
-        return hashlib.sha256("\n".join(self).encode("utf-8", "surrogateescape")).hexdigest()
+        return hash_of_list(self)
 
 
 def in_arrays(names: Sequence[str]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:

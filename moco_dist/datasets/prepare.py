@@ -33,7 +33,6 @@ from moco_dist.datasets.measured import (
 )
 from moco_dist.datasets.shapes import SHAPES, ShapeSettings, draw_image
 from moco_dist.errors import UserError, file_error
-from moco_dist.files import without_pattern
 
 MARKER = "dataset.json"
 UNREADABLE = "unreadable.txt"
@@ -251,7 +250,7 @@ def verify(root: Path) -> list[str]:
     splits = find_splits(root)
     problems: list[str] = []
     for split, found in splits.items():
-        folder = without_pattern(root)
+        folder = root if root.is_dir() else found.root  # a pattern's: the folder that its shards lie in
         kept = root.with_name(f".{root.name}.{split}{STOPPED}") if root.is_file() else folder / f".{split}{STOPPED}"
         sizes = measure_images(found, f"reading {split}", kept)
         wrong = [problem for problem in sizes.values() if isinstance(problem, str)]

@@ -29,8 +29,7 @@ from moco_dist.distributed.world import World
 from moco_dist.errors import Preempted
 from moco_dist.evaluate.subject import Evaluation, FrozenEncoder, digest
 from moco_dist.files import write_whole
-from moco_dist.provenance import key_of
-from moco_dist.run.folder import RunFolder
+from moco_dist.run.folder import RunFolder, key_of
 
 CHUNK_SAMPLES = 512
 STANDARDISE_ROWS = 65_536

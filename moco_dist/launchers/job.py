@@ -10,12 +10,11 @@ from pathlib import Path
 
 from moco_dist.config.credentials import has_credentials
 from moco_dist.config.evaluate import LinearConfig
-from moco_dist.config.loading import worker_count
+from moco_dist.config.loading import without_pattern, worker_count
 from moco_dist.config.pretrain import PretrainConfig, require_sizes
 from moco_dist.config.section import Section, setting
 from moco_dist.config.source import leaf_fields, read_config
 from moco_dist.errors import UserError, nearest
-from moco_dist.files import without_pattern
 
 MAX_NAME_LENGTH = 40  # Kubernetes puts it into host names, with a suffix
 

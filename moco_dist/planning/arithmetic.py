@@ -105,12 +105,6 @@ def sizes(config: PretrainConfig, world_size: int, local_world_size: int) -> Siz
     )  # fmt: skip
 
 
-def parameters_of(config: PretrainConfig) -> int:
-    """Of one encoder."""
-    with torch.device("meta"):
-        return sum(p.numel() for p in Encoder(config.model, config.data.image_size).parameters())
-
-
 def saved_bytes(encoder: nn.Module, images: torch.Tensor, dtype: torch.dtype) -> int:
     """Bytes of the tensors that a forward pass keeps for the backward pass, the weights left out.
 

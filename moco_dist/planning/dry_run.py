@@ -33,7 +33,6 @@ from moco_dist.planning.fake_gpu import DEVICE, fake_rank, replaced
 from moco_dist.planning.table import megabytes
 from moco_dist.planning.watch import Count, HostWaitError, Memory, Watch, line_of_program
 from moco_dist.run.logbook import Logbook
-from moco_dist.tracking import Tracker
 
 STEPS = 2  # a log step, in which what is made once is made, and a plain one
 
@@ -107,7 +106,7 @@ def _steps(config: PretrainConfig, world: World, watch: Watch, folder: Path) -> 
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         stack.enter_context(replaced(views, "pretrain_batches", lambda *_: _crops(config, plan, world)))
         stack.enter_context(replaced(transfer, "ahead", _ahead(memory, parts["crops (uint8)"])))
-        logbook = stack.enter_context(contextlib.closing(Logbook(logged, Tracker(), world, 0, STEPS)))
+        logbook = stack.enter_context(contextlib.closing(Logbook(logged, world, 0, STEPS)))
         images = ImageFolder(folder, Names.of([]), np.empty(0, dtype=np.int64), ())
         feed = views.views_of_steps(images, config, plan, world, 0, STEPS + 2, method.dtype)
         stack.enter_context(contextlib.closing(feed))

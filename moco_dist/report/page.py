@@ -19,13 +19,13 @@ from moco_dist.config.credentials import without_credentials
 from moco_dist.config.pretrain import DataConfig, PretrainConfig
 from moco_dist.config.run import RunConfig
 from moco_dist.config.source import flatten, leaf_fields
-from moco_dist.files import read_json, write_whole
+from moco_dist.files import write_whole
 from moco_dist.provenance import package_versions
 from moco_dist.report.charts import Picture, chart, png_uri
 from moco_dist.report.html import rendered
 from moco_dist.run.folder import RunFolder
 from moco_dist.run.logbook import read_log
-from moco_dist.run.results import NeighbourRow
+from moco_dist.run.results import NeighbourRow, read_json
 from moco_dist.run.weights import imported_from
 
 ROWS = {"pixels": "raw pixels", "untrained": "untrained", "trained": "pre-trained"}

@@ -14,10 +14,8 @@ import torch
 
 from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.errors import UserError
-from moco_dist.method.encoder import build_encoder
 from moco_dist.report.compare import RunRecord
-from moco_dist.run.folder import RunFolder
-from moco_dist.run.weights import load_trained
+from moco_dist.run.weights import trained_encoder
 from moco_dist.tracking import saved_run
 
 ACCURACIES = {"linear_top1": "linear evaluation, top-1", "knn_top1_k20": "kNN, k = 20, top-1"}
@@ -79,10 +77,8 @@ def register(record: RunRecord, run_dir: Path, name: str) -> str:
     import mlflow.pytorch
     from mlflow.models import infer_signature
 
-    config = RunFolder(run_dir).settings()
+    encoder, config, step = trained_encoder(run_dir)
     packages = ["torch", "torchvision"] + ["timm"] * config.model.arch.startswith("timm:")
-    encoder = build_encoder(config.model, config.run.seed, config.data.image_size)
-    step = load_trained(encoder, run_dir)
     backbone = encoder.backbone.eval()
     example = torch.zeros(2, 3, config.data.image_size, config.data.image_size).numpy()
     with torch.no_grad():

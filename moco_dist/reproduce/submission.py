@@ -15,12 +15,13 @@ from moco_dist.config.evaluate import LinearConfig
 from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.config.source import read_config
 from moco_dist.errors import UserError, nearest
-from moco_dist.files import read_json, write_whole
+from moco_dist.files import write_whole
 from moco_dist.launchers import kubernetes, slurm
 from moco_dist.launchers.hosts import TorchrunOptions, torchrun_words
 from moco_dist.launchers.job import Hosts, Job, check_paths, linear_evaluation, pretraining
 from moco_dist.launchers.options import OPTIONS
 from moco_dist.reproduce import tables as reproduce
+from moco_dist.run.results import read_json
 
 LAUNCHERS = ("slurm", "kubernetes", "torchrun")
 

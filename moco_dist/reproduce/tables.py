@@ -15,8 +15,8 @@ from pathlib import Path
 from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.config.source import read_config
 from moco_dist.errors import UserError
-from moco_dist.files import read_json
 from moco_dist.run.folder import RunFolder
+from moco_dist.run.results import read_json
 from moco_dist.tracking import page_of
 
 SMALL_EPOCHS = 6  # for a row of 200 at `--scale small`

@@ -4,13 +4,21 @@ Nobody else spells these names. Where a docstring names no writer, it is rank 0 
 lock. MLflow's record, mlflow.json and mlflow/, is named in tracking/server.py: the tracker of each command writes it.
 """
 
+import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.config.source import read_config
 from moco_dist.errors import UserError
 from moco_dist.provenance import package_versions
+
+
+def key_of(facts: Any) -> str:
+    """16 hex digits of plain values (as JSON has them): a name for what was computed from them."""
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)

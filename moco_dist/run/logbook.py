@@ -30,24 +30,25 @@ class Logbook:
     def __init__(
         self,
         config: PretrainConfig,
-        tracker: Tracker,
         world: World,
         start: int,
         stop: int,
         pending_losses: Sequence[float] = (),
+        tracker: Tracker | None = None,
     ) -> None:
         """Go on with the log of a run.
 
         Args:
             config: of the run; rows of log.jsonl after `start`, which an earlier process wrote before it died, are cut
                 off.
-            tracker: gets every row too.
             world: this process.
             start: steps done so far.
             stop: the last step.
             pending_losses: `pending_losses` of the checkpoint that the run goes on from.
+            tracker: gets every row too.
         """
-        self._config, self._world, self._tracker, self._stop = config, world, tracker, stop
+        self._config, self._world, self._stop = config, world, stop
+        self._tracker = tracker or Tracker()
         self._file = LineFile(RunFolder(config.run.dir).log) if world.is_main else None
         if self._file is not None:
             self._file.truncate(_end_of_step(self._file.path, start))

@@ -1,10 +1,14 @@
-"""What evaluations left in a run's folder, read again."""
+"""What evaluations, and other commands, left on disk, read again."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
-from moco_dist.files import read_json
+from moco_dist.errors import UserError
 from moco_dist.run.folder import RunFolder
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,26 @@ class NeighbourRow:
     query_label: str
     neighbours: tuple[Path, ...]
     neighbour_labels: tuple[str, ...]
+
+
+def read_json(path: Path, kind: type[T], remedy: str) -> T:
+    """A file of JSON that this program has written.
+
+    Args:
+        path: the file.
+        kind: dict or list.
+        remedy: what a person can do where it is damaged.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+        if not isinstance(content, kind):
+            raise ValueError(f"it holds a {type(content).__name__} instead of a {kind.__name__}")
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: {error}; {remedy}") from error
+    return content
 
 
 def nearest_examples(run_dir: Path, before: Path, now: Path) -> list[NeighbourRow]:

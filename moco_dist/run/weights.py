@@ -27,7 +27,7 @@ from moco_dist.distributed.world import World
 from moco_dist.errors import UserError, file_error, nearest
 from moco_dist.files import write_whole
 from moco_dist.method.backbone import build_backbone, classifier_of, of_torchvision
-from moco_dist.method.encoder import build_encoder
+from moco_dist.method.encoder import Encoder, build_encoder
 from moco_dist.run import checkpoint
 from moco_dist.run.folder import RunFolder
 
@@ -214,6 +214,13 @@ def load_trained(encoder: nn.Module, run_dir: Path, world: World | None = None) 
     return 0
 
 
+def trained_encoder(run_dir: Path) -> tuple[Encoder, PretrainConfig, int]:
+    """A run's query encoder as `load_trained` fills it, the run's settings, and the optimiser steps behind it."""
+    config = RunFolder(run_dir).settings()
+    encoder = build_encoder(config.model, config.run.seed, config.data.image_size)
+    return encoder, config, load_trained(encoder, run_dir)
+
+
 def read_backbone(path: Path, arch: str, stem: str = "imagenet") -> Backbone:
     """The backbone in a file of another program: MoCo's original release, lightly, mmselfsup, torchvision or ours.
 
@@ -315,9 +322,7 @@ def _torchvision_name(name: str) -> str:
 
 
 def _query_encoder(run_dir: Path) -> tuple[dict[str, Tensor], PretrainConfig, int]:
-    config = RunFolder(run_dir).settings()
-    encoder = build_encoder(config.model, config.run.seed, config.data.image_size)
-    step = load_trained(encoder, run_dir)
+    encoder, config, step = trained_encoder(run_dir)
     return {name: value.contiguous() for name, value in encoder.state_dict().items()}, config, step
 
 

@@ -15,7 +15,6 @@ from moco_dist.doctor.logs import run
 from moco_dist.errors import EXIT_MISTAKE, UserError
 from moco_dist.run import logbook
 from moco_dist.run.logbook import Logbook, read_log
-from moco_dist.tracking import Tracker
 from tests.faults.processes import TINY
 
 QUEUE, BATCH = 1024, 64  # full of real keys after 16 steps
@@ -34,7 +33,7 @@ def write(monkeypatch):
     monkeypatch.setattr(logbook.time, "perf_counter", lambda: now[0])
 
     def write(config, rows):
-        book = Logbook(config, Tracker(), World(), 0, 10 * len(rows))
+        book = Logbook(config, World(), 0, 10 * len(rows))
         for i, row in enumerate(rows):
             seconds = 10 * config.optim.global_batch_size / row["images_per_second"]
             for _ in range(10):

@@ -9,7 +9,7 @@ from moco_dist.cli.main import main
 from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.config.source import read_config
 from moco_dist.datasets.prepare import prepare_shapes
-from moco_dist.reproduce import table3
+from moco_dist.planning import table3
 from moco_dist.reproduce import tables as reproduce
 from moco_dist.reproduce.tables import TABLES, as_markdown, trials_of
 

@@ -5,8 +5,8 @@ import torch
 
 from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.errors import Preempted
-from moco_dist.reproduce import table3
-from moco_dist.reproduce.table3 import as_markdown, measure
+from moco_dist.planning import table3
+from moco_dist.planning.table3 import as_markdown, measure
 
 
 def rows_of(*values):

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 import moco_dist
+from moco_dist.data.names import hash_of_list
 from moco_dist.errors import UserError
-from moco_dist.provenance import hash_of_list, key_of
 from moco_dist.report.page import evaluations
-from moco_dist.run.folder import RunFolder
+from moco_dist.run.folder import RunFolder, key_of
 
 NAMES = ("config.yaml", "log.jsonl", ".lock", "preempted.json", "checkpoints", "backbone.safetensors", "eval")
 

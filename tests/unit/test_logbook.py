@@ -6,7 +6,6 @@ import pytest
 
 from moco_dist.distributed.world import World
 from moco_dist.run.logbook import Logbook, read_log
-from moco_dist.tracking import Tracker
 from moco_dist.tracking.outbox import Outbox
 from tests.distributed.program import small_config
 
@@ -28,7 +27,7 @@ def test_a_run_goes_on_and_is_read_over_a_damaged_line(tmp_path, damage):
     log = tmp_path / "log.jsonl"
     log.write_bytes(lines(two, damage, six, damage, eight))
     assert [row["step"] for row in read_log(tmp_path)] == [2, 6, 8]
-    logbook = Logbook(small_config(run={"dir": tmp_path}), Tracker(), World(), start=6, stop=10)
+    logbook = Logbook(small_config(run={"dir": tmp_path}), World(), start=6, stop=10)
     assert log.read_bytes() == lines(two, damage, six)  # what comes after the step that the run goes on from is gone
     logbook.record({"step": 8})
     logbook.close()

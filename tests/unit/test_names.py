@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from moco_dist.data.names import Names
-from moco_dist.provenance import hash_of_list
+from moco_dist.data.names import Names, hash_of_list
 
 LISTS = ([], [""], ["", ""], ["a/1.jpg", "b/2.jpg"], ["é.jpg", "a\udce9b.jpg", "", "中/文\n.jpg"])
 

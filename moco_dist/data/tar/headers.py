@@ -12,7 +12,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from moco_dist.data.layout import IMAGE_SUFFIXES, is_left_out
+from moco_dist.data.layout import is_image, is_left_out
 from moco_dist.data.storage import open_file
 from moco_dist.data.tar.layout import TAR_SUFFIX
 from moco_dist.errors import UserError
@@ -114,7 +114,7 @@ class _Reader:
         """Take in a member; returns where it lies, and the folder that it is, if it is an archive itself."""
         name = "/".join(parts) if f"{parts[0]}/" == folder else folder + "/".join(parts)
         lower = name.lower()
-        if lower.endswith(IMAGE_SUFFIXES):
+        if is_image(name):
             if (place := self._place(member, name, folder)) is not None:
                 self._images.pop(name, None)
                 self._images[name] = place

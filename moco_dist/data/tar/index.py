@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from moco_dist.data.index import MIN_IMAGES, SETTLED_SECONDS
 from moco_dist.data.mapped import file_of, map_arrays
+from moco_dist.data.names import hash_of_list
 from moco_dist.data.processes import made_by_processes
 from moco_dist.data.tar.headers import read_shard
 from moco_dist.data.tar.layout import Shard, common_folder
@@ -26,7 +27,6 @@ from moco_dist.distributed.told import Told
 from moco_dist.distributed.world import World
 from moco_dist.errors import UserError
 from moco_dist.files import write_whole
-from moco_dist.provenance import hash_of_list
 
 NAME = ".moco_dist_tars"
 VERSION = 1

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from moco_dist.config.loading import is_pattern
 from moco_dist.data.images import MissingDataError
-from moco_dist.data.layout import IMAGE_SUFFIXES, folder_names, holds_images, is_left_out, split_of
+from moco_dist.data.layout import folder_names, holds_images, is_image, is_left_out, split_of
 from moco_dist.errors import UserError, nearest
-from moco_dist.files import is_pattern
 
 TAR_SUFFIX = ".tar"
 COMPRESSED = (".tar.gz", ".tgz", ".tar.zst", ".tar.zstd", ".tar.xz", ".txz", ".tar.bz2", ".tbz2", ".tbz", ".tar.lz4")
@@ -134,9 +134,7 @@ def _of_folder(root: Path) -> list[Shard]:
     tars, packed = _tars(root), sorted(root / name for name in names if name.lower().endswith(COMPRESSED))
     if not tars and not packed:
         return []
-    if any(name.lower().endswith(IMAGE_SUFFIXES) for name in names) or any(
-        holds_images(root / name) for name in folder_names(root)
-    ):
+    if any(map(is_image, names)) or any(holds_images(root / name) for name in folder_names(root)):
         return []  # a folder of images, and an archive that lies there too
     if unreadable := [path for path in packed if not tars or _split(path) in ("train", "val")]:
         raise compressed(unreadable, root)

@@ -14,11 +14,10 @@ from numpy.typing import NDArray
 
 from moco_dist.data.images import NO_CLASS, content_name
 from moco_dist.data.layout import IMAGE_SUFFIXES, require_distinct
-from moco_dist.data.names import in_arrays
+from moco_dist.data.names import hash_of_list, in_arrays
 from moco_dist.data.tar.headers import Label, ShardImages
 from moco_dist.data.tar.layout import SPLIT_FOLDERS, Shard
 from moco_dist.errors import UserError, nearest
-from moco_dist.provenance import hash_of_list
 
 CLASS_NAMES = "classes.txt"  # beside the shards: line n has the name of the class of number n
 COPIED_SHARE = 0.01  # of a shard's images that are another's too, name and size, for it to be a copy

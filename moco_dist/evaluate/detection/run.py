@@ -24,6 +24,7 @@ from moco_dist.config.evaluate import DetectConfig
 from moco_dist.config.loading import worker_count
 from moco_dist.config.pretrain import AugmentConfig
 from moco_dist.config.source import what_is_computed
+from moco_dist.data.names import hash_of_list
 from moco_dist.data.plan import Plan
 from moco_dist.data.processes import made_by_processes
 from moco_dist.distributed.collectives import all_reduce_sum, gather_uneven
@@ -38,9 +39,8 @@ from moco_dist.evaluate.detection.voc import Annotated, Pictures, read_sets
 from moco_dist.evaluate.progress import SAVE_SECONDS, Curve, Training
 from moco_dist.evaluate.subject import digest
 from moco_dist.files import write_whole
-from moco_dist.provenance import hash_of_list, key_of
 from moco_dist.run.checkpoint import averaged
-from moco_dist.run.folder import RunFolder
+from moco_dist.run.folder import RunFolder, key_of
 from moco_dist.run.known_data import has_evaluated_on, missed_if_gone, remember
 from moco_dist.run.weights import Backbone, backbone_of_run, read_backbone
 

@@ -27,7 +27,8 @@ from moco_dist.errors import Preempted
 from moco_dist.files import write_whole
 from moco_dist.planning.arithmetic import sizes
 from moco_dist.planning.random_step import RandomStep
-from moco_dist.provenance import hardware, key_of, package_versions, source_hash
+from moco_dist.provenance import hardware, package_versions, source_hash
+from moco_dist.run.folder import key_of
 
 RANKS = 8  # of the paper
 CONFIGS = {"MoCo": "mocov2_r50_200ep", "end to end": "end_to_end_r50_b256"}

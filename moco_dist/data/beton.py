@@ -128,6 +128,7 @@ class BetonWriter:
 
     def __init__(self, file: BinaryIO, max_samples: int) -> None:
         self._record = np.dtype([("", _RECORDS[kind]) for kind in _OUR_FIELDS.values()], align=True)
+        self._max_samples = max_samples
         self._records_at = _HEADER.itemsize + len(_OUR_FIELDS) * _FIELD.itemsize
         self._file, self._page = file, -(-(self._records_at + max_samples * self._record.itemsize) // PAGE_BYTES)
         self._at = self._page * PAGE_BYTES
@@ -136,18 +137,23 @@ class BetonWriter:
         self._labels: list[int] = []
         self._names: list[bytes] = []
 
-    def add(self, name: str, label: int, mode: int, width: int, height: int, data: bytes | memoryview) -> None:
-        """Append an image: `data` is a JPEG file or width x height x 3 pixels."""
+    def add(self, name: str, label: int, mode: int, width: int, height: int, data: bytes | memoryview) -> int:
+        """Append an image: `data` is a JPEG file or width x height x 3 pixels. Returns where it lies."""
         size = len(data)
         if self._at // PAGE_BYTES != (self._at + size - 1) // PAGE_BYTES and self._at % PAGE_BYTES:
             self._at = (self._at // PAGE_BYTES + 1) * PAGE_BYTES
         self._file.seek(self._at)
         self._file.write(data)
-        self._table.append((len(self._images), self._at, size))
-        self._images.append((mode, width, height, self._at))
+        self.take(name, label, mode, width, height, at := self._at, size)
+        return at
+
+    def take(self, name: str, label: int, mode: int, width: int, height: int, at: int, size: int) -> None:
+        """Take as the next image what the file has already, `size` bytes at `at`, where `add` has put them."""
+        self._table.append((len(self._images), at, size))
+        self._images.append((mode, width, height, at))
         self._labels.append(label)
         self._names.append(name.encode("utf-8", "surrogateescape"))
-        self._at += size
+        self._at = at + size
 
     def __enter__(self) -> Self:
         return self
@@ -168,7 +174,7 @@ class BetonWriter:
         self._file.write(b"".join(self._names))
         self._file.write(np.array(self._table, _TABLE).tobytes())
         self._file.seek(self._records_at)
-        self._file.write(records.tobytes())
+        self._file.write(records.tobytes().ljust(self._max_samples * self._record.itemsize, b"\0"))
         fields = np.zeros(len(_OUR_FIELDS), _FIELD)
         for field, (name, kind) in zip(fields, _OUR_FIELDS.items(), strict=True):
             field["type_id"] = kind

@@ -2,27 +2,34 @@
 
 import contextlib
 import io
+import itertools
+import math
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import PIL
 import simplejpeg
 from PIL import Image
 
+from moco_dist import __version__
 from moco_dist.data.beton import JPEG, PACKED_SUFFIX, RAW, BetonWriter
 from moco_dist.data.decode import decode_image
 from moco_dist.data.images import ImageError, ImageFolder
 from moco_dist.data.sources import bytes_reader, find_splits
 from moco_dist.data.storage import raise_if_storage_failed
 from moco_dist.datasets.compressed import decompressed, find_compressed
+from moco_dist.datasets.unfinished import Chunk, Unfinished
+from moco_dist.distributed.stop import StopRequest
 from moco_dist.distributed.told import Told
 from moco_dist.distributed.world import World
-from moco_dist.errors import UserError, file_error
+from moco_dist.errors import Preempted, UserError, file_error
+from moco_dist.provenance import key_of
 
-CHUNK = 256  # images read and encoded between two writes
+CHUNK = 256  # images read and encoded at a time; a stop waits for them
 
 
 class Packed(NamedTuple):
@@ -37,6 +44,9 @@ class Packed(NamedTuple):
 
 def pack(source: Path, out: Path, max_side: int | None = None, quality: int = 90, raw_share: float = 0.0) -> Path:
     """Write SOURCE's training and validation images to `out`, which appears complete or not at all.
+
+    A call that is stopped keeps what it has packed, hidden beside `out`; the same call goes on from there, and its file
+    is the same, byte for byte, as one made in one go. What has changed in the source since is packed anew.
 
     JPEGs are copied as they are; only what is larger than `max_side`, or no plain JPEG, is encoded anew. Files that
     cannot be read are left out and listed in OUT.unreadable.txt.
@@ -53,6 +63,8 @@ def pack(source: Path, out: Path, max_side: int | None = None, quality: int = 90
 
     Raises:
         UserError: the source has no readable images, or `out` cannot be written.
+        InUseError: another process is packing `out`.
+        Preempted: SIGTERM, SIGHUP or Ctrl-C.
     """
     if out.suffix != PACKED_SUFFIX:
         raise UserError(f"{out} is no name for a packed file; did you mean {out.with_suffix(PACKED_SUFFIX)}?")
@@ -61,42 +73,136 @@ def pack(source: Path, out: Path, max_side: int | None = None, quality: int = 90
     if source.suffix == PACKED_SUFFIX:
         raise UserError(f"{source} is packed already; what is packed is a folder or tar shards")
     with contextlib.ExitStack() as stack:
-        if archives := find_compressed(source):
-            source = stack.enter_context(decompressed(source, archives, out))
-        return _pack(find_splits(source), source, out, max_side, quality, raw_share)
+        given, plain = find_compressed(source), source
+        if given:
+            plain = stack.enter_context(decompressed(source, given, out))
+        splits = find_splits(plain)
+        given = given or sorted({file for folder in splits.values() if folder.places for file in folder.places.files})
+        return _pack(splits, given, source, out, max_side, quality, raw_share)
 
 
 def _pack(
-    splits: dict[str, ImageFolder], source: Path, out: Path, max_side: int | None, quality: int, raw_share: float
-) -> Path:
-    total, unreadable = sum(len(folder.paths) for folder in splits.values()), []
+    splits: dict[str, ImageFolder], given: list[Path], source: Path, out: Path,
+    max_side: int | None, quality: int, raw_share: float,
+) -> Path:  # fmt: skip
+    recipe = {
+        "source": str(source.absolute()), "max_side": max_side, "quality": quality, "raw_share": raw_share,
+        "versions": [__version__, PIL.__version__], "chunk": CHUNK,
+        "files": [[str(file), facts.st_size, facts.st_mtime_ns] for file in given for facts in [file.stat()]],
+        "splits": {split: [folder.list_hash, key_of(folder.labels.tolist())] for split, folder in splits.items()},
+    }  # fmt: skip
+    total = sum(len(folder.paths) for folder in splits.values())
+    note = ""
     with (
-        _appearing(out) as file,
-        BetonWriter(file, total) as writer,
-        Told(f"packing {out.name}", total, "images", World()) as told,
+        StopRequest(math.inf, World()) as stop,
+        _unfinished(out, recipe) as unfinished,
         ThreadPoolExecutor(os.cpu_count()) as pool,
     ):
-        for split, folder in splits.items():
-            read = bytes_reader(folder)
-            as_raw = np.random.default_rng(0).random(len(folder.paths)) < raw_share
-            for start in range(0, len(folder.paths), CHUNK):
-                chunk = range(start, min(start + CHUNK, len(folder.paths)))
-                encoded = pool.map(lambda i: _encode(read, i, max_side, quality, bool(as_raw[i])), chunk)  # noqa: B023
-                for i, image in zip(chunk, encoded, strict=True):
-                    if image.problem:
-                        unreadable.append(image.problem)
-                    else:
-                        writer.add(f"{split}/{folder.paths[i]}", int(folder.labels[i]), *image[:4])
-                told.add(len(chunk))
-        if len(unreadable) == total:
-            raise UserError(f"none of the {total} images of {source} can be read; {unreadable[-1]}")
-    note = ""
-    if unreadable:
-        listed = out.with_name(f"{out.name}.unreadable.txt")
-        listed.write_text("\n".join(unreadable) + "\n", "utf-8", "surrogateescape")
-        note = f"; {len(unreadable)} unreadable, see {listed}"
+        work = _Work(splits, pool, max_side, quality, raw_share)
+        with BetonWriter(unfinished.file, total) as writer:
+            unreadable = _write(work, writer, unfinished, stop, out, total)
+            if len(unreadable) == total:
+                raise UserError(f"none of the {total} images of {source} can be read; {unreadable[-1]}")
+        if unreadable:
+            listed = out.with_name(f"{out.name}.unreadable.txt")
+            listed.write_text("\n".join(unreadable) + "\n", "utf-8", "surrogateescape")
+            note = f"; {len(unreadable)} unreadable, see {listed}"
+        unfinished.become(out)
     print(f"{out} is ready: {total - len(unreadable):,} images, {out.stat().st_size / 2**30:.2f} GiB{note}")
     return out
+
+
+def _write(
+    work: "_Work", writer: BetonWriter, unfinished: Unfinished, stop: StopRequest, out: Path, total: int
+) -> list[str]:
+    """Write all images that an earlier call has not written; returns why others cannot be read."""
+    before = list(itertools.takewhile(lambda pair: work.is_as_then(*pair), enumerate(unfinished.before)))
+    unfinished.go_on_after(len(before))
+    unreadable, done = list[str](), 0
+    for number, chunk in before:
+        work.take(number, chunk, writer)
+        unreadable += [problem for _, problem in chunk.unreadable]
+        done += len(work.chunks[number][1])
+    if done:
+        print(f"{out} goes on after {done:,} of {total:,} images, which an earlier call has packed")
+    elif unfinished.before or unfinished.is_of_another:
+        print(f"{out} begins anew: what an earlier call has packed is of other images or settings")
+    with Told(f"packing {out.name}", total, "images", World(), done) as told:
+        for number in range(len(before), len(work.chunks)):
+            if stop.is_asked:
+                unfinished.keep()
+                raise Preempted(f"{done:,} of {total:,} images are packed")
+            unfinished.add(chunk := work.pack(number, writer))
+            unreadable += [problem for _, problem in chunk.unreadable]
+            done += len(work.chunks[number][1])
+            told.add(len(work.chunks[number][1]))
+    return unreadable
+
+
+class _Work:
+    """The images of all splits in chunks, and how they are stored.
+
+    Attributes:
+        chunks: split and numbers of the images of each.
+    """
+
+    def __init__(
+        self, splits: dict[str, ImageFolder], pool: ThreadPoolExecutor, max_side: int | None, quality: int,
+        raw_share: float,
+    ) -> None:  # fmt: skip
+        self.chunks = [
+            (split, range(start, min(start + CHUNK, len(folder.paths))))
+            for split, folder in splits.items() for start in range(0, len(folder.paths), CHUNK)
+        ]  # fmt: skip
+        self._splits, self._pool, self._max_side, self._quality = splits, pool, max_side, quality
+        self._readers = {split: bytes_reader(folder) for split, folder in splits.items()}
+        self._as_raw = {
+            split: np.random.default_rng(0).random(len(folder.paths)) < raw_share for split, folder in splits.items()
+        }
+
+    def pack(self, number: int, writer: BetonWriter) -> Chunk:
+        """Read, encode and write the images of a chunk."""
+        split, rows = self.chunks[number]
+        chunk = Chunk(self._facts(number), [], [])
+        for i, image in zip(rows, self._pool.map(lambda i: self._encoded(split, i), rows), strict=True):
+            if image.problem:
+                chunk.unreadable.append((i, image.problem))
+            else:
+                at = writer.add(*self._name_and_label(split, i), *image[:4])
+                chunk.stored.append((i, *image[:3], at, len(image.data)))
+        return chunk
+
+    def take(self, number: int, chunk: Chunk, writer: BetonWriter) -> None:
+        """Take a chunk's images as they are written already."""
+        for i, *stored in chunk.stored:
+            writer.take(*self._name_and_label(self.chunks[number][0], i), *stored)
+
+    def is_as_then(self, number: int, chunk: Chunk) -> bool:
+        """Whether a chunk's files are as they were when it was packed, and those that nobody could read still so."""
+        split = self.chunks[number][0]
+        return chunk.facts == self._facts(number) and all(self._encoded(split, i).problem for i, _ in chunk.unreadable)
+
+    def _name_and_label(self, split: str, i: int) -> tuple[str, int]:
+        return f"{split}/{self._splits[split].paths[i]}", int(self._splits[split].labels[i])
+
+    def _encoded(self, split: str, i: int) -> "Packed":
+        return _encode(self._readers[split], i, self._max_side, self._quality, bool(self._as_raw[split][i]))
+
+    def _facts(self, number: int) -> str:
+        """What the files of a chunk are like; "" for tar shards, of which the recipe says it."""
+        split, rows = self.chunks[number]
+        folder = self._splits[split]
+        return "" if folder.places else key_of(
+            list(self._pool.map(lambda i: _size_and_time(folder.root / folder.paths[i]), rows))
+        )  # fmt: skip
+
+
+def _size_and_time(path: Path) -> list[int | None]:
+    try:
+        facts = path.stat()
+    except OSError as error:
+        return [error.errno]
+    return [facts.st_size, facts.st_mtime_ns]
 
 
 def _encode(
@@ -125,17 +231,14 @@ def _encode(
 
 
 @contextlib.contextmanager
-def _appearing(out: Path) -> Iterator[BinaryIO]:
-    """A hidden file, which becomes `out` at the end, and is removed if anything goes wrong."""
-    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
+def _unfinished(out: Path, recipe: dict[str, Any]) -> Iterator[Unfinished]:
+    """What becomes `out`; where anything goes wrong, what is written is kept for the next call."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        partial.rename(out)
+        unfinished = Unfinished(out, recipe)
+        try:
+            yield unfinished
+        finally:
+            unfinished.close()
     except OSError as error:
         raise file_error(f"cannot write {out}: {error.strerror or error}", error) from error
-    finally:
-        partial.unlink(missing_ok=True)

@@ -1,29 +1,37 @@
 """Files that a crash, a full disk or a second writer leaves whole."""
 
+import contextlib
 import errno
 import fcntl
 import json
 import os
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 
 def write_whole(path: Path, content: bytes | Sequence[bytes | memoryview]) -> None:
-    """Write a file that is complete whenever it is there; makes its folder. `content` may be in parts.
-
-    It is written under a name that nobody knows before: neither a second process that writes the same file nor somebody
-    who puts a link in its place can come between.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
-    try:
+    """Write a file that is complete whenever it is there; makes its folder. `content` may be in parts."""
+    with whole_file(path) as partial:
         if isinstance(content, bytes):
             partial.write_bytes(content)
         else:
             with partial.open("wb") as file:
                 file.writelines(content)
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A path to write to within a `with`; what is there takes the place of `path` at its end. Makes the folder.
+
+    It is a name that nobody knows before: neither a second process that writes the same file nor somebody who puts a
+    link in its place can come between.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    try:
+        yield partial
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

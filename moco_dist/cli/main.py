@@ -33,6 +33,7 @@ COMMANDS = {  # name: what it does, the function in moco_dist.cli; in the order 
     "linear": ("linear evaluation of a run", "evaluate:linear"),
     "finetune": ("train a run's whole network further, with labels", "evaluate:finetune"),
     "detect": ("object detection by a run's backbone", "detect:main"),
+    "features": ("features of any images, into a file", "features:main"),
     "report": ("a page of a run: accuracies, curves, pictures", "report:main"),
     "compare": ("several runs side by side; registers the best", "compare:main"),
     "export": ("weights for torchvision, timm, detectron2", "weights:export"),
@@ -42,8 +43,8 @@ COMMANDS = {  # name: what it does, the function in moco_dist.cli; in the order 
     "reproduce": ("the paper's tables, beside what was published", "reproduce:main"),
 }
 # These print for a person alone; what they are started for is done elsewhere, or lies in files.
-RESULTS_ARE_FILES = {"pretrain", "launch", "knn", "linear", "finetune", "detect", "demo", "reproduce", "data prepare",
-                     "data pack"}  # fmt: skip
+RESULTS_ARE_FILES = {"pretrain", "launch", "knn", "linear", "finetune", "detect", "features", "demo", "reproduce",
+                     "data prepare", "data pack"}  # fmt: skip
 FOOTER = """
 moco-dist COMMAND --help shows every setting.
 On several GPUs: torchrun --nproc-per-node N -m moco_dist COMMAND ...

@@ -9,7 +9,7 @@ out of date unless images were changed under the same name. The folder has to be
 
 import contextlib
 import math
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -26,7 +26,7 @@ from moco_dist.distributed.collectives import all_reduce_sum
 from moco_dist.distributed.stop import StopRequest
 from moco_dist.distributed.told import Told
 from moco_dist.distributed.world import World
-from moco_dist.errors import Preempted
+from moco_dist.errors import InfrastructureError, Preempted
 from moco_dist.evaluate.subject import Evaluation, FrozenEncoder, digest
 from moco_dist.files import write_whole
 from moco_dist.run.folder import RunFolder, key_of
@@ -111,6 +111,23 @@ def own_chunks(total: int, world: World) -> list[range]:
     """This rank's chunks, as ranges of rows. Ranks take turns, so that all share what an interruption left."""
     starts = range(world.rank * CHUNK_SAMPLES, total, world.world_size * CHUNK_SAMPLES)
     return [range(start, min(start + CHUNK_SAMPLES, total)) for start in starts]
+
+
+def kept(evaluation: Evaluation, encoder: FrozenEncoder, split: Literal["train", "val"]) -> Iterator[Tensor]:
+    """What `extract` of all ranks has written, float32 (n, D) chunk by chunk, in the order of the images.
+
+    Raises:
+        InfrastructureError: a chunk is not there.
+    """
+    folder = evaluation.train if split == "train" else evaluation.val
+    cache = RunFolder(evaluation.config.run_dir).features(_key(evaluation, encoder, split, folder))
+    for chunk in own_chunks(len(folder.paths), World()):
+        values = torch.empty(len(chunk), encoder.dim)
+        if _read(path := _path(cache, chunk), values) < len(chunk):
+            raise InfrastructureError(
+                f"{path} of another rank is not here; it has to lie on a disk that all hosts share"
+            )
+        yield values
 
 
 @torch.no_grad()

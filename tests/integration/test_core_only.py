@@ -10,7 +10,8 @@ import pytest
 
 from moco_dist.datasets.prepare import prepare_shapes
 
-OPTIONAL = ("deepspeed", "ffcv", "mlflow", "nvidia.dali", "triton", "timm", "cv2", "numba", "pycocotools")
+OPTIONAL = ("deepspeed", "ffcv", "mlflow", "nvidia.dali", "triton", "timm", "cv2", "numba", "pycocotools",
+            "pyarrow")  # fmt: skip
 PROGRAM = f"""
 import sys
 from importlib.machinery import PathFinder
@@ -76,6 +77,9 @@ def test_it_trains_without_any_optional_package(tmp_path):
     done = without_optional("detect", "--run-dir", str(tmp_path / "run"), "--data.root", str(data))
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
     assert "pip install 'moco_dist[detection]'" in done.stderr
+    done = without_optional("features", str(tmp_path / "run"), str(data), "--out", str(tmp_path / "f.parquet"))
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert "pip install 'moco_dist[parquet]', or write a .npz" in done.stderr
     done = without_optional(*tiny, "--run.dir", str(tmp_path / "tracked"))
     assert done.returncode == 2
     assert "mlflow" in done.stderr

@@ -118,9 +118,9 @@ def _mask(outlines: list[Points], size: int) -> Pixels:
 # The shapes: outlines around the origin, at most about 1 from it. u and v in [0, 1) vary their proportions.
 
 
-def _polar(radii: Points | list[float], start: float = 0.0) -> Points:
+def _polar(radii: Points | list[float]) -> Points:
     """A closed outline through equally spaced angles."""
-    angles = start + np.arange(len(radii)) * 2 * math.pi / len(radii)
+    angles = np.arange(len(radii)) * 2 * math.pi / len(radii)
     return np.stack([radii * np.cos(angles), radii * np.sin(angles)], axis=1)
 
 

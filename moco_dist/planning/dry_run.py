@@ -63,7 +63,7 @@ def dry_run(config: PretrainConfig, num_nodes: int, gpus_per_node: int, rank: in
         raise UserError("--dry-run does not run engine.kind deepspeed, which looks for its GPU itself; the plan "
                         "without --dry-run counts its memory and bytes, or try engine.kind ddp")  # fmt: skip
     config = _traceable(config)
-    world = world_of(num_nodes, gpus_per_node, rank)
+    world = World(rank, rank % gpus_per_node, num_nodes * gpus_per_node, gpus_per_node, str(DEVICE))
     try:
         with fake_rank(world), Watch() as watch, tempfile.TemporaryDirectory() as folder:
             return _steps(config, world, watch, Path(folder))
@@ -74,11 +74,6 @@ def dry_run(config: PretrainConfig, num_nodes: int, gpus_per_node: int, rank: in
         if not isinstance(error, HostWaitError):  # which says where
             reason = f"{line_of_program(error.__traceback__)}: {reason}"
         raise UserError(f"a step of this config fails as rank {rank} of {world.world_size}: {reason}") from error
-
-
-def world_of(num_nodes: int, gpus_per_node: int, rank: int) -> World:
-    """The place of `rank`, on a GPU."""
-    return World(rank, rank % gpus_per_node, num_nodes * gpus_per_node, gpus_per_node, str(DEVICE))
 
 
 def _traceable(config: PretrainConfig) -> PretrainConfig:

@@ -78,14 +78,10 @@ def settings_of(config: PretrainConfig) -> dict[str, Any]:
     return {name: flat[name] for name, setting in declarations(PretrainConfig).items() if setting["times"]}
 
 
-def default_folder() -> Path:
-    """Where calibrations are kept for the next plan."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moco_dist"
-
-
 def folders() -> list[Path]:
-    """Where a plan looks: the user's calibrations, and a checkout's benchmarks/results."""
-    return [default_folder(), Path(__file__).parents[2] / "benchmarks" / "results"]
+    """Where a plan looks: the user's cache, where calibrations are kept, and a checkout's benchmarks/results."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return [cache / "moco_dist", Path(__file__).parents[2] / "benchmarks" / "results"]
 
 
 def write(measured: Measurement, versions: dict[str, str], command: str, folder: Path) -> Path:

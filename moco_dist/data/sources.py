@@ -47,7 +47,7 @@ def find_images(
                 "folder that is called so"
             )
         return splits[split]
-    return folder_images(root, split, remember)
+    return folder_images(root, split, remember, index_folder)
 
 
 def find_training_images(data: DataConfig, index_folder: Path | None = None) -> ImageFolder:

@@ -7,6 +7,7 @@ import time
 import pytest
 
 from moco_dist.data import index
+from moco_dist.data.sources import find_images
 from moco_dist.distributed import once
 from moco_dist.distributed.once import once_a_host
 from moco_dist.errors import EXIT_IO, InfrastructureError, SaidElsewhere, UserError
@@ -88,11 +89,11 @@ def test_an_index_lies_in_the_runs_folder_where_the_data_cannot_be_written(root,
     monkeypatch.setattr(index, "NAME", "no such folder/index.json")
     monkeypatch.setattr(index, "write_whole", refuse_below(root, index.write_whole))
     elsewhere = tmp_path / "run" / "index"
-    paths = index.image_paths(root / "train", elsewhere=elsewhere)
-    index.image_paths(root / "val", elsewhere=elsewhere)
+    paths = find_images(root, "train", index_folder=elsewhere).paths
+    find_images(root, "val", index_folder=elsewhere)
     assert len(list(elsewhere.iterdir())) == 2
     monkeypatch.setattr(index, "_scan", None)  # not called again
-    assert index.image_paths(root / "train", elsewhere=elsewhere) == paths
+    assert find_images(root, "train", index_folder=elsewhere).paths == paths
 
 
 def refuse_below(root, write):

@@ -21,6 +21,7 @@ from moco_dist.method.build import build_method, settled
 from moco_dist.run import checkpoint
 from moco_dist.run.folder import RunFolder
 from moco_dist.run.logbook import Logbook
+from moco_dist.run.manifest import facts_of
 from moco_dist.run.opening import opening_lines
 from moco_dist.run.resume import facts_to_agree_on, resume, training_images
 from moco_dist.run.saver import Saver
@@ -51,7 +52,7 @@ def pretrain(config: PretrainConfig, world: World, tracker: Tracker) -> Path:
     logbook = Logbook(config, world, method.step, stop, pending_losses, tracker)
     for line in [*notes, *opening_lines(config, plan, method, stop, world)]:
         logbook.say(line)
-    saver = Saver(config, checkpoint.facts_of(config, images), plan.steps_per_epoch, stop, world, logbook.say)
+    saver = Saver(config, facts_of(config, images), plan.steps_per_epoch, stop, world, logbook.say)
     colour = compiled_on_gpu(apply_colours, config.engine, world.device)
     views_of = functools.partial(
         views_of_steps, images, config, plan, world, dtype=method.dtype, colour=colour,

@@ -56,7 +56,7 @@ def draw_colours(config: AugmentConfig, seed: int, step: int, samples: NDArray[n
     Returns:
         (N, P) float32, columns as in COLOURS. A row depends on nothing but (seed, step, sample, stream).
     """
-    u = counter_rng.uniforms(seed, step, samples, stream, 12)
+    u = counter_rng.uniforms(seed, step, samples, stream, 12)  # of more numbers, these would still be the first
     strength = np.array(config.jitter)
     low, high = np.maximum(_IDENTITY - strength, [0, 0, 0, -0.5]), _IDENTITY + strength
     factors = np.where(u[:, :1] < config.jitter_probability, low + (high - low) * u[:, 1:5], _IDENTITY)

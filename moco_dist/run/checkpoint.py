@@ -19,9 +19,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 
-from moco_dist.config.credentials import without_credentials
-from moco_dist.config.pretrain import PretrainConfig
-from moco_dist.data.images import ImageFolder
 from moco_dist.distributed.collectives import all_gather, as_sharded, barrier, gather_texts, mean_on_rank_0
 from moco_dist.distributed.once import from_rank_0
 from moco_dist.distributed.world import World
@@ -29,11 +26,9 @@ from moco_dist.errors import UserError
 from moco_dist.files import write_whole
 from moco_dist.method.batch_norm import running_statistics
 from moco_dist.method.step import Method
-from moco_dist.provenance import git_state, package_versions
 from moco_dist.run import tensors as files_of_tensors
 from moco_dist.run.folder import RunFolder
-from moco_dist.run.image_list import listed
-from moco_dist.run.manifest import MANIFEST, read_manifest
+from moco_dist.run.manifest import MANIFEST, manifest_of, read_manifest
 from moco_dist.run.tensors import Stored, sha256, shares
 
 CANNOT_WRITE = (Exception, CheckpointException)  # the latter is no Exception
@@ -58,18 +53,12 @@ class Snapshot:
     manifest: dict[str, Any]
 
 
-def facts_of(config: PretrainConfig, images: ImageFolder) -> dict[str, Any]:
-    """What checkpoint.json says of a run beside its state: settings without secrets, the code, the list of images."""
-    kept = without_secrets(config).model_dump(mode="json")
-    return {"config": kept, "versions": package_versions(), "git": git_state(), "images": listed(images)}
-
-
 def snapshot(method: Method, facts: dict[str, Any], world: World) -> Snapshot:
     """Copy this rank's share of the method to host memory: a training waits for nothing else. Called by all ranks.
 
     Args:
         method: what to save.
-        facts: plain values for checkpoint.json beside those of the state: `facts_of`, and what is to go on.
+        facts: as for `manifest_of`.
         world: this process.
     """
     # safetensors has no strides: channels-last weights are written in their logical order.
@@ -81,14 +70,7 @@ def snapshot(method: Method, facts: dict[str, Any], world: World) -> Snapshot:
     encoders = _with_statistics(method)
     rows = {name: _to_host(_as_row(running_statistics(encoder))) for name, encoder in encoders.items()}
     copies |= {f"{name}.{ROWS}": as_sharded(row, world.world_size, world) for name, row in rows.items()}
-    manifest = {
-        "step": method.step,
-        "world_size": world.world_size,
-        "queue_size": method.queue.size if method.queue else 0,
-        "loss_scale": method.engine.scaler.state_dict(),
-        **facts,
-    }
-    return Snapshot(method.step, copies, rows, manifest)
+    return Snapshot(method.step, copies, rows, manifest_of(method, facts, world))
 
 
 def replicated_tensors(method: Method) -> dict[str, Tensor]:
@@ -275,13 +257,6 @@ def latest(run_dir: Path) -> Path:
         first = f"pre-train first: moco-dist pretrain CONFIG --run.dir {run_dir}"
         raise UserError(f"run folder {run_dir} {reason}; {first}")
     return found[-1]
-
-
-def without_secrets(config: PretrainConfig) -> PretrainConfig:
-    """The config as files may hold it: a user and password in tracking.uri are left out."""
-    uri = config.tracking.uri
-    tracking = config.tracking.model_copy(update={"uri": without_credentials(uri) if uri else uri})
-    return config.model_copy(update={"tracking": tracking})
 
 
 def averaged(encoder: nn.Module, world: World) -> dict[str, Tensor]:

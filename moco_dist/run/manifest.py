@@ -1,4 +1,4 @@
-"""checkpoint.json: what a checkpoint says of itself, read as any version of this program may have written it."""
+"""checkpoint.json: what a checkpoint says of itself, as it is written, and read as any version may have written it."""
 
 import json
 from pathlib import Path
@@ -7,11 +7,15 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
+from moco_dist.config.credentials import without_credentials
 from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.config.source import mistakes
+from moco_dist.data.images import ImageFolder
+from moco_dist.distributed.world import World
 from moco_dist.errors import UserError
-from moco_dist.provenance import package_versions
-from moco_dist.run.image_list import ImageList
+from moco_dist.method.step import Method
+from moco_dist.provenance import git_state, package_versions
+from moco_dist.run.image_list import ImageList, listed
 
 MANIFEST = "checkpoint.json"
 
@@ -41,6 +45,29 @@ _MANIFEST = TypeAdapter(Manifest)
 NOT_WRITTEN_BEFORE: dict[str, Any] = {
     "queue_size": 0, "loss_scale": {}, "config": {}, "versions": {}, "images": None, "pending_losses": [], "files": {},
 }  # fmt: skip
+
+
+def facts_of(config: PretrainConfig, images: ImageFolder) -> dict[str, Any]:
+    """What checkpoint.json says at every step of a run: settings without secrets, the code, the list of images."""
+    kept = without_secrets(config).model_dump(mode="json")
+    return {"config": kept, "versions": package_versions(), "git": git_state(), "images": listed(images)}
+
+
+def manifest_of(method: Method, facts: dict[str, Any], world: World) -> dict[str, Any]:
+    """What checkpoint.json says of `method` at its step; the names of the files are added when they are written.
+
+    Args:
+        method: what is saved.
+        facts: `facts_of`, and the log's `pending_losses`.
+        world: this process.
+    """
+    return {
+        "step": method.step,
+        "world_size": world.world_size,
+        "queue_size": method.queue.size if method.queue else 0,
+        "loss_scale": method.engine.scaler.state_dict(),
+        **facts,
+    }
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -82,3 +109,10 @@ def saved_config(folder: Path) -> PretrainConfig:
         found = "; ".join(mistakes(error, PretrainConfig))
         raise UserError(f"{folder} was written by moco_dist {its} with settings that moco_dist {ours} does not take "
                         f"({found}); go on with that version, or give another --run.dir") from error  # fmt: skip
+
+
+def without_secrets(config: PretrainConfig) -> PretrainConfig:
+    """The config as files may hold it: a user and password in tracking.uri are left out."""
+    uri = config.tracking.uri
+    tracking = config.tracking.model_copy(update={"uri": without_credentials(uri) if uri else uri})
+    return config.model_copy(update={"tracking": tracking})

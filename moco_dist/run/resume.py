@@ -17,11 +17,10 @@ from moco_dist.files import write_whole
 from moco_dist.method.step import Method
 from moco_dist.provenance import package_versions, source_hash
 from moco_dist.run import checkpoint
-from moco_dist.run.checkpoint import without_secrets
 from moco_dist.run.folder import RunFolder
 from moco_dist.run.image_list import difference, keep_list
 from moco_dist.run.known_data import has_trained_on, missed_if_gone
-from moco_dist.run.manifest import read_manifest, saved_config
+from moco_dist.run.manifest import read_manifest, saved_config, without_secrets
 from moco_dist.run.start import begin_with_weights
 
 

@@ -33,7 +33,7 @@ class Saver:
 
         Args:
             config: of the run.
-            facts: `checkpoint.facts_of`.
+            facts: `manifest.facts_of`.
             steps_per_epoch: whole batches in the data set.
             stop: the last step.
             world: this process.

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+LEGEND_CHARACTERS = 64  # in a line of the legend, beside a mark for each label
 # Mid-tones that can be read on white and on black.
 GRAY = "#808080"
 COLOURS = ("#2f86c9", "#d9822b", "#3a9d5d", "#b0498f", "#8a6d3b", "#5a6acf", "#c9463d", "#2a9d9d")
@@ -47,14 +48,19 @@ def chart(
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
-    figure = Figure(figsize=(4.2, 2.5), dpi=160, layout="constrained")
+    labels = [shortened(label) for label in series] + ([reference[1]] if reference else [])
+    columns = max(1, min(3, LEGEND_CHARACTERS // (max(map(len, labels)) + 6)))
+    legend_lines = -(-len(labels) // columns) if len(labels) > 1 else 0
+    figure = Figure(figsize=(4.2, 2.5 + 0.16 * legend_lines), dpi=160, layout="constrained")
     axes = figure.subplots()
     for (label, (x, y)), colour in zip(series.items(), COLOURS, strict=False):
-        axes.plot(x, y, label=label, color=colour, linewidth=1.6, marker="o" if len(x) < 12 else "", markersize=3.5)
+        axes.plot(
+            x, y, label=shortened(label), color=colour, linewidth=1.6, marker="o" if len(x) < 12 else "", markersize=3.5
+        )
     if reference is not None:
         axes.axhline(reference[0], color=GRAY, linestyle="--", linewidth=1, label=reference[1])
-    if len(axes.lines) > 1:
-        axes.legend(frameon=False, fontsize=8, labelcolor=GRAY)
+    if legend_lines:  # above the curves, where it covers none
+        figure.legend(loc="outside upper left", ncols=columns, frameon=False, fontsize=8, labelcolor=GRAY)
     axes.set_xlabel(x_label, fontsize=8, color=GRAY)
     axes.set_xlim(-0.02 * last_x, 1.02 * last_x)
     if reference is None:
@@ -67,6 +73,11 @@ def chart(
     figure.savefig(buffer := io.BytesIO(), format="png", transparent=True)
     last = ", ".join(f"{label} {y[-1]:.4g}" for label, (_, y) in series.items())
     return Picture(data_uri(buffer), f"{title}: at the end {last}", title)
+
+
+def shortened(label: str) -> str:
+    """The end of a long name, by which runs of one folder differ."""
+    return label if len(label) <= LEGEND_CHARACTERS - 6 else f"…{label[6 - LEGEND_CHARACTERS :]}"
 
 
 def png_uri(pixels: NDArray[np.uint8]) -> str:

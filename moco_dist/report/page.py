@@ -33,6 +33,7 @@ EVALUATIONS = {"knn": "kNN", "linear": "linear", "finetune": "fine-tuning"}
 ALWAYS_SHOWN = ("knn", "linear")
 MISSING = "–"
 THUMBNAIL_PIXELS = 128
+RELOAD_SECONDS = 30  # how often the page of a run that goes on loads itself again
 
 
 class AccuracyTable(NamedTuple):
@@ -81,6 +82,7 @@ def write_report(run_dir: Path, view_pairs: Tensor | None = None, neighbours: li
         "page.html",
         name=run_dir.resolve().name,
         summary=_summary(config, rows),
+        reload_seconds=RELOAD_SECONDS if _goes_on(run_dir, rows) else 0,
         table=_accuracies(run_dir),
         curves=_curves(rows, evaluations(run_dir), config),
         view_pairs=[] if view_pairs is None else _pair_pictures(view_pairs),
@@ -184,6 +186,12 @@ def _summary(config: PretrainConfig, rows: list[dict[str, Any]]) -> list[str]:
         last = trained[-1]
         summary.append(f"step {last['step']:,} (epoch {last['epoch']:.1f}), {last['images_per_second']:.0f} images/s")
     return summary
+
+
+def _goes_on(run_dir: Path, rows: list[dict[str, Any]]) -> bool:
+    """Whether the run has not come to its end, as far as its folder tells: one that was killed goes on when started."""
+    left = [row["eta_seconds"] for row in rows if "eta_seconds" in row]
+    return left[-1] > 0 if left else not RunFolder(run_dir).backbone.exists()
 
 
 def _curves(

@@ -1,6 +1,7 @@
 """Runs side by side: from their folders and from MLflow, in a real browser, and the best one in the registry."""
 
 import csv
+import html
 import json
 import os
 import shutil
@@ -88,6 +89,28 @@ def test_the_page_in_a_browser(runs, tmp_path):
     assert blue > 100, "no curve is seen"
     if keep := os.environ.get("MOCO_DIST_KEEP_SCREENSHOT"):
         shutil.copy(shot, keep)
+
+
+def test_the_pages_on_a_phone(runs, tmp_path):
+    """In a frame of 390 pixels nothing is wider, whatever long name or path is on the page."""
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("no chromium; apt-get install chromium")
+    long_named = shutil.copytree(runs[0], tmp_path / ("long" * 30))
+    assert main(["report", str(long_named), "--data-root", str(runs[0].parent.parent / "shapes")]) == 0
+    assert main(["compare", str(long_named), str(runs[1]), "--out", str(tmp_path / "out")]) == 0
+    pages = [(folder / "index.html").read_text() for folder in (long_named / "report", tmp_path / "out")]
+    frames = "".join(
+        f'<iframe style="width: 390px; border: 0" srcdoc="{html.escape(page)}"></iframe>' for page in pages
+    )
+    script = """<script>addEventListener("load", () => { document.title = [...document.querySelectorAll("iframe")].map(
+        frame => frame.contentDocument.documentElement.scrollWidth).join() })</script>"""
+    (tmp_path / "phone.html").write_text(f"<!doctype html><html><body>{frames}{script}</body></html>")
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--disable-background-networking",
+             f"--user-data-dir={tmp_path / 'profile'}"]  # fmt: skip
+    words = [chromium, *flags, "--dump-dom", f"file://{tmp_path / 'phone.html'}"]
+    done = subprocess.run(words, check=True, capture_output=True, timeout=120)
+    assert b"<title>390,390</title>" in done.stdout
 
 
 def test_accuracies_are_seen_without_scrolling(tmp_path):

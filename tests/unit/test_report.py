@@ -15,6 +15,7 @@ from PIL import Image
 from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.config.source import flatten, to_yaml
 from moco_dist.errors import UserError
+from moco_dist.report import charts
 from moco_dist.report import page as report
 from moco_dist.report.page import accuracy_table, write_report
 from moco_dist.run.results import NeighbourRow
@@ -203,6 +204,37 @@ def test_a_log_that_was_cut_short_and_resumed(run_dir):
     (run_dir / "log.jsonl").write_text(whole + '{"step": 200, "lo\n' + json.dumps(_row(100, loss=5.5)) + "\n")
     rows = report.read_log(run_dir)
     assert [(row["step"], row["loss"]) for row in rows] == [(50, 7.95), (100, 5.5), (150, 9.0)]
+
+
+@pytest.mark.parametrize(("left", "reloads"), [(5.0, True), (0.0, False)])
+def test_the_page_of_a_run_that_goes_on_loads_itself_again(run_dir, left, reloads):
+    _log(run_dir, [_row(50), _row(100, eta_seconds=left), {"step": 100, "knn_top1": 30.0}])
+    page = _Page(write_report(run_dir))
+    assert len(page.root.all("meta", **{"http-equiv": "refresh"})) == reloads
+    assert len(page.root.all("p", id="goes-on")) == reloads
+
+
+def test_the_page_of_an_imported_backbone_does_not_load_itself_again(run_dir):
+    assert _Page(write_report(run_dir)).root.all("p", id="goes-on")
+    safetensors.torch.save_file({"x": torch.zeros(1)}, run_dir / "backbone.safetensors", {"imported_from": "x.pth"})
+    assert not _Page(write_report(run_dir)).root.all("p", id="goes-on")
+
+
+def test_a_legend_covers_no_curve(monkeypatch):
+    """Its box lies above the axes, whatever the names and the number of curves."""
+    from matplotlib.figure import Figure
+
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **more: drawn.append(figure))
+    for names in (["a", "b"], [f"run {i} of a long name " * 4 for i in range(8)]):
+        charts.chart("loss", "step", 10, {name: ([0, 10], [i, 9]) for i, name in enumerate(names)}, (9.5, "chance"))
+        figure = drawn[-1]
+        figure.draw_without_rendering()
+        (legend,) = figure.legends
+        box, axes = legend.get_window_extent(), figure.axes[0].get_window_extent()
+        assert box.y0 >= axes.y1
+        assert box.x1 <= figure.bbox.x1
+        assert axes.height > 0.55 * 2.5 * figure.dpi  # the curves keep their room
 
 
 def test_the_loss_is_drawn_with_its_chance_level(run_dir, monkeypatch):

@@ -14,6 +14,7 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tif
 # What file systems, file servers and archivers put among people's folders, with images in it that are nobody's.
 _LEFT_OUT = {"lost+found", "__macosx", "@eadir", "#recycle", "@recycle", "$recycle.bin", "system volume information"}
 _FILES_LOOKED_AT = 1000  # of a folder, to know what it holds
+_FOLDERS_LOOKED_INTO = 16  # of those that would be classes, whether each is a data set
 _SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
            "test": "test", "testing": "test"}  # fmt: skip
 _SPLIT = re.compile(rf"(?<![a-z])({'|'.join(_SPLITS)})([ _-]?set)?(?![a-z])")
@@ -45,7 +46,7 @@ def require_layout(root: Path, names: list[str]) -> None:
         names: of the folders in it.
 
     Raises:
-        UserError: beside ROOT/train there are images that are in no split, or splits have other names.
+        UserError: beside ROOT/train there are images that are in no split, or splits have other names, or lie deeper.
     """
     if "train" in names:
         others = [name for name in names if name not in ("train", "val") and split_of(name) != ("test", "")]
@@ -59,12 +60,16 @@ def require_layout(root: Path, names: list[str]) -> None:
                 f"else move them away or name {root / 'train'}"
             )
     elif "val" not in names:
-        spoken_of = [(name, *found) for name in names if (found := split_of(name))]
-        for (one, split, rest), (other, other_split, other_rest) in itertools.combinations(spoken_of, 2):
-            if rest == other_rest and split != other_split and "train" in (split, other_split):
+        if pair := _splits_among(names):
+            raise UserError(
+                f"{root} has folders {' and '.join(pair)}, which would be two classes; "
+                f"splits are called train and val: rename them, or name one of them"
+            )
+        for name in names[:_FOLDERS_LOOKED_INTO]:
+            if pair := _splits_among(folder_names(root / name)):
                 raise UserError(
-                    f"{root} has folders {one} and {other}, which would be two classes; "
-                    f"splits are called train and val: rename them, or name one of them"
+                    f"{root / name} has folders {' and '.join(pair)}, which would be one class, {name}; "
+                    f"did you mean {root / name}?"
                 )
         if len(names) == 1 and split_of(names[0]) == ("train", ""):
             raise UserError(
@@ -89,6 +94,9 @@ def no_train(root: Path, names: list[str]) -> MissingDataError:
     """The error that ROOT has a folder val and none called train."""
     meant = [name for name in names if split_of(name) == ("train", "")]
     hint = f"; did you mean {meant[0]}?" if meant else nearest("train", names)
+    others = [name for name in names if name != "val" and not split_of(name)]
+    if not hint and others:
+        hint = f"; if val is a class like {_listed(others)}, lay out {root / 'train' / 'val'} and so on"
     return MissingDataError(f"{root} has a folder val but none called train{hint}")
 
 
@@ -96,6 +104,15 @@ def split_of(name: str) -> tuple[str, str] | None:
     """The split that a name speaks of, and the rest of the name: seg_train is ("train", "seg_"); None: of no split."""
     found = _SPLIT.search(name.casefold())
     return (_SPLITS[found[1]], name[: found.start()] + name[found.end() :]) if found else None
+
+
+def _splits_among(names: list[str]) -> tuple[str, str] | None:
+    """Two of the names that speak of a training set and of another split of the same thing; None: there are none."""
+    spoken_of = [(name, *found) for name in names if (found := split_of(name))]
+    for (one, split, rest), (other, other_split, other_rest) in itertools.combinations(spoken_of, 2):
+        if rest == other_rest and split != other_split and "train" in (split, other_split):
+            return one, other
+    return None
 
 
 def holds_images(folder: Path) -> bool:

@@ -136,12 +136,18 @@ def refuse_other_images(config: PretrainConfig, images: ImageFolder, folder: Pat
         return ""
     step, was = manifest["step"], saved_config(folder).optim
     epoch_was, epoch_now = before["count"] // was.global_batch_size, len(images.paths) // config.optim.global_batch_size
+    end_now, end_was = config.optim.epochs * epoch_now, was.epochs * epoch_was
     schedule = (
-        f"an epoch is {epoch_now:,} steps instead of {epoch_was:,}, the run ends at step "
-        f"{config.optim.epochs * epoch_now:,} instead of {was.epochs * epoch_was:,}, and the learning rate at step "
-        f"{step:,} is {learning_rate(config.optim, step, epoch_now):.4g} instead of "
-        f"{learning_rate(was, step, epoch_was):.4g}"
+        f"an epoch is {epoch_now:,} steps instead of {epoch_was:,}, the run ends at step {end_now:,} instead of "
+        f"{end_was:,}, and "
     )
+    if step < end_now:
+        schedule += (
+            f"the learning rate at step {step:,} is {learning_rate(config.optim, step, epoch_now):.4g} instead of "
+            f"{learning_rate(was, step, epoch_was):.4g}"
+        )
+    else:
+        schedule += f"nothing is left to train at step {step:,}"
     if config.run.resume == "changed":
         return f"{changed}; {schedule}"
     raise UserError(f"{config.run.dir} holds a run over other images ({folder.name}): {changed}; give the same images, "

@@ -54,6 +54,7 @@ HEADS = (
     "prototypes",
 )  # fmt: skip
 COUNTER = "num_batches_tracked"
+STATE_KEYS = ("state_dict", "model", "model_state_dict")  # under which checkpoints keep their tensors
 # lightly builds its backbone as Sequential(conv1, bn1, relu, maxpool, layer1, ..., layer4, avgpool).
 LIGHTLY = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
 
@@ -241,7 +242,13 @@ def read_backbone(path: Path, arch: str, stem: str = "imagenet") -> Backbone:
     stems = get_args(ModelConfig.model_fields["stem"].annotation)
     if stem not in stems:
         raise UserError(f"--stem {stem!r} is not one of {', '.join(stems)}{nearest(stem, stems)}")
-    return backbone_among(_named_tensors(_read(path)), path, arch, stem)
+    content = _read(path)
+    found = _named_tensors(content)
+    if not found:
+        keys = ", ".join(map(str, itertools.islice(content, 8))) or "nothing"
+        raise UserError(f"{path} has no tensors, neither by their names nor under {', '.join(STATE_KEYS)}; it holds "
+                        f"{keys}; save the network's state dict alone")  # fmt: skip
+    return backbone_among(found, path, arch, stem)
 
 
 def backbone_among(found: dict[str, Tensor], path: Path, arch: str, stem: str) -> Backbone:
@@ -307,13 +314,23 @@ def _advice(tensors: dict[str, Tensor], arch: str, stem: str) -> str:
         if first.shape[1] != 1:
             return f"images here have 3 channels, and it takes {first.shape[1]}"
         how = 'state["conv1.weight"].repeat(1, 3, 1, 1) / 3'
-        return f"images here have 3 channels; {how} in its place computes the same on gray ones"
+        coloured = {**tensors, "conv1.weight": first.expand(-1, 3, -1, -1)}
+        more = f"; then {_fitting(coloured, arch, stem)}" if _problem(coloured, _wanted(arch, stem)) else ""
+        return f"images here have 3 channels; {how} in its place computes the same on gray ones{more}"
+    return _fitting(tensors, arch, stem)
+
+
+def _fitting(tensors: dict[str, Tensor], arch: str, stem: str) -> str:
+    """The flags with which the tensors fit."""
     stems = get_args(ModelConfig.model_fields["stem"].annotation)
     for other_arch, other_stem in itertools.product(ARCHITECTURES, stems):
         if not _problem(tensors, _wanted(other_arch, other_stem)):
             flags = [f"--arch {other_arch}"] * (other_arch != arch) + [f"--stem {other_stem}"] * (other_stem != stem)
             return f"with {' '.join(flags)} it fits"
-    return f"no other --arch ({', '.join(ARCHITECTURES)}) or --stem ({', '.join(stems)}) fits either"
+    return (
+        f"no --arch of {', '.join(ARCHITECTURES)} with --stem {' or '.join(stems)} fits either; another network of "
+        "torchvision or timm is --arch torchvision:NAME or timm:NAME"
+    )
 
 
 def _torchvision_name(name: str) -> str:
@@ -361,15 +378,16 @@ def _why(error: Exception) -> str:
     text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)) or type(error).__name__
     if named := re.search(r"Unsupported global: GLOBAL (\S+)", text):
         return (
-            f"it holds {named[1]}, which is no tensor; if you trust the file, save its state dict alone: "
-            "torch.save(torch.load(FILE, weights_only=False)['state_dict'], NEW)"
+            f"it holds {named[1]}, which is no tensor; if you trust the file, save its state dict alone: loaded = "
+            "torch.load(FILE, weights_only=False), then torch.save(loaded['state_dict'], NEW), or loaded.state_dict() "
+            "where it is a whole network"
         )
     text = text.partition("WeightsUnpickler error:")[2] or text
     return text.strip().splitlines()[0]
 
 
 def _named_tensors(content: dict[str, Any]) -> dict[str, Tensor]:
-    for key in ("state_dict", "model", "model_state_dict"):
+    for key in STATE_KEYS:
         if isinstance(content.get(key), dict):
             content = content[key]
             break

@@ -73,6 +73,14 @@ def test_other_images_are_refused_and_named(run, capsys):
     assert "other images" not in capsys.readouterr().out
 
 
+def test_images_for_which_the_run_is_over_already_are_refused_with_that_word(run, capsys):
+    for path in sorted((run / "data" / "train").rglob("*.jpg"))[8:]:
+        path.unlink()
+    assert pretrain(run) == 2
+    told = capsys.readouterr().err
+    assert "the run ends at step 4 instead of 12, and nothing is left to train at step 6" in told
+
+
 def test_another_place_is_no_other_list(run):
     (run / "data").rename(run / "moved")
     assert pretrain(run, "--data.root", str(run / "moved"), "--run.stop-at-step", "7") == 0

@@ -177,6 +177,10 @@ def one_channel(net):
     net.conv1 = nn.Conv2d(1, 64, 7, bias=False)
 
 
+def one_small_channel(net):
+    net.conv1 = nn.Conv2d(1, 64, 3, bias=False)
+
+
 def small_stem(net):
     net.conv1 = nn.Conv2d(3, 64, 3, bias=False)
 
@@ -184,13 +188,14 @@ def small_stem(net):
 NOT_WHAT_WAS_ASKED_FOR = [
     # what the file has, what is done to it, --arch, what is said
     ("resnet34", None, "resnet18", "layer1.2.conv1.weight has no place in it; with --arch resnet34 it fits"),
-    ("resnet101", None, "resnet50", "layer3.6.conv1.weight has no place in it; no other --arch (resnet10, resnet18"),
+    ("resnet101", None, "resnet50", "layer3.6.conv1.weight has no place in it; no --arch of resnet10, resnet18"),
     ("resnet18", None, "resnet34", "layer1.2.conv1.weight is missing; with --arch resnet18 it fits"),
-    ("resnext50_32x4d", None, "resnet50", "has the shape (128, 64, 1, 1) instead of (64, 64, 1, 1); no other --arch"),
-    ("resnet18", squeeze_and_excite, "resnet18", "layer2.0.se.0.weight has no place in it; no other --arch"),
+    ("resnext50_32x4d", None, "resnet50", "has the shape (128, 64, 1, 1) instead of (64, 64, 1, 1); no --arch of"),
+    ("resnet18", squeeze_and_excite, "resnet18", "layer2.0.se.0.weight has no place in it; no --arch of"),
     ("resnet18", not_a_number, "resnet18", "layer2.0.conv2.weight has values that are not finite numbers"),
     ("resnet18", one_channel, "resnet18", '(64, 1, 7, 7) instead of (64, 3, 7, 7); images here have 3 channels; state["'
                                           'conv1.weight"].repeat(1, 3, 1, 1) / 3 in its place computes the same'),
+    ("resnet18", one_small_channel, "resnet18", "computes the same on gray ones; then with --stem cifar it fits"),
     ("resnet18", small_stem, "resnet18", "(64, 3, 3, 3) instead of (64, 3, 7, 7); with --stem cifar it fits"),
     ("resnet34", small_stem, "resnet18", "with --arch resnet34 --stem cifar it fits"),
 ]  # fmt: skip
@@ -250,6 +255,12 @@ def test_the_object_in_the_way_is_named(value, named, tmp_path):
     with pytest.raises(UserError, match=f"it holds .*{named}.*, which is no tensor; .*save its state dict") as error:
         read_backbone(tmp_path / "theirs.ckpt", "resnet18")
     assert str(error.value).isprintable()
+
+
+def test_tensors_that_lie_elsewhere_are_looked_for_by_a_person(tmp_path):
+    torch.save({"student": {"conv1.weight": torch.ones(1)}, "epoch": 3}, tmp_path / "theirs.pth")
+    with pytest.raises(UserError, match="no tensors, .* under state_dict, .*; it holds student, epoch; save"):
+        read_backbone(tmp_path / "theirs.pth", "resnet18")
 
 
 class Hostile:

@@ -37,6 +37,14 @@ def test_distribution_is_torchvisions():
     assert abs(np.corrcoef(ours.T) - np.corrcoef(theirs.T)).max() < 6 / n**0.5
 
 
+def test_a_box_reaches_every_border_alike():
+    """On 12 x 9 pixels a position that is never taken would be a good part of all."""
+    boxes = np.array([crop_box(d, 12, 9, (0.2, 1.0)) for d in crop_draws(0, 0, np.arange(4000), 0)], dtype=float)
+    before, after = boxes[:, :2], np.array([12, 9]) - boxes[:, 2:]
+    difference = before - after
+    assert (abs(difference.mean(0)) < 5 * difference.std(0) / len(boxes) ** 0.5).all()
+
+
 def test_an_image_too_narrow_for_any_ratio_gives_its_central_part():
     draws = crop_draws(0, 0, np.array([5]), 0)[0]
     assert crop_box(draws, 1000, 10, (0.9, 1.0)) == (493, 0, 506, 10)

@@ -65,6 +65,7 @@ def test_linked_images_and_folders_are_found(tmp_path):
         (["set/a/1.txt"], "set", "train", "no image found in .*set; .*jpg"),
         (["set/a/1.jpg"], "set", "val", "no validation set; .*val/CLASS/IMAGE"),
         (["set/val/a/1.jpg", "set/trian/a/1.jpg"], "set", "train", "none called train; did you mean trian?"),
+        (["set/val/1.jpg", "set/hill/1.jpg"], "set", "train", "if val is a class like hill, lay out .*set/train/val"),
         (["set/train/cat/1.jpg", "set/val/cart/1.jpg"], "set", "val", "class cart that .* lacks; did you mean cat?"),
         (
             [f"set/{name}/1.jpg" for name in ("bicycle", "bus", "car", "train")],
@@ -79,6 +80,18 @@ def test_linked_images_and_folders_are_found(tmp_path):
         ([f"set/{name}/a/1.jpg" for name in ("training", "validation")], "set", "train", "training and validation,"),
         ([f"set/{name}/a/1.jpg" for name in ("seg_test", "seg_train")], "set", "train", "seg_test and seg_train, "),
         ([f"set/{name}/a/1.jpg" for name in ("train2017", "val2017")], "set", "val", "train2017 and val2017, "),
+        (
+            [f"set/archive/{name}/a/1.jpg" for name in ("train", "val")],
+            "set",
+            "train",
+            "set/archive has folders train and val, which would be one class, archive; did you mean .*set/archive",
+        ),
+        (
+            [f"sets/{name}/a/1.jpg" for name in ("x/Train", "x/Test", "y")],
+            "sets",
+            "train",
+            "sets/x has folders Test an",
+        ),
         (["set/Training/a/1.jpg"], "set", "train", "one folder, Training, .* did you mean .*set/Training?"),
         (["set/training/a/1.jpg", "set/val/a/1.jpg"], "set", "train", "none called train; did you mean training?"),
         (
@@ -109,6 +122,7 @@ def test_mistakes_are_named(tmp_path, files, root, split, message):
         (["train/train/1.jpg", "train/bus/1.jpg"], ("bus", "train")),
         (["bus/1.jpg", "Train/1.jpg"], ("Train", "bus")),
         (["steam train/1.jpg", "test tube/1.jpg", "valley/1.jpg"], ("steam train", "test tube", "valley")),
+        (["bus/train/1.jpg", "tram/near/1.jpg"], ("bus", "tram")),
         (["training shoe/1.jpg", "sandal/1.jpg"], ("sandal", "training shoe")),
     ],
 )

@@ -3,12 +3,18 @@
 import contextlib
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import secrets
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+
+def key_of(facts: Any) -> str:
+    """16 hex digits of plain values (as JSON has them): a name for what was computed from them."""
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
 def write_whole(path: Path, content: bytes | Sequence[bytes | memoryview]) -> None:

@@ -27,7 +27,7 @@ from moco_dist.distributed.stop import StopRequest
 from moco_dist.distributed.told import Told
 from moco_dist.distributed.world import World
 from moco_dist.errors import Preempted, UserError, file_error
-from moco_dist.provenance import key_of
+from moco_dist.files import key_of
 
 CHUNK = 256  # images read and encoded at a time; a stop waits for them
 

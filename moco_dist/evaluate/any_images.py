@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moco_dist import __version__
 from moco_dist.config.evaluate import EvalConfig
 from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.config.source import read_config
@@ -27,7 +28,6 @@ from moco_dist.evaluate.features import extract, kept
 from moco_dist.evaluate.subject import Evaluation, FrozenEncoder, digest, frozen
 from moco_dist.files import whole_file
 from moco_dist.method.encoder import build_encoder
-from moco_dist.provenance import package_versions
 from moco_dist.run.folder import RunFolder
 from moco_dist.run.start import fill
 
@@ -89,7 +89,7 @@ def open_backbone(
     identity = {
         "source": str(source.resolve()), "step": step, "arch": pretrain.model.arch, "stem": pretrain.model.stem,
         "weights_sha256": digest(backbone), "mean": list(pretrain.augment.mean), "std": list(pretrain.augment.std),
-        "resize": resize, "crop": crop, "dtype": str(dtype), "moco_dist": package_versions()["moco_dist"],
+        "resize": resize, "crop": crop, "dtype": str(dtype), "moco_dist": __version__,
     }  # fmt: skip
     return OpenedBackbone(encoder, resize, crop, identity)
 

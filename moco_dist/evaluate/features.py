@@ -28,8 +28,8 @@ from moco_dist.distributed.told import Told
 from moco_dist.distributed.world import World
 from moco_dist.errors import InfrastructureError, Preempted
 from moco_dist.evaluate.subject import Evaluation, FrozenEncoder, digest
-from moco_dist.files import write_whole
-from moco_dist.run.folder import RunFolder, key_of
+from moco_dist.files import key_of, write_whole
+from moco_dist.run.folder import RunFolder
 
 CHUNK_SAMPLES = 512
 STANDARDISE_ROWS = 65_536

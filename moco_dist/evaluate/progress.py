@@ -20,8 +20,8 @@ from moco_dist.distributed.stop import STOP, StopRequest
 from moco_dist.distributed.world import World
 from moco_dist.errors import Preempted
 from moco_dist.evaluate.subject import Evaluation, FrozenEncoder, digest
-from moco_dist.files import write_whole
-from moco_dist.run.folder import RunFolder, key_of
+from moco_dist.files import key_of, write_whole
+from moco_dist.run.folder import RunFolder
 
 SAVE_SECONDS = 300.0  # what a power cut may cost
 Curve = list[dict[str, float]]

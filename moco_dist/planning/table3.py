@@ -24,11 +24,10 @@ from moco_dist.config.source import read_config
 from moco_dist.distributed.told import Told
 from moco_dist.distributed.world import World, world_from_env
 from moco_dist.errors import Preempted
-from moco_dist.files import write_whole
+from moco_dist.files import key_of, write_whole
 from moco_dist.planning.arithmetic import sizes
 from moco_dist.planning.random_step import RandomStep
 from moco_dist.provenance import hardware, package_versions, source_hash
-from moco_dist.run.folder import key_of
 
 RANKS = 8  # of the paper
 CONFIGS = {"MoCo": "mocov2_r50_200ep", "end to end": "end_to_end_r50_b256"}

@@ -4,21 +4,13 @@ Nobody else spells these names. Where a docstring names no writer, it is rank 0 
 lock. MLflow's record, mlflow.json and mlflow/, is named in tracking/server.py: the tracker of each command writes it.
 """
 
-import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from moco_dist import __version__
 from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.config.source import read_config
 from moco_dist.errors import UserError
-from moco_dist.provenance import package_versions
-
-
-def key_of(facts: Any) -> str:
-    """16 hex digits of plain values (as JSON has them): a name for what was computed from them."""
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -142,6 +134,6 @@ class RunFolder:
         try:
             return read_config(PretrainConfig, self.config, [])
         except UserError as error:
-            ours, problems = package_versions()["moco_dist"], str(error).replace("\n", "; ")
+            ours, problems = __version__, str(error).replace("\n", "; ")
             raise UserError(f"{self.config} does not fit moco_dist {ours}: {problems}; another version has written it, "
                             "or somebody has changed it") from error  # fmt: skip

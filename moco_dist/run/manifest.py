@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
+from moco_dist import __version__
 from moco_dist.config.credentials import without_credentials
 from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.config.source import mistakes
@@ -105,7 +106,7 @@ def saved_config(folder: Path) -> PretrainConfig:
         whole = config.shuffle.model_copy(update={"block_size": config.optim.global_batch_size})
         return config.model_copy(update={"shuffle": whole})
     except ValidationError as error:
-        its, ours = manifest["versions"].get("moco_dist", "unknown"), package_versions()["moco_dist"]
+        its, ours = manifest["versions"].get("moco_dist", "unknown"), __version__
         found = "; ".join(mistakes(error, PretrainConfig))
         raise UserError(f"{folder} was written by moco_dist {its} with settings that moco_dist {ours} does not take "
                         f"({found}); go on with that version, or give another --run.dir") from error  # fmt: skip

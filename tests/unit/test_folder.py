@@ -8,8 +8,9 @@ import pytest
 import moco_dist
 from moco_dist.data.names import hash_of_list
 from moco_dist.errors import UserError
+from moco_dist.files import key_of
 from moco_dist.report.page import evaluations
-from moco_dist.run.folder import RunFolder, key_of
+from moco_dist.run.folder import RunFolder
 
 NAMES = ("config.yaml", "log.jsonl", ".lock", "preempted.json", "checkpoints", "backbone.safetensors", "eval")
 

@@ -38,9 +38,9 @@ from moco_dist.evaluate.detection.detector import build_detector, weight_groups
 from moco_dist.evaluate.detection.voc import Annotated, Pictures, read_sets
 from moco_dist.evaluate.progress import SAVE_SECONDS, Curve, Training
 from moco_dist.evaluate.subject import digest
-from moco_dist.files import write_whole
+from moco_dist.files import key_of, write_whole
 from moco_dist.run.checkpoint import averaged
-from moco_dist.run.folder import RunFolder, key_of
+from moco_dist.run.folder import RunFolder
 from moco_dist.run.known_data import has_evaluated_on, missed_if_gone, remember
 from moco_dist.run.weights import Backbone, backbone_of_run, read_backbone
 

@@ -154,6 +154,13 @@ def loader(result: Result) -> str:
     return f"{markdown(columns, rows)}\n{facts}{origin(result)}"
 
 
+def loader_parts(result: Result) -> str:
+    """A loader's time by its parts."""
+    rows = [[r["part"], f"{r['cpu_ms_per_image']:.3f}", f"{100 * r['share']:.0f}"] for r in result["rows"]]
+    facts = f"Images cut out of {result['cut_out_of']}.\n"
+    return f"{markdown(['', 'CPU ms an image', '%'], rows)}\n{facts}{origin(result)}"
+
+
 def sources(result: Result) -> str:
     """Loading by what the images lie in."""
     rows = [
@@ -238,8 +245,8 @@ def headlines() -> str:
 
 
 THEMES = (
-    network, peer_step, step_parts, infonce, update, table3, plan_validation, loader, sources, exchange, augment,
-    checkpoint, checkpoint_planning,
+    network, peer_step, step_parts, infonce, update, table3, plan_validation, loader, loader_parts, sources, exchange,
+    augment, checkpoint, checkpoint_planning,
 )  # fmt: skip
 TABLES: dict[str, Callable[[Result], str]] = {table.__name__: table for table in THEMES}
 

@@ -13,7 +13,7 @@ class CropBatch:
     """This rank's share of one step: cropped, flipped, not yet coloured.
 
     Attributes:
-        view_q: uint8 (n, 3, S, S), RGB, on the CPU, or on the GPU where the loader decodes there.
+        view_q: uint8 (n, 3, S, S), RGB, channels-last, on the CPU, or on the GPU where the loader decodes there.
         view_k: uint8 (m, 3, S, S), the key views that this rank makes; m is n unless crops travel within hosts and not
             between them. Row i is of another sample than row i of view_q. `KeyExchange` makes of them the n that this
             rank encodes, in the order of `Plan.key_indices`.

@@ -47,7 +47,7 @@ def cut(data: bytes | memoryview, name: str, size: int, crops_for: CropsFor) -> 
         crops_for: the crops, once width and height are known.
 
     Returns:
-        uint8 (3, S, S) for each crop.
+        uint8 (3, S, S) for each crop, channels-last.
 
     Raises:
         ImageError: it cannot be decoded.
@@ -71,8 +71,7 @@ def cut_pixels(pixels: NDArray[np.uint8], size: int, crops: list[Crop], factor: 
         top, left = round((target[0] - size) / 2), round((target[1] - size) / 2)
         if factor == 1 and not is_oblong(crop):
             x0, y0, x1, y1 = crop.box
-            box = torch.from_numpy(pixels[y0:y1, x0:x1]).permute(2, 0, 1)
-            view = F.interpolate(box[None], target, mode="bilinear", antialias=True)[0]
+            view = F.interpolate(_channels_last(pixels[y0:y1, x0:x1]), target, mode="bilinear", antialias=True)
         else:  # boxes between pixels are PIL's
             x0, y0, x1, y1 = (edge / factor for edge in crop.box)
             if is_oblong(crop):  # only what the view needs
@@ -83,9 +82,10 @@ def cut_pixels(pixels: NDArray[np.uint8], size: int, crops: list[Crop], factor: 
             resized = Image.fromarray(pixels).resize(
                 (target[1], target[0]), Image.Resampling.BILINEAR, box=(x0, y0, x1, y1)
             )
-            view = torch.from_numpy(np.array(resized)).permute(2, 0, 1)
-        view = view[:, top : top + size, left : left + size]
-        views.append(view.flip(-1) if crop.flip else view)
+            view = torch.from_numpy(np.array(resized))[None].permute(0, 3, 1, 2)
+        if target != (size, size):
+            view = view[..., top : top + size, left : left + size]
+        views.append((view.flip(-1) if crop.flip else view)[0])
     return views
 
 
@@ -134,11 +134,8 @@ def _cut_jpeg(data: bytes | memoryview, width: int, height: int, size: int, crop
 
 
 def _decode_jpeg(data: bytes | memoryview, width: int, height: int, factor: int) -> NDArray[np.uint8]:
-    """(H, W, 3) in memory of this thread's, overwritten by the next call: new pages would cost as much as decoding."""
+    """(H, W, 3) in memory that the next call overwrites."""
     rows, columns = -(-height // factor), -(-width // factor)
-    size = rows * columns * 3
-    if len(getattr(_scratch, "buffer", b"")) < size:
-        _scratch.buffer = bytearray(size)
     return simplejpeg.decode_jpeg(
         data,
         "RGB",
@@ -147,8 +144,29 @@ def _decode_jpeg(data: bytes | memoryview, width: int, height: int, factor: int)
         min_height=rows,
         min_width=columns,
         min_factor=factor,
-        buffer=_scratch.buffer,
+        buffer=_kept_memory("image", rows * columns * 3),
     )
+
+
+def _channels_last(box: NDArray[np.uint8]) -> Tensor:
+    """(1, 3, h, w) of a part of an image, (h, w, 3), without gaps between its rows; the next call may overwrite it.
+
+    torch rearranges every other layout before and after resizing, which takes nearly as long as resizing itself.
+    """
+    if not box.flags.c_contiguous:
+        kept = _kept_memory("box", box.size)[: box.size].reshape(box.shape)
+        kept[...] = box
+        box = kept
+    return torch.from_numpy(box)[None].permute(0, 3, 1, 2)
+
+
+def _kept_memory(use: str, size: int) -> NDArray[np.uint8]:
+    """`size` bytes or more of this thread's, for `use`: new pages would cost as much as decoding."""
+    memory = getattr(_scratch, use, None)
+    if memory is None or len(memory) < size:
+        memory = np.empty(size, np.uint8)
+        setattr(_scratch, use, memory)
+    return memory
 
 
 def _reduction(crop: Crop, size: int) -> int:

@@ -76,7 +76,7 @@ class Batches(Generic[T]):
 
     def __getitem__(self, number: int) -> T:
         task = self.task_of(number)
-        views = empty(task.num_rows, 3, self.size, self.size)
+        views = empty(task.num_rows, self.size, self.size, 3).permute(0, 3, 1, 2)
         replaced: list[str] = []
         self.source.announce(task.samples)
         for i, sample in enumerate(task.samples):

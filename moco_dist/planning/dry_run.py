@@ -144,7 +144,8 @@ def _crops(config: PretrainConfig, plan: Plan, world: World) -> Generator[CropBa
     for step in range(STEPS + 2):
         task = view_task(step, config, plan, world)
         side = config.data.image_size
-        yield task.finish(torch.empty(task.num_rows, 3, side, side, dtype=torch.uint8), ()).pin_memory()
+        crops = torch.empty(task.num_rows, side, side, 3, dtype=torch.uint8).permute(0, 3, 1, 2)  # as of all loaders
+        yield task.finish(crops, ()).pin_memory()
 
 
 def _ahead(memory: Memory, crops: set[int]) -> Callable[..., Generator[Any, None, None]]:

@@ -120,3 +120,15 @@ def test_a_bomb_is_refused_without_decoding_it(picture, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(ImageError, match="decompression bomb"):
         cut(encoded(picture), "x.jpg", SIZE, lambda width, height: [WHOLE])
+
+
+@pytest.mark.parametrize("box", [(0, 0, 150, 120), (7, 9, 7 + SIZE, 9 + SIZE), (30, 30, 50, 45)])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_views_are_channels_last_and_memory_of_their_own(picture, box, kind):
+    data = encoded(picture, kind)
+    crops = [Crop(box), Crop((20, 30, 20 + SIZE, 30 + SIZE)), Crop(box, flip=True)]
+    first, second, mirrored = cut(data, "x", SIZE, lambda w, h: crops)
+    kept = first.clone()
+    cut(encoded(picture.rotate(180), kind), "x", SIZE, lambda w, h: crops)
+    assert (first == kept).all() and (mirrored.flip(-1) == kept).all() and (second != kept).any()
+    assert all(view.permute(1, 2, 0).is_contiguous() for view in (first, second, mirrored))

@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from moco_dist.errors import UserError
 from moco_dist.run.folder import RunFolder
@@ -69,3 +69,15 @@ def nearest_examples(run_dir: Path, before: Path, now: Path) -> list[NeighbourRo
         )
         for row in rows
     ]  # fmt: skip
+
+
+def read_results(run_dir: Path) -> dict[str, dict[str, Any]]:
+    """What evaluations of a run came to, by their files' names: `knn_trained`, `linear_untrained`, `detection`.
+
+    Raises:
+        UserError: it is not the folder of a run, or a file is damaged.
+    """
+    run = RunFolder(run_dir)
+    run.require()
+    files = [path for path in run.results() if path != run.neighbours]
+    return {path.stem: read_json(path, dict, "remove it, and evaluate again") for path in files}

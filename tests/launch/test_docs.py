@@ -23,7 +23,7 @@ PLACEHOLDERS = re.compile(r"\[--|\.\.\.|…|\b(WHERE|TABLE|COMMAND|MIN:MAX)\b|co
 KNOWN_PROGRAMS = {"pip", "pytest", "docker", "sbatch", "createdb", "export", "mlflow", "kubectl"}
 WORK = [  # where a command's own work begins, once it has understood what it was given
     "moco_dist.distributed.collectives.process_group", "moco_dist.planning.arithmetic.sizes",
-    "moco_dist.doctor.logs.run", "moco_dist.data.pairs.view_pairs",
+    "moco_dist.doctor.logs.run", "moco_dist.doctor.hosts.findings", "moco_dist.data.pairs.view_pairs",
     "moco_dist.report.contact_sheet.write_contact_sheet",
     "moco_dist.report.compare.run_of_folder", "moco_dist.report.compare.runs_of_experiment",
     "moco_dist.datasets.pack.pack", "moco_dist.datasets.prepare.verify", "moco_dist.tracking.sync",

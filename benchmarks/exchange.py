@@ -4,8 +4,9 @@
 
 Real ranks on loopback, which load and exchange a batch of images of about 500 x 375, two 224-px crops each, blocks
 of 256 samples. The figure is CPU time of all ranks' processes, the exchange by gloo included, a source image: other
-load on the machine matters little. The ways take turns in one run; medians over the rounds. Two hosts of four ranks are
-a plan for such hosts here, so that what `auto` would not send is decoded. Images: benchmarks/photos.py.
+load on the machine matters little. The ways of a world size take turns in one run; medians over the rounds, and their
+ratios to `loader`, by which keys are decoded where they are encoded. Two hosts of four ranks are a plan for such hosts
+here, so that what `auto` would not send is decoded. Images: benchmarks/photos.py.
 """
 
 import argparse
@@ -78,7 +79,9 @@ def rows_of(root: str, world_size: int, rounds: int, batch: int) -> list[dict[st
             "highest": round(max(ms), 3), "decodes_per_sample": traffic.decodes,
             "received_bytes": traffic.received_bytes,
         })  # fmt: skip
-        print(rows[-1], flush=True)
+    for row in rows:  # the first way of several is `loader`
+        row["times_loader"] = round(row["cpu_ms_per_image"] / rows[0]["cpu_ms_per_image"], 3) if len(rows) > 1 else None
+        print(row, flush=True)
     return rows
 
 

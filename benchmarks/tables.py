@@ -174,10 +174,12 @@ def exchange(result: Result) -> str:
     """Loading by world size and `shuffle.exchange`."""
     rows = [
         [str(r["ranks"]), str(r["hosts"]), r["exchange"], f"{r['cpu_ms_per_image']:.2f}",
-         f"{r['decodes_per_sample']:.2f}", f"{r['received_bytes'] / 1e6:.1f}"]
+         f"{r['times_loader']:.2f}" if r["times_loader"] else "–", f"{r['decodes_per_sample']:.2f}",
+         f"{r['received_bytes'] / 1e6:.1f}"]
         for r in result["rows"]
     ]  # fmt: skip
-    columns = ["ranks", "hosts", "`shuffle.exchange`", "CPU ms an image", "decodes a sample", "MB to a rank and step"]
+    columns = ["ranks", "hosts", "`shuffle.exchange`", "CPU ms an image", "× `loader`", "decodes a sample",
+               "MB to a rank and step"]  # fmt: skip
     return markdown(columns, rows) + origin(result)
 
 

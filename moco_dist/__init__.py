@@ -3,6 +3,8 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from moco_dist.provenance import __version__
+
 if TYPE_CHECKING:
     from moco_dist.api import (
         Backbone,
@@ -16,7 +18,6 @@ if TYPE_CHECKING:
         read_results,
     )
 
-__version__ = "0.1.0"
 __all__ = [
     "Backbone", "Features", "PretrainConfig", "UserError", "__version__", "load_backbone", "pretrain",
     "pretrain_config", "read_log", "read_results",

@@ -8,7 +8,7 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
-from moco_dist import __version__
+__version__ = "0.1.0"
 
 
 def source_hash(folder: Path = Path(__file__).parent) -> str:

@@ -7,7 +7,6 @@ import signal
 import sys
 import traceback
 
-from moco_dist import __version__
 from moco_dist.cli.streams import let_lines_be_lost, open_closed_descriptors
 from moco_dist.config.credentials import redacted_output
 from moco_dist.errors import (
@@ -21,6 +20,7 @@ from moco_dist.errors import (
     UserError,
     nearest,
 )
+from moco_dist.provenance import __version__
 
 COMMANDS = {  # name: what it does, the function in moco_dist.cli; in the order of use
     "data": ("get, check, look at or pack a data set", "data:main"),

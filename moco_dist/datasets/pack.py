@@ -15,7 +15,6 @@ import PIL
 import simplejpeg
 from PIL import Image
 
-from moco_dist import __version__
 from moco_dist.data.beton import JPEG, PACKED_SUFFIX, RAW, BetonWriter
 from moco_dist.data.decode import decode_image
 from moco_dist.data.images import ImageError, ImageFolder
@@ -28,6 +27,7 @@ from moco_dist.distributed.told import Told
 from moco_dist.distributed.world import World
 from moco_dist.errors import Preempted, UserError, file_error
 from moco_dist.files import key_of
+from moco_dist.provenance import __version__
 
 CHUNK = 256  # images read and encoded at a time; a stop waits for them
 

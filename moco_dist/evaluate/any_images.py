@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moco_dist import __version__
 from moco_dist.config.evaluate import EvalConfig
 from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.config.source import read_config
@@ -28,6 +27,7 @@ from moco_dist.evaluate.features import extract, kept
 from moco_dist.evaluate.subject import Evaluation, FrozenEncoder, digest, frozen
 from moco_dist.files import whole_file
 from moco_dist.method.encoder import build_encoder
+from moco_dist.provenance import __version__
 from moco_dist.run.folder import RunFolder
 from moco_dist.run.start import fill
 

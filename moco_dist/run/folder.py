@@ -7,10 +7,10 @@ lock. MLflow's record, mlflow.json and mlflow/, is named in tracking/server.py: 
 from dataclasses import dataclass
 from pathlib import Path
 
-from moco_dist import __version__
 from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.config.source import read_config
 from moco_dist.errors import UserError
+from moco_dist.provenance import __version__
 
 
 @dataclass(frozen=True)

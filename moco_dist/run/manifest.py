@@ -7,7 +7,6 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
-from moco_dist import __version__
 from moco_dist.config.credentials import without_credentials
 from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.config.source import mistakes
@@ -15,7 +14,7 @@ from moco_dist.data.images import ImageFolder
 from moco_dist.distributed.world import World
 from moco_dist.errors import UserError
 from moco_dist.method.step import Method
-from moco_dist.provenance import git_state, package_versions
+from moco_dist.provenance import __version__, git_state, package_versions
 from moco_dist.run.image_list import ImageList, listed
 
 MANIFEST = "checkpoint.json"

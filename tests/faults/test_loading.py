@@ -62,4 +62,6 @@ def test_few_files_are_told_at_the_start(tiny_data, tmp_path):
     done = subprocess.run(["bash", "-c", 'ulimit -n 200 && exec "$@"', "-", *words], capture_output=True, text=True,
                           timeout=120)  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "[rank 0] warning: open files: a process may open 200, and about 256 are needed: a hard limit (" in done.stderr
+    assert (
+        "[rank 0] warning: open files: a process may open 200, and about 256 are needed: a hard limit (" in done.stderr
+    )

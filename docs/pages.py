@@ -1,8 +1,8 @@
 """MkDocs's hook: the pages that are generated when the site is built, and links that leave docs/.
 
-Generated are the reference of settings, from their declarations, that of commands, from their own help, and a page of
-the packaged configs. On GitHub a link such as `../moco_dist/launchers/examples/pretrain.sbatch` shows that file; on the
-site it leads to a page with the file's text.
+Generated are the reference of settings, from their declarations, that of commands, from their own help, that of the
+names for Python, from their docstrings, and a page of the packaged configs. On GitHub a link such as
+`../moco_dist/launchers/examples/pretrain.sbatch` shows that file; on the site it leads to a page with the file's text.
 """
 
 import contextlib
@@ -35,12 +35,18 @@ CHANGES = {
     "place": "where it is computed, or where data is read",
     "record": "how far a run goes now, and what is written of it",
 }
+API = """# Names for Python
+
+[From Python](python.md) shows them at work; `PretrainConfig` has the [settings](settings.md#pretrain) of `pretrain`.
+
+::: moco_dist.api
+"""
 LINK = re.compile(r"\]\((?!https?:|mailto:|#)([^)#\s]+)(#[^)\s]*)?\)")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the generated pages, and a page for each file of the repository that a page links to."""
-    pages = {"settings.md": settings(), "commands.md": commands(), "configs.md": configs()}
+    pages = {"settings.md": settings(), "commands.md": commands(), "configs.md": configs(), "api.md": API}
     pages |= {page: (ROOT / name).read_text(encoding="utf-8") for name, page in FROM_THE_TOP.items()}
     texts = [file.content_string for file in files.documentation_pages()] + list(pages.values())
     for target in sorted({link[1].removeprefix("../") for text in texts for link in LINK.finditer(text)}):

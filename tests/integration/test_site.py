@@ -15,6 +15,8 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
+import moco_dist.api
+
 pytestmark = pytest.mark.slow
 
 PHONE = 390  # pixels
@@ -115,6 +117,9 @@ def test_the_references_have_what_the_program_has(site):
         assert f'id="{place}"' in commands
     assert "--partition" in commands
     assert sys.executable not in commands
+    names = (site / "api.html").read_text()
+    assert [name for name in moco_dist.api.__all__ if name not in names] == []
+    assert 'id="moco_dist.api.load_backbone"' in names
 
 
 class _Handler(http.server.SimpleHTTPRequestHandler):
@@ -146,6 +151,9 @@ def test_pages_on_a_phone(site, tmp_path):
     if chromium is None:
         pytest.skip("no chromium; apt-get install chromium")
     paths = [f"/{page.relative_to(site)}" for page in _pages(site)]
+    # Pages that show a file are of one kind: the first two stand for all.
+    shown_files = [path for path in paths if path.startswith("/source/")]
+    paths = [path for path in paths if path not in shown_files[2:]]
     results = []
     handler = functools.partial(_Handler, directory=site, results=results,
                                 harness=HARNESS % {"width": PHONE, "paths": json.dumps(paths)})  # fmt: skip

@@ -1,6 +1,8 @@
 """kNN, linear evaluation and the probe on several ranks give what one process gives, and count every image once."""
 
 import functools
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,8 +14,9 @@ from moco_dist.evaluate.batches import global_batches
 from moco_dist.evaluate.classifiers import held_out, initial_classifier, train_classifiers
 from moco_dist.evaluate.during_training import ridge_accuracy
 from moco_dist.evaluate.features import Features, standardise
-from moco_dist.evaluate.knn import knn_accuracy
+from moco_dist.evaluate.knn import _write_examples, knn_accuracy
 from moco_dist.evaluate.linear import _part, cached_batches
+from moco_dist.run.folder import RunFolder
 from tests.unit.clusters import CLASSES, clusters
 from tests.world import run
 
@@ -43,6 +46,26 @@ def test_knn_is_the_same_on_any_number_of_ranks(world_size):
     expected = knn(World())
     for found in run(knn, world_size):
         assert found == expected
+
+
+def examples(world, folder):
+    """RUN/eval/neighbours.json, as ranks make it of their shares."""
+    shares, images = [], []
+    for seed, total in ((0, NUM_TRAIN), (1, NUM_VAL)):
+        values, labels = clusters(total, DIM, seed)
+        shares.append(Features(*share(values, labels, world, cuts_of(total, world.world_size)), total))
+        paths = [f"{i}.jpg" for i in range(total)]
+        images.append(SimpleNamespace(root=Path("d"), paths=paths, labels=labels, classes=[*"abcdefghij"]))
+    run_dir = folder / f"of_{world.world_size}"
+    config = SimpleNamespace(run_dir=run_dir)
+    _write_examples(SimpleNamespace(world=world, train=images[0], val=images[1], config=config), *shares)
+    return run_dir
+
+
+def test_examples_of_neighbours_are_the_same_images_on_any_number_of_ranks(tmp_path):
+    alone = RunFolder(examples(World(), tmp_path)).neighbours.read_text()
+    assert RunFolder(run(examples, 3, tmp_path)[0]).neighbours.read_text() == alone
+    assert alone.count('"query"') == 8
 
 
 def probe(world):

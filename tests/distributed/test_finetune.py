@@ -23,6 +23,7 @@ from tests.distributed.program import largest_difference
 from tests.world import run
 
 GROUP, BATCH, EPOCHS = 4, 16, 3
+SCALE = (0.3, 1.0)  # not the default
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,7 @@ def run_dir(tmp_path_factory):
 def opened(run_dir, world):
     config = FinetuneConfig.model_validate({
         "run_dir": str(run_dir), "epochs": EPOCHS, "milestones": [2], "global_batch_size": BATCH, "backbone_lr": 0.002,
-        "classifier_lr": 0.01, "data": {"num_workers": 0, "batch_size": 8},
+        "classifier_lr": 0.01, "crop_scale": SCALE, "data": {"num_workers": 0, "batch_size": 8},
     })  # fmt: skip
     evaluation = dataclasses.replace(open_evaluation(config, world), dtype=torch.float64)
     encoder = frozen_copy(build_encoder(evaluation.pretrain.model, 3).double(), 0, evaluation)
@@ -77,7 +78,7 @@ def plain(run_dir):
                 group["lr"] *= 0.2
         batches = global_batches(len(labels), BATCH, config.seed, epoch)
         epoch_losses = []
-        for views, rows in zip(crop_batches(evaluation, batches, (0.08, 1.0), 0, epoch), batches, strict=True):
+        for views, rows in zip(crop_batches(evaluation, batches, SCALE, 0, epoch), batches, strict=True):
             before = [(norm.running_mean.clone(), norm.running_var.clone()) for norm in norms]
             for norm in norms:  # the plain mean over the groups of this step
                 norm.reset_running_stats()

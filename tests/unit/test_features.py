@@ -10,6 +10,7 @@ import torch
 from moco_dist.config.evaluate import EvalDataConfig
 from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.data.images import ImageFolder
+from moco_dist.data.names import Names
 from moco_dist.distributed.world import World
 from moco_dist.evaluate import subject
 from moco_dist.evaluate.features import Features, _key, standardise
@@ -73,7 +74,7 @@ def test_features_that_are_kept_are_of_these_images_and_this_network_alone():
         encoder = FrozenEncoder("trained", 0, module, 1, pretrain, torch.float32, "cpu")
         config = SimpleNamespace(data=EvalDataConfig(loader=loader))
         evaluation = SimpleNamespace(pretrain=pretrain, config=config, resize=36, crop=crop)
-        return _key(evaluation, encoder, split, ImageFolder(Path(root), list(names), np.zeros(2, np.int64), ("a",)))
+        return _key(evaluation, encoder, split, ImageFolder(Path(root), Names.of(names), np.zeros(2, np.int64), ("a",)))
 
     others = [key(root="e"), key(names=("a/1.jpg", "a/3.jpg")), key(split="val"), key(crop=31), key(loader="ffcv"),
               key(weight=2.0)]  # fmt: skip

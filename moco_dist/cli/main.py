@@ -44,7 +44,8 @@ COMMANDS = {  # name: what it does, the function in moco_dist.cli; in the order 
 }
 # These print for a person alone; what they are started for is done elsewhere, or lies in files.
 RESULTS_ARE_FILES = {"pretrain", "launch", "knn", "linear", "finetune", "detect", "features", "demo", "reproduce",
-                     "data prepare", "data pack"}  # fmt: skip
+                     "report", "compare", "export", "import", "sync",
+                     "data prepare", "data pack", "data views"}  # fmt: skip
 FOOTER = """
 moco-dist COMMAND --help shows every setting.
 On several GPUs: torchrun --nproc-per-node N -m moco_dist COMMAND ...

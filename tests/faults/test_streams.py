@@ -39,13 +39,14 @@ def test_a_training_goes_on_without_anybody_to_tell(tiny_data, tmp_path, where):
         (["pretrain", "--nonsense", "1"], '"$@" 2> /dev/full', 2),
         (["pretrain", "--nonsense", "1"], '"$@" <&- >&- 2>&-', 2),
         (["data", "prepare", "imagefolder", "--source", "DATA", "--out", "OUT"], '"$@" > /dev/full', 0),
+        (["data", "views", "configs/demo.yaml", "--data.root", "DATA", "--out", "OUT.png"], '"$@" > /dev/full', 0),
         (["--version"], '"$@" 2> /dev/full > /dev/null', 0),
         (["--version"], '"$@" >&- 2>&-', 0),
         (["--version"], '"$@" > /dev/full 2> /dev/null', 74),  # what it prints is all that it is for
     ],
 )
 def test_a_command_keeps_its_status(tiny_data, tmp_path, words, redirected, expected):
-    places = {"DATA": str(tiny_data), "OUT": str(tmp_path / "out")}
+    places = {"DATA": str(tiny_data), "OUT": str(tmp_path / "out"), "OUT.png": str(tmp_path / "out.png")}
     words = [places.get(word, word) for word in words]
     assert status(redirected, [sys.executable, "-m", "moco_dist", *words]) == expected
 

@@ -129,12 +129,14 @@ def test_an_evaluation_is_a_child_of_the_pretraining(runs):
 
 
 def test_evaluations_of_a_part_of_the_head_have_names_of_their_own(runs):
+    """And their accuracies are not the run's."""
     with Tracker.for_pretraining(config_of(runs / "a"), World()):
         pass
-    for variant in ("", "_head1", "_labels0.1_head2"):
-        with Tracker.for_evaluation(KnnConfig(run_dir=runs / "a"), "linear", "trained", variant):
-            pass
+    for variant, top1 in (("", 60.0), ("_head1", 50.0), ("_labels0.1_head2", 40.0)):
+        with Tracker.for_evaluation(KnnConfig(run_dir=runs / "a"), "linear", "trained", variant) as tracker:
+            tracker.log_metrics(9, {"linear_top1": top1})
     parent = run_of(runs / "a")
+    assert parent.data.metrics == {"linear_top1": 60.0}
     query = f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'"
     children = client_for(runs).search_runs([parent.info.experiment_id], query)
     names = {"linear trained", "linear trained head1", "linear trained labels0.1 head2"}

@@ -1,4 +1,4 @@
-"""What a pre-training measures of itself: kNN and a linear probe on the same frozen features of a sample of images.
+"""What a pre-training measures of itself: kNN, a linear probe and RankMe on the same frozen features of a sample.
 
 The probe is ridge regression onto the classes' indicators, in closed form: nothing to tune, and a fraction of the time
 that encoding the sample takes. It follows linear evaluation without being as good: `moco-dist linear` is the result.
@@ -24,6 +24,7 @@ TRAINING_K, TRAINING_TEMPERATURE = 20, 0.07
 # within a point of the best of 0.0001 to 3; less is better for many images, more for few.
 RIDGE = 0.01
 CHUNK = 4096  # rows at once
+EPSILON = 1e-7  # RankMe's, for float32 features
 
 
 class Probe:
@@ -43,13 +44,14 @@ class Probe:
         return bool(self._every_steps) and (step % self._every_steps == 0 or step == self._stop)
 
     def measure(self, encoder: nn.Module) -> dict[str, float]:
-        """Top-1 in percent, on the images that `config.log` asks for. Called by all ranks.
+        """Top-1 in percent and RankMe, on the images that `config.log` asks for. Called by all ranks.
 
         Args:
             encoder: the query encoder in training; it is copied, with its running statistics averaged over ranks.
 
         Returns:
-            knn_top1, by 20 neighbours, and probe_top1, by `ridge_accuracy`; the same on all ranks.
+            knn_top1, by 20 neighbours, probe_top1, by `ridge_accuracy`, and rankme of the training images; the same on
+            all ranks.
         """
         evaluation = self._evaluation
         assert evaluation is not None
@@ -60,8 +62,9 @@ class Probe:
         by_k = knn_accuracy(
             train.values, train.labels, val.values, val.labels, [k], TRAINING_TEMPERATURE, num_classes, world
         )
+        rankme = effective_rank(train, world)
         standardise(train, val, world)
-        return {"knn_top1": by_k[k], "probe_top1": ridge_accuracy(train, val, num_classes, world)}
+        return {"knn_top1": by_k[k], "probe_top1": ridge_accuracy(train, val, num_classes, world), "rankme": rankme}
 
 
 def _evaluation(config: PretrainConfig, world: World) -> Evaluation:
@@ -105,3 +108,25 @@ def ridge_accuracy(train: Features, val: Features, num_classes: int, world: Worl
     for values, labels in zip(val.values.split(CHUNK), val.labels.split(CHUNK), strict=True):
         hits += ((values.double() @ weights + shares).argmax(1) == labels).sum()
     return 100 * all_reduce_sum(hits, world).item() / val.total
+
+
+@torch.no_grad()
+def effective_rank(features: Features, world: World) -> float:
+    """RankMe (arXiv 2210.02885, eq. 1 and 2): how many dimensions the features fill; it needs no labels.
+
+    exp(−Σ p log p), with p the singular values of the N x D features over their sum, plus EPSILON: 1 where all features
+    point one way, min(N, D) where they fill all directions alike. The singular values are the roots of the eigenvalues
+    of X'X, in float64. Receives 2 D² numbers.
+
+    Args:
+        features: this rank's share, as the encoder gives them.
+        world: this process.
+    """
+    dim = features.values.shape[1]
+    gram = features.values.new_zeros(dim, dim, dtype=torch.float64)
+    for values in features.values.split(CHUNK):
+        gram += values.double().T @ values.double()
+    eigenvalues = torch.linalg.eigvalsh(all_reduce_sum(gram, world))[-min(features.total, dim) :]
+    singular = eigenvalues.clamp(min=0).sqrt()
+    p = singular / singular.sum().clamp(min=torch.finfo(gram.dtype).tiny) + EPSILON
+    return torch.exp(-(p * p.log()).sum()).item()

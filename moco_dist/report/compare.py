@@ -32,6 +32,7 @@ CURVES = {
     "loss": "loss",
     "knn_top1": "kNN top-1 during training, %",
     "probe_top1": "linear probe's top-1 during training, %",
+    "rankme": "RankMe of the features during training",
     "contrastive_top1": "contrastive top-1, %",
     "embedding_std": "spread of the embeddings",
 }

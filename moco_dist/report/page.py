@@ -216,6 +216,7 @@ def _curves(
         ("learning rate", "step", {"lr": logged("lr")}, None),
         ("contrastive accuracy, %", "step", {f"top-{k}": logged(f"contrastive_top{k}") for k in (1, 5)}, None),
         ("top-1 during training, %", "step", {"kNN": logged("knn_top1"), "linear probe": logged("probe_top1")}, None),
+        ("RankMe of the features: dimensions", "step", {"RankMe": logged("rankme")}, None),
         ("spread of the embeddings", "step", {"std": logged("embedding_std")}, (0.0, "0: collapsed")),
         ("images per second", "step", {"images/s": logged("images_per_second")}, None),
         ("linear evaluation: top-1, %", "epoch",

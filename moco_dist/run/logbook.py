@@ -202,6 +202,7 @@ def _as_line(row: dict[str, Any], stop: int) -> str:
         ]
     names = {"knn_top1": "kNN", "probe_top1": "linear probe"}
     parts += [f"{name} {row[key]:.2f} %" for key, name in names.items() if key in row]
+    parts += [f"RankMe {row['rankme']:.1f}"] if "rankme" in row else []
     return "  ".join(parts)
 
 

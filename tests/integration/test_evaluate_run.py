@@ -59,7 +59,9 @@ def test_accuracies_during_training_are_logged_and_drawn(run_dir):
     assert [row["step"] for row in rows] == [10]
     for key in ("knn_top1", "probe_top1"):
         assert rows[0][key] * 30 / 100 == pytest.approx(round(rows[0][key] * 30 / 100))  # of 30 images
-    assert "linear probe" in write_report(run_dir).read_text()
+    assert 1 < rows[0]["rankme"] < 80  # of 80 images
+    page = write_report(run_dir).read_text()
+    assert "linear probe" in page and "RankMe" in page
 
 
 def test_the_probe_during_training_sees_the_features_of_the_checkpoint(run_dir):

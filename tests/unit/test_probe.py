@@ -7,9 +7,10 @@ import torch
 from moco_dist.distributed.world import World
 from moco_dist.evaluate import during_training
 from moco_dist.evaluate import features as features_module
-from moco_dist.evaluate.during_training import ridge_accuracy
+from moco_dist.evaluate.during_training import effective_rank, ridge_accuracy
 from moco_dist.evaluate.features import Features, standardise
 from tests.unit.clusters import CLASSES, clusters
+from tests.world import run
 
 
 def features(num, dim, seed):
@@ -46,6 +47,33 @@ def test_features_that_have_collapsed_tell_the_commonest_class():
     standardise(train, val, World())
     share = 100 * (val.labels == 2).double().mean().item()
     assert ridge_accuracy(train, val, CLASSES, World()) == pytest.approx(share)
+
+
+@pytest.mark.parametrize("num", [300, 12])
+def test_rankme_is_that_of_the_singular_values(num, monkeypatch):
+    monkeypatch.setattr(during_training, "CHUNK", 100)
+    found = features(num, 16, 0)
+    singular = np.linalg.svd(found.values.double().numpy(), compute_uv=False)
+    p = singular / singular.sum() + 1e-7
+    assert effective_rank(found, World()) == pytest.approx(np.exp(-(p * np.log(p)).sum()), rel=1e-6)
+
+
+def test_rankme_counts_dimensions():
+    axes = torch.eye(8).repeat(3, 1)
+    assert effective_rank(_features(axes), World()) == pytest.approx(8, rel=1e-4)
+    assert effective_rank(_features(torch.ones(20, 8)), World()) == pytest.approx(1, rel=1e-3)
+    assert effective_rank(_features(torch.zeros(20, 8)), World()) == pytest.approx(1, rel=1e-3)
+
+
+def shared_rank(world, values):
+    own = values[world.rank :: world.world_size]
+    part = torch.arange(len(own))
+    return effective_rank(Features(own, part, part, len(values)), world)
+
+
+def test_rankme_is_that_of_all_ranks_features():
+    found = features(50, 16, 0)
+    assert run(shared_rank, 2, found.values) == pytest.approx([effective_rank(found, World())] * 2)
 
 
 def test_features_are_standardised_some_rows_at_a_time(monkeypatch):

@@ -18,6 +18,7 @@ from moco_dist.engine.speed import compiled_on_gpu
 from moco_dist.errors import LoadingError, Preempted, UserError
 from moco_dist.evaluate.during_training import Probe
 from moco_dist.method.build import build_method, settled
+from moco_dist.report.while_training import Showing
 from moco_dist.run import checkpoint
 from moco_dist.run.folder import RunFolder
 from moco_dist.run.logbook import Logbook
@@ -53,6 +54,8 @@ def pretrain(config: PretrainConfig, world: World, tracker: Tracker) -> Path:
     for line in [*notes, *opening_lines(config, plan, method, stop, world)]:
         logbook.say(line)
     saver = Saver(config, facts_of(config, images), plan.steps_per_epoch, stop, world, logbook.say)
+    showing = Showing(config, images, tracker, plan.steps_per_epoch, total_steps, logbook.say)
+    showing.reached(method.step)
     colour = compiled_on_gpu(apply_colours, config.engine, world.device)
     views_of = functools.partial(
         views_of_steps, images, config, plan, world, dtype=method.dtype, colour=colour,
@@ -78,17 +81,20 @@ def pretrain(config: PretrainConfig, world: World, tracker: Tracker) -> Path:
                 require_finite(logbook, config, plan)
             if logbook.is_due(step):
                 logbook.write(step, step / plan.steps_per_epoch, lr, result.scalars)
+                showing.logged()
             if probe.is_due(step):
                 with logbook.paused():
                     logbook.record({"step": step, **probe.measure(method.query_encoder)})
             if saver.is_due(step, asked):
                 with logbook.paused():
                     saver.save(method, logbook.pending_losses())
+                showing.reached(step)
             if asked in (STOP, FAILED) and step != stop:
                 saver.finish()
                 raise ended_early(asked, step, stop_request, config, world)
         saver.finish()
         checkpoint.export_backbone(method, RunFolder(config.run.dir).backbone, world)
+        showing.finish(method.step)
         return checkpoint.latest(config.run.dir)
     except LoadingError:
         if world.world_size > 1:
@@ -100,6 +106,7 @@ def pretrain(config: PretrainConfig, world: World, tracker: Tracker) -> Path:
         raise
     finally:
         feed.close()
+        showing.close()
         logbook.close()
 
 

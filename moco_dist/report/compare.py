@@ -21,7 +21,7 @@ from moco_dist.run import checkpoint
 from moco_dist.run.folder import RunFolder
 from moco_dist.run.logbook import read_log
 from moco_dist.run.manifest import read_manifest
-from moco_dist.tracking import client_of, page_of
+from moco_dist.tracking import client_of, page_of, run_page
 from moco_dist.tracking.failure import reason
 from moco_dist.tracking.server import require_usable
 
@@ -156,7 +156,7 @@ def _runs_of_experiment(client: "MlflowClient", name: str, uri: str) -> list[Run
         for key in (*CURVES, "images_per_second"):
             for metric in client.get_metric_history(run.info.run_id, key):
                 rows.setdefault(metric.step, {"step": metric.step})[key] = metric.value
-        page = f"{uri.rstrip('/')}/#/experiments/{experiment.experiment_id}/runs/{run.info.run_id}"
+        page = run_page(uri, experiment.experiment_id, run.info.run_id)
         records.append(RunRecord(
             run.info.run_name or run.info.run_id, dict(run.data.params), [rows[step] for step in sorted(rows)],
             accuracy.get(run.info.run_id, {}), int(run.data.tags.get("world_size", 0)),

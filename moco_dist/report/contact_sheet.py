@@ -29,9 +29,18 @@ def write_contact_sheet(config: PretrainConfig, count: int, out: Path) -> None:
     """
     if out.suffix.lower() != ".png":
         raise UserError(f"--out {out}: a contact sheet is a .png file")
-    sheet = make_grid(pairs.view_pairs(config, count).flatten(0, 1), nrow=8, padding=4, pad_value=255)
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(sheet.permute(1, 2, 0).numpy()).save(out)
+        save_sheet(pairs.view_pairs(config, count), out)
     except OSError as error:
         raise file_error(f"{out} cannot be written: {error.strerror or error}", error) from error
+
+
+def save_sheet(view_pairs: Tensor, out: Path) -> None:
+    """The PNG itself; `view_pairs` is uint8 (N, 2, 3, S, S).
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    sheet = make_grid(view_pairs.flatten(0, 1), nrow=8, padding=4, pad_value=255)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(sheet.permute(1, 2, 0).numpy()).save(out)

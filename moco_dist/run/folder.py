@@ -105,8 +105,13 @@ class RunFolder:
 
     @property
     def report(self) -> Path:
-        """The page that `moco-dist report` writes."""
+        """The page that `moco-dist report` writes, and a pre-training that MLflow tracks."""
         return self.root / "report" / "index.html"
+
+    @property
+    def views(self) -> Path:
+        """A picture of pairs of views, of a pre-training that MLflow tracks."""
+        return self.root / "report" / "views.png"
 
     @property
     def _evaluations(self) -> Path:

@@ -5,7 +5,7 @@ thread (remote.py). So a step never waits for a server, and a server that is gon
 delivered when it is back, by the run itself or by `moco-dist sync`, in order, and once.
 """
 
-from moco_dist.tracking.server import client_of, page_of, saved_run, ui_command
+from moco_dist.tracking.server import client_of, page_of, run_page, saved_run, ui_command
 from moco_dist.tracking.tracker import Tracker, sync
 
-__all__ = ["Tracker", "client_of", "page_of", "saved_run", "sync", "ui_command"]
+__all__ = ["Tracker", "client_of", "page_of", "run_page", "saved_run", "sync", "ui_command"]

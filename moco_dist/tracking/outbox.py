@@ -40,13 +40,13 @@ class Outbox:
             yield from (record for record in found if record is not None)
 
     def put(self, record: Record) -> None:
-        """Add a record; returns at once."""
-        problem = self._lines.append(json.dumps(record))
-        if problem and not self._is_full:
-            self._say(f"{self.path} cannot be written: {problem}; going on, and trying again with the next line")
-        self._is_full = bool(problem)
+        """Add a record, from any thread; returns at once."""
         with self._news:
+            problem = self._lines.append(json.dumps(record))
+            was_full, self._is_full = self._is_full, bool(problem)
             self._news.notify()
+        if problem and not was_full:
+            self._say(f"{self.path} cannot be written: {problem}; going on, and trying again with the next line")
 
     def start(self) -> None:
         """Begin to send."""

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +17,9 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
 DESCRIPTION = "mlflow.note.content"  # in Markdown
-KEY_TAG = "moco_dist.key"  # a run that was made just before a crash is found by it, and not made twice
-
-
+KEY_TAG = "moco_dist.key"  # a run or model that was made just before a crash is found by it, and not made twice
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # or its page asks what it is
+NO_MODELS = ("ENDPOINT_NOT_FOUND", "NOT_IMPLEMENTED", "FEATURE_DISABLED")  # a server from before MLflow 3
 
 
 class Refused(Exception):
@@ -138,8 +138,14 @@ class RemoteRun:
             return
         for name, value in record.get("set_tags", {}).items():
             client.set_tag(self._run_id, name, value)
+        if "describe" in record:
+            _describe(client, self._run_id, record["describe"])
+        if "dataset" in record:
+            _log_dataset(client, self._run_id, record["dataset"])
         if "artifact" in record and os.path.exists(record["artifact"]):
-            client.log_artifact(self._run_id, record["artifact"], record["folder"])
+            client.log_artifact(self._run_id, record["artifact"], record["folder"] or None)
+        if "model" in record and os.path.exists(record["model"]["file"]):
+            self._log_model(client, record["model"])
         if record.get("status") == "RUNNING":
             client.update_run(self._run_id, status="RUNNING")
         elif "status" in record:
@@ -155,9 +161,27 @@ class RemoteRun:
         step, time_ms = record["step"], record["time_ms"]
         metrics = [Metric(name, value, time_ms, step) for name, value in record["metrics"].items()]
         client.log_batch(saved["run_id"], metrics=metrics)
-        description = client.get_run(saved["run_id"]).data.tags.get(DESCRIPTION, "")
-        if record["note"] not in description:  # otherwise it was told just before a crash
-            client.set_tag(saved["run_id"], DESCRIPTION, f"{description}\n{record['note']}")
+        _describe(client, saved["run_id"], record["describe"])
+
+    def _log_model(self, client: "MlflowClient", model: dict[str, Any]) -> None:
+        """A file of weights as a logged model of the run; as an artifact where the server knows no such models."""
+        from mlflow.entities import LoggedModelOutput
+        from mlflow.exceptions import MlflowException
+
+        key = f"{self._run_id} {model['step']}"
+        try:
+            same = client.search_logged_models([self._experiment_id], f"tags.`{KEY_TAG}` = '{key}'", max_results=1)
+            logged = same[0] if same else client.create_logged_model(
+                self._experiment_id, model["name"], self._run_id, {KEY_TAG: key}, model["params"], model["kind"]
+            )  # fmt: skip
+        except MlflowException as error:
+            if error.error_code not in NO_MODELS:
+                raise
+            client.log_artifact(self._run_id, model["file"], model["name"])
+            return
+        client.log_model_artifact(logged.model_id, model["file"])
+        client.finalize_logged_model(logged.model_id, "READY")
+        client.log_outputs(self._run_id, [LoggedModelOutput(logged.model_id, model["step"])])
 
     def _watch_system(self) -> None:
         """CPU, memory, disk, network and, with nvidia-ml-py installed, GPU, every 30 s; nothing without psutil.
@@ -183,6 +207,38 @@ class RemoteRun:
         self._watches_system = False
         if self._monitor is not None:
             self._monitor.finish()
+
+
+def with_lines(description: str, lines: dict[str, str]) -> str:
+    """A description in Markdown with `- name: text` for each of `lines`: in the place of an older one, or at its end.
+
+    Whatever else is in it stays, also what a person has written on MLflow's page.
+    """
+    for name, text in lines.items():
+        line = f"- {name}: {text}"
+        old = re.search(rf"^- {re.escape(name)}: .*$", description, re.MULTILINE)
+        if old:
+            description = description[: old.start()] + line + description[old.end() :]
+        else:
+            is_list = description.rstrip().rpartition("\n")[2].startswith("- ")
+            description = f"{description.rstrip()}\n{'' if is_list else chr(10)}{line}"
+    return description
+
+
+def _describe(client: "MlflowClient", run_id: str, lines: dict[str, str]) -> None:
+    before = client.get_run(run_id).data.tags.get(DESCRIPTION, "")
+    if (after := with_lines(before, lines)) != before:
+        client.set_tag(run_id, DESCRIPTION, after)
+
+
+def _log_dataset(client: "MlflowClient", run_id: str, dataset: dict[str, Any]) -> None:
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    known = Dataset(
+        dataset["name"], dataset["digest"], "local", json.dumps({"uri": dataset["root"]}),
+        profile=json.dumps(dataset["profile"]),
+    )  # fmt: skip
+    client.log_inputs(run_id, [DatasetInput(known, [InputTag("mlflow.data.context", "training")])])
 
 
 def _find(client: "MlflowClient", run_id: str) -> "Run | None":

@@ -54,7 +54,12 @@ def page_of(run_dir: Path) -> str:
     saved = read_saved(record_path(run_dir))
     if saved is None or not saved["run_id"] or not saved["tracking_uri"].startswith("http"):
         return ""
-    return f"{saved['tracking_uri'].rstrip('/')}/#/experiments/{saved['experiment_id']}/runs/{saved['run_id']}"
+    return run_page(saved["tracking_uri"], saved["experiment_id"], saved["run_id"])
+
+
+def run_page(uri: str, experiment_id: str, run_id: str) -> str:
+    """A run's page on a server. MLflow 3.17 shows a new visitor what is for language models, unless the link says."""
+    return f"{uri.rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}?workflowType=machine_learning"
 
 
 def default_uri(run_dir: Path) -> str:

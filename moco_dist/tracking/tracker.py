@@ -41,6 +41,7 @@ from moco_dist.tracking.server import (
 
 PRETRAIN = "pretrain.jsonl"
 HEADLINES = ("linear_top1", "knn_top1_k20")  # an evaluation's numbers that the pre-training's run has too
+DURING_TRAINING = {"knn_top1": "kNN during training", "probe_top1": "linear probe during training"}
 
 
 class Tracker:
@@ -54,6 +55,7 @@ class Tracker:
         self._outbox, self._run_dir, self._ends_run = outbox, run_dir, ends_run
         self._last_step: dict[str, int] = {}
         self._tells_parent = False
+        self._after_end: list[dict[str, Any]] = []
         if outbox is not None:
             for record in outbox.records():
                 self._remember(record)
@@ -164,13 +166,57 @@ class Tracker:
             self._outbox.put(record)
         above = {name: value for name, value in new.items() if self._tells_parent and name in HEADLINES}
         if above:
-            note = "\n".join(f"- {name}: {value:.2f} % at step {step}" for name, value in above.items())
-            self._outbox.put({"to_parent": True, "metrics": above, "step": step, "time_ms": _now_ms(), "note": note})
+            lines = {name: _accuracy(value, step) for name, value in above.items()}
+            self._outbox.put(
+                {"to_parent": True, "metrics": above, "step": step, "time_ms": _now_ms(), "describe": lines}
+            )
+        if lines := {DURING_TRAINING[name]: _accuracy(new[name], step) for name in DURING_TRAINING if name in new}:
+            self.describe(lines)
 
-    def log_artifact(self, path: Path, folder: str) -> None:
+    @property
+    def is_on(self) -> bool:
+        """Whether there is a run that can be told something."""
+        return self._outbox is not None
+
+    def describe(self, lines: Mapping[str, str]) -> None:
+        """Lines of the run's description in Markdown, by name: a newer one stands in the place of an older one."""
+        if self._outbox is not None:
+            told = {name: without_credentials(text) for name, text in lines.items()}
+            self._outbox.put({"describe": told})
+
+    def log_dataset(self, root: str, list_hash: str, profile: Mapping[str, Any]) -> None:
+        """The data set as an input of the run.
+
+        Args:
+            root: where it lies.
+            list_hash: of its images' paths, in hex digits; MLflow keeps the first 16 as the digest.
+            profile: plain values that say more about it.
+        """
+        if self._outbox is None:
+            return
+        root = without_credentials(root)
+        name = root.rstrip("/").rpartition("/")[2] or root
+        self._outbox.put({"dataset": {"name": name, "digest": list_hash[:16], "root": root, "profile": dict(profile)}})
+
+    def log_artifact(self, path: Path, folder: str = "") -> None:
         """A copy of a file into `folder` of the run's artifacts; returns at once."""
         if self._outbox is not None:
             self._outbox.put({"artifact": str(path.resolve()), "folder": folder})
+
+    def log_model(self, file: Path, name: str, step: int, params: Mapping[str, str], kind: str) -> None:
+        """A file of weights as a logged model of the run, without pickle; sent once the run has ended there.
+
+        So a large file on a slow line keeps the run from nothing but the file.
+
+        Args:
+            file: the weights.
+            name: of the model.
+            step: that it was trained to.
+            params: plain values that say what it is.
+            kind: MLflow's model type.
+        """
+        model = {"file": str(file.resolve()), "name": name, "step": step, "params": dict(params), "kind": kind}
+        self._after_end.append({"model": model})
 
     def finish(self, status: str) -> None:
         """Wait for what is on its way, at most FINISH_SECONDS, and end the run.
@@ -183,6 +229,8 @@ class Tracker:
             return
         if self._ends_run:
             outbox.put({"status": status, "time_ms": _now_ms()})
+        for record in self._after_end:
+            outbox.put(record)
         if not outbox.finish():
             tqdm.write(f"warning: MLflow does not have all of this; deliver it by: moco-dist sync {self._run_dir}",
                        file=sys.stderr)  # fmt: skip
@@ -247,12 +295,15 @@ def _origin() -> dict[str, str]:
 
 
 def _description(config: PretrainConfig) -> str:
-    """What the run is, in Markdown; evaluations add their accuracies to it."""
+    """What the run is, in Markdown. The training adds how far it is, evaluations their accuracies."""
     return without_credentials(
         f"{config.of_method.title}, {config.model.arch}, {config.optim.epochs} epochs of `{config.data.root}` in "
-        f"batches of {config.optim.global_batch_size}. Folder: `{config.run.dir}`; the same command goes on from its "
-        "last checkpoint.\n"
+        f"batches of {config.optim.global_batch_size}. Folder: `{config.run.dir.resolve()}`\n"
     )
+
+
+def _accuracy(percent: float, step: int) -> str:
+    return f"{percent:.2f} % at step {step:,}"
 
 
 def _part_from_original(run_dir: Path, uri: str) -> None:

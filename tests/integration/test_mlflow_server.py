@@ -150,3 +150,18 @@ def test_a_server_that_is_killed_and_restarted_during_a_run(server, tmp_path, st
     assert _history(client, saved["run_id"], "loss") == [(row["step"], row["loss"]) for row in rows]
     assert client.get_run(saved["run_id"]).info.status == "FINISHED"
     assert len(client.search_runs([saved["experiment_id"]])) == 1
+    _has_what_its_page_shows(client, saved["run_id"], run_dir, before + 60, tmp_path)
+
+
+def _has_what_its_page_shows(client, run_id, run_dir, step, folder):
+    """Told while the server was away, at least in part: how far it is, its data set, files, and the weights."""
+    run = client.get_run(run_id)
+    assert f"\n- how far: step {step:,} of " in run.data.tags["mlflow.note.content"]
+    (given,) = run.inputs.dataset_inputs
+    assert [path.name for path in run_dir.glob("images_*")] == [f"images_{given.dataset.digest}.txt.gz"]
+    assert {file.path for file in client.list_artifacts(run_id)} == {"config.yaml", "views.png", "report"}
+    (made,) = run.outputs.model_outputs
+    model = client.get_logged_model(made.model_id)
+    assert (made.step, str(model.status), model.source_run_id) == (step, "READY", run_id)
+    (weights,) = (folder / "server" / "artifacts").rglob("backbone.safetensors")
+    assert weights.read_bytes() == (run_dir / "backbone.safetensors").read_bytes()

@@ -143,26 +143,6 @@ def test_evaluations_of_a_part_of_the_head_have_names_of_their_own(runs):
     assert {child.info.run_name for child in children} == names
 
 
-def test_the_pretrainings_run_has_what_mlflows_pages_show(runs):
-    """Its user, source, description and kind of experiment; the accuracies of the trained encoder, and of no other."""
-    with Tracker.for_pretraining(config_of(runs / "a", experiment="fresh"), World()):
-        pass
-    for encoder, top1 in (("trained", 67.5), ("untrained", 20.0)):
-        with Tracker.for_evaluation(KnnConfig(run_dir=runs / "a"), "knn", encoder) as tracker:
-            tracker.log_metrics(9, {"knn_top1_k20": top1, "knn_top1_k5": top1})
-    with Tracker.for_pretraining(config_of(runs / "a", experiment="fresh"), World()):  # what was added stays
-        pass
-    run = run_of(runs / "a")
-    assert run.data.metrics == {"knn_top1_k20": 67.5}
-    assert run.data.tags["mlflow.source.name"] == "moco-dist pretrain"
-    assert run.data.tags["mlflow.user"]
-    description = run.data.tags["mlflow.note.content"]
-    assert description.startswith("MoCo, resnet50, 200 epochs of `photos`")
-    assert description.endswith("\n- knn_top1_k20: 67.50 % at step 9")
-    tags = client_for(runs).get_experiment(run.info.experiment_id).tags
-    assert tags["mlflow.experimentKind"] == "custom_model_development"
-
-
 def test_runs_of_one_experiment_keep_apart(runs):
     for seed in (1, 2):
         config = config_of(runs / f"seed{seed}")
@@ -328,7 +308,9 @@ def test_ui_command_of_a_server_is_its_page(tmp_path, monkeypatch):
     saved = {"tracking_uri": "https://host/mlflow", "experiment_id": "7", "run_id": "abc"}
     (tmp_path / "mlflow.json").write_text(json.dumps(saved))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://u:p@host/mlflow")
-    assert ui_command(tmp_path) == "python -m webbrowser 'https://host/mlflow/#/experiments/7/runs/abc'"
+    assert ui_command(tmp_path) == (
+        "python -m webbrowser 'https://host/mlflow/#/experiments/7/runs/abc?workflowType=machine_learning'"
+    )
 
 
 def test_system_metrics_are_recorded(runs, monkeypatch):

@@ -10,7 +10,7 @@ import torch
 
 from moco_dist.data.images import ImageFolder
 from moco_dist.data.names import Names
-from moco_dist.data.plan import Plan
+from moco_dist.data.plan import Plan, filling_steps
 from moco_dist.distributed.collectives import barrier, gather_uneven
 from moco_dist.errors import UserError
 from moco_dist.method.build import build_method
@@ -31,6 +31,8 @@ def train(world, run_dir, config, start, stop, save_at=()):
     assert method.step == start
     plan, table = Plan(NUM_SAMPLES, config.optim.global_batch_size, config.run.seed), images()
     table = table.to(next(method.query_encoder.parameters()).dtype)
+    if start == 0 and (filling := filling_steps(config, plan)):
+        method.fill_queue(views_at(table, plan, step, world) for step in filling)
     losses = []
     saver = saver_for(run_dir, world, print, keep_last=2, keep_every_steps=0)
     for step in range(start, stop):
@@ -63,6 +65,20 @@ def test_any_number_of_ranks_goes_on(tmp_path):
     losses = []
     for world_size, start in ((4, 0), (2, 2), (1, 4), (4, 6)):
         part, tensors = run(train, world_size, tmp_path / "moving", config, start, start + 2, (start + 2,))[0]
+        losses += part
+    assert largest_difference(losses, expected[0]) < 1e-10
+    assert largest_difference(tensors, expected[1]) < 1e-10
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_any_number_of_ranks_goes_on_with_a_queue_that_began_with_keys(tmp_path, symmetric):
+    """2 -> 1 -> 4 ranks, one step each: most of the queue is still what it was filled with before the first one."""
+    moco = {"queue_start": "keys", "symmetric": symmetric, "queue_size": 256 if symmetric else 128}
+    config = small_config(moco=moco)
+    expected = run(train, 1, tmp_path / "alone", config, 0, 3)[0]
+    losses = []
+    for start, world_size in enumerate((2, 1, 4)):
+        part, tensors = run(train, world_size, tmp_path / "moving", config, start, start + 1, (start + 1,))[0]
         losses += part
     assert largest_difference(losses, expected[0]) < 1e-10
     assert largest_difference(tensors, expected[1]) < 1e-10

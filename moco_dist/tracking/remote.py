@@ -94,7 +94,7 @@ class RemoteRun:
         else:
             self._experiment_id = _experiment(client, begin["experiment"], begin["artifacts"])
         same = client.search_runs([self._experiment_id], f"tags.`{KEY_TAG}` = '{begin['key']}'", max_results=1)
-        run = same[0] if same else client.create_run(self._experiment_id, tags=tags, run_name=begin["name"])
+        run = same[0] if same else client.create_run(self._experiment_id, begin.get("time_ms"), tags, begin["name"])
         client.log_batch(run.info.run_id, params=[Param(*item) for item in begin["params"].items()])
         self._run_id = run.info.run_id
 

@@ -326,7 +326,7 @@ def _part_from_original(run_dir: Path, uri: str) -> None:
 def _begin(name: str, tags: dict[str, str], config: BaseModel) -> dict[str, Any]:
     texts = {k: v if isinstance(v, str) else json.dumps(v) for k, v in flatten(config).items()}
     params = {name: without_credentials(text) for name, text in texts.items()}
-    return {"key": secrets.token_hex(8), "name": name, "tags": tags, "params": params}
+    return {"key": secrets.token_hex(8), "name": name, "tags": tags, "params": params, "time_ms": _now_ms()}
 
 
 def _remove(journal: Path) -> None:

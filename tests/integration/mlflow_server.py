@@ -9,7 +9,7 @@ import urllib.request
 
 import pytest
 
-START_TRIES = 120  # half a second each
+START_TRIES = 240  # half a second each
 
 
 class Server:

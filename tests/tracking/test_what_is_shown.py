@@ -1,5 +1,6 @@
 """What MLflow's pages show of a run beside its numbers: description, data set, accuracies, pictures and the model."""
 
+import json
 import threading
 
 import pytest
@@ -80,6 +81,8 @@ def test_a_run_shows_its_settings_data_set_views_report_and_model(tracked, runs)
         tracker.log_metrics(1, {"loss": 3.0, "knn_top1": 40.0, "probe_top1": 50.0})
         images = show(tracked, tracker, said)
     assert said == []
+    begin = json.loads((runs / "a" / "mlflow" / "pretrain.jsonl").read_text().splitlines()[0])
+    assert run_of(runs / "a").info.start_time == begin["time_ms"]  # not when a server was first told
     run, client, run_id = run_of(runs / "a"), client_for(runs), record_of(runs / "a")["run_id"]
     description = run.data.tags["mlflow.note.content"]
     assert "- kNN during training: 40.00 % at step 1\n- linear probe during training: 50.00 % at step 1" in description

@@ -61,15 +61,28 @@ def difference(images: ImageFolder, before: ImageList, run: RunFolder) -> str:
     classes = {images.class_names_hash, before.get("class_names_hash", "")} - {""}
     if len(classes) < 2 and images.content_hash == before.get("content_hash"):
         return ""
-    try:
-        kept = gzip.decompress(run.images(before["hash"]).read_bytes()).decode("utf-8", "surrogateescape").split("\n")
-    except (OSError, EOFError, ValueError):  # the list was lost or damaged: nothing depends on it
+    kept = _kept(before, run)
+    if kept is None:
         return f"{before['count']:,} images before, {len(images.paths):,} now"
     old, new = set(kept), set(images.paths)
     came, went = [path for path in images.paths if path not in old], [path for path in kept if path not in new]
     if not came and not went:
         return "the same images in another order"
     return f"{len(came):,} came{_some(came)}, {len(went):,} went{_some(went)}"
+
+
+def are_gone(images: ImageFolder, before: ImageList, run: RunFolder) -> bool:
+    """Whether none of the images of a checkpoint's list is among `images`; False where its paths are not known."""
+    kept = _kept(before, run)
+    return kept is not None and set(kept).isdisjoint(images.paths)
+
+
+def _kept(before: ImageList, run: RunFolder) -> list[str] | None:
+    """The paths of `keep_list`; None where they were lost or damaged: nothing depends on them."""
+    try:
+        return gzip.decompress(run.images(before["hash"]).read_bytes()).decode("utf-8", "surrogateescape").split("\n")
+    except (OSError, EOFError, ValueError):
+        return None
 
 
 def _some(paths: Sequence[str]) -> str:

@@ -37,7 +37,8 @@ def missed_if_gone(root: Path, was_there: bool, where: Path) -> Iterator[None]:
 def has_trained_on(root: Path, run_dir: Path) -> bool:
     """Whether the run has a checkpoint, and had its images from `root` when it was last started."""
     with contextlib.suppress(UserError):
-        return bool(checkpoint.complete_checkpoints(run_dir)) and RunFolder(run_dir).settings().data.root == root
+        trained_on = RunFolder(run_dir).settings().data.root.absolute()
+        return bool(checkpoint.complete_checkpoints(run_dir)) and trained_on == root.absolute()
     return False
 
 

@@ -12,13 +12,13 @@ from moco_dist.distributed.collectives import barrier
 from moco_dist.distributed.once import from_rank_0, once_a_host
 from moco_dist.distributed.world import World
 from moco_dist.engine.schedule import learning_rate
-from moco_dist.errors import UserError
+from moco_dist.errors import InfrastructureError, UserError
 from moco_dist.files import write_whole
 from moco_dist.method.step import Method
 from moco_dist.provenance import package_versions, source_hash
 from moco_dist.run import checkpoint
 from moco_dist.run.folder import RunFolder
-from moco_dist.run.image_list import difference, keep_list
+from moco_dist.run.image_list import are_gone, difference, keep_list
 from moco_dist.run.known_data import has_trained_on, missed_if_gone
 from moco_dist.run.manifest import read_manifest, saved_config, without_secrets
 from moco_dist.run.start import begin_with_weights
@@ -127,6 +127,7 @@ def refuse_other_images(config: PretrainConfig, images: ImageFolder, folder: Pat
         with run.resume `changed`, what became of the list and of the schedule; "" where the list is the same.
 
     Raises:
+        InfrastructureError: in the folder that the run was trained on, all of its images are gone and others are there.
         UserError: the list is another one, and run.resume is `auto`.
     """
     manifest = read_manifest(folder)
@@ -150,6 +151,12 @@ def refuse_other_images(config: PretrainConfig, images: ImageFolder, folder: Pat
         schedule += f"nothing is left to train at step {step:,}"
     if config.run.resume == "changed":
         return f"{changed}; {schedule}"
+    if has_trained_on(config.data.root, config.run.dir) and are_gone(images, before, RunFolder(config.run.dir)):
+        raise InfrastructureError(
+            f"none of the {before['count']:,} images that {config.run.dir} was trained on is in {images.root} any more "
+            f"({changed}): was their folder renamed, or is a disk not mounted? Give the same images, another "
+            f"--run.dir, or --run.resume changed to go on over what is there: {schedule}"
+        )
     raise UserError(f"{config.run.dir} holds a run over other images ({folder.name}): {changed}; give the same images, "
                     f"another --run.dir, or --run.resume changed to go on over these: {schedule}")  # fmt: skip
 

@@ -11,7 +11,7 @@ from moco_dist.cli.main import main
 from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.data.images import ImageFolder
 from moco_dist.data.names import Names
-from moco_dist.errors import UserError
+from moco_dist.errors import EXIT_IO, EXIT_MISTAKE, UserError
 from moco_dist.provenance import package_versions
 from moco_dist.run.checkpoint import complete_checkpoints
 from moco_dist.run.folder import RunFolder
@@ -79,6 +79,19 @@ def test_images_for_which_the_run_is_over_already_are_refused_with_that_word(run
     assert pretrain(run) == 2
     told = capsys.readouterr().err
     assert "the run ends at step 4 instead of 12, and nothing is left to train at step 6" in told
+
+
+def test_a_folder_that_was_renamed_where_the_run_had_trained_is_no_mistake(run, capsys):
+    """Without a val, what is left of data.root is a folder of other classes."""
+    assert pretrain(run, "--run.stop-at-step", "7") == 0
+    (run / "data" / "train").rename(run / "data" / "trian")
+    capsys.readouterr()
+    assert pretrain(run) == EXIT_IO
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "none of the 24 images that" in line
+    assert "was their folder renamed, or is a disk not mounted?" in line
+    assert pretrain(run, "--run.resume", "changed", "--run.stop-at-step", "8") == 0
+    assert pretrain(run, "--data.root", str(run / "data" / "trian"), "--run.stop-at-step", "8") == EXIT_MISTAKE
 
 
 def test_another_place_is_no_other_list(run):

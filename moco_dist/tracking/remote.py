@@ -161,7 +161,7 @@ class RemoteRun:
         step, time_ms = record["step"], record["time_ms"]
         metrics = [Metric(name, value, time_ms, step) for name, value in record["metrics"].items()]
         client.log_batch(saved["run_id"], metrics=metrics)
-        _describe(client, saved["run_id"], record["describe"])
+        _describe(client, saved["run_id"], record.get("describe", {}))  # a journal of an earlier version has none
 
     def _log_model(self, client: "MlflowClient", model: dict[str, Any]) -> None:
         """A file of weights as a logged model of the run; as an artifact where the server knows no such models."""

@@ -13,6 +13,8 @@ from tests.faults.processes import command
 
 # A shell starts what it puts into the background with SIGINT ignored, and tests of Ctrl-C would pass that on.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+# The same of nohup and a closed terminal's signal.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_collection_modifyitems(items):

@@ -39,7 +39,6 @@ def test_one_rank_is_told_to_stop_and_all_save_and_go_on_later(start, tmp_path, 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_one_process_alone_saves_too(start, tmp_path, signum):
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, and a child inherits that
     process = start(tmp_path / "run", ranks=1)
     wait_for_step(process, tmp_path / "run", 2)
     process.send_signal(signum)

@@ -10,10 +10,9 @@ FOLDERS = ("moco_dist", "benchmarks")
 SOURCES = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
 FORBIDDEN_IMPORTS = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 # A rank and the workers that it forked talk over a socket that nobody else has, as multiprocessing does: no file, and
-# nothing from outside. Ranks of one host talk over their process group, which only ranks can join.
+# nothing from outside.
 BETWEEN_OWN_PROCESSES = {
     "moco_dist/data/processes.py",
-    "moco_dist/distributed/once.py",
     "benchmarks/checkpoint_planning.py",
 }
 FORBIDDEN_CALLS = {

@@ -2,12 +2,15 @@
 
 import argparse
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
+from moco_dist.config.address import Url, root_of
 from moco_dist.config.section import path_of
 from moco_dist.errors import UserError, nearest
+
+T = TypeVar("T")
 
 
 class Parser(argparse.ArgumentParser):
@@ -17,8 +20,9 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, **{"allow_abbrev": False, **more})
 
     def add_argument(self, *names: str, **how: Any) -> argparse.Action:
-        """Add an argument; in a path, `~` at the start is the home folder."""
-        return super().add_argument(*names, **{**how, "type": _path} if how.get("type") is Path else how)
+        """Add an argument: a path (in which `~` at the start is the home folder) for type Path, a data root for Url."""
+        read = {Path: path_of, Url: root_of}.get(how.get("type"))  # type: ignore[arg-type]
+        return super().add_argument(*names, **{**how, "type": _told(read)} if read else how)
 
     def parse_own(self, words: list[str], settings: Iterable[str] = ()) -> tuple[argparse.Namespace, list[str]]:
         """The arguments, and the words that are a config's: `section.key`, `--method` and `settings`.
@@ -55,11 +59,16 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{self.prog}: {message}{hint}; {self.prog} --help shows what it takes")
 
 
-def _path(word: str) -> Path:
-    try:
-        return path_of(word)
-    except UserError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
+def _told(read: Callable[[str], T]) -> Callable[[str], T]:
+    """The same with its mistakes as argparse tells them."""
+
+    def read_word(word: str) -> T:
+        try:
+            return read(word)
+        except UserError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return read_word
 
 
 def require_positive(args: argparse.Namespace, *names: str) -> None:

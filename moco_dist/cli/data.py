@@ -5,6 +5,7 @@ from pathlib import Path
 
 from moco_dist.cli.arguments import Parser
 from moco_dist.cli.configured import config_or_help
+from moco_dist.config.address import Url
 from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.errors import UserError, nearest
 
@@ -17,13 +18,16 @@ def main(words: list[str]) -> int:
     parser = Parser("moco-dist data", description="get or check a data set")
     actions = parser.add_subparsers(dest="action", required=True)
     pack = actions.add_parser("pack", help="write a data set into one file, for data.loader ffcv")
-    pack.add_argument("source", type=Path, help="SOURCE/train and SOURCE/val, a folder of images, or tar shards")
+    pack.add_argument("source", type=Url, help="SOURCE/train and SOURCE/val, a folder of images, or tar shards")
     pack.add_argument("out", type=Path, help="file to write, NAME.beton")
     pack.add_argument("--max-side", type=int, help="make larger images smaller, to this longer side in pixels")
     pack.add_argument("--quality", type=int, default=90, help="of JPEGs that are encoded anew (default 90)")
     pack.add_argument("--raw-share", type=float, default=0.0, help="share of images stored as pixels (default 0)")
     verify = actions.add_parser("verify", help="decode every image, and count them")
-    verify.add_argument("root", type=Path, help="ROOT/train and ROOT/val, a folder of images, tar shards, FILE.beton")
+    verify.add_argument("root", type=Url, help="ROOT/train and ROOT/val, a folder of images, tar shards, FILE.beton")
+    index = actions.add_parser("index", help="write the index of tar shards, to lie beside them in an object store")
+    index.add_argument("root", type=Url, help="the tar shards, on a disk or at an address")
+    index.add_argument("--out", type=Path, required=True, help="file to write, to be copied to FOLDER/moco_dist.idx")
     views = actions.add_parser(
         "views", help="a contact sheet of pairs of views, as the encoders see them",
         usage="moco-dist data views [CONFIG.yaml ...] --out FILE.png [--count COUNT] [--section.key VALUE ...]",
@@ -39,11 +43,13 @@ def main(words: list[str]) -> int:
     if args.action == "views":
         return _views(args, rest)
     if rest:
-        {"pack": pack, "verify": verify, "prepare": prepare}[args.action].error(f"unrecognized arguments: {rest[0]}")
+        actions.choices[args.action].error(f"unrecognized arguments: {rest[0]}")
     if args.action == "pack":
         return _pack(args)
     if args.action == "verify":
         return _verify(args.root)
+    if args.action == "index":
+        return _index(args.root, args.out)
     if args.name not in DATASETS:
         raise UserError(f"unknown data set {args.name!r}; {', '.join(DATASETS)} are{nearest(args.name, DATASETS)}")
 
@@ -97,7 +103,15 @@ def _source_of(args: argparse.Namespace) -> str:
     return "three archives" if (args.name, args.kind) == ("imagenet", "tars") else "class folders"
 
 
-def _verify(root: Path) -> int:
+def _index(root: Path | Url, out: Path) -> int:
+    from moco_dist.data.remote.index import INDEX_NAME, write_index
+
+    count = write_index(root, out)
+    print(f"{out} is ready: {count:,} images; as {INDEX_NAME} beside the shards it saves the reading of headers")
+    return 0
+
+
+def _verify(root: Path | Url) -> int:
     from moco_dist.datasets.prepare import verify
 
     if problems := verify(root):

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from moco_dist.cli.arguments import Parser
+from moco_dist.config.address import Url
 from moco_dist.run.folder import RunFolder
 
 
@@ -10,7 +11,7 @@ def main(words: list[str]) -> int:
     """Accuracy table, and a page with pictures and curves."""
     parser = Parser("moco-dist report", description="accuracy table, pictures and curves of a run")
     parser.add_argument("run", type=Path, help="folder of the pre-training run")
-    parser.add_argument("--data-root", type=Path, help="where its images are now [default: the run's data.root]")
+    parser.add_argument("--data-root", type=Url, help="where its images are now [default: the run's data.root]")
     args = parser.parse_args(words)
     run_dir = args.run
     config = RunFolder(run_dir).settings()

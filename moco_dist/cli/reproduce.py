@@ -5,6 +5,7 @@ import shlex
 from pathlib import Path
 
 from moco_dist.cli.arguments import Parser
+from moco_dist.config.address import Url
 from moco_dist.errors import UserError, nearest
 
 
@@ -23,7 +24,7 @@ def main(words: list[str]) -> int:
     parser.add_argument("--seeds", default="0", help="one run of each row for each, e.g. 0,1,2 [0]")
     parser.add_argument("--ranks", type=int, default=1, help="processes on this machine, one a GPU [1]")
     parser.add_argument("--out", type=Path, help="folder for runs and table [runs/TABLE_SCALE]")
-    parser.add_argument("--data-root", type=Path, help="images [those of the configs]")
+    parser.add_argument("--data-root", type=Url, help="images [those of the configs]")
     parser.add_argument("--configs", type=Path, default=Path(),
                         help="folder of configs of your own, under the same names [those of moco_dist]")  # fmt: skip
     parser.add_argument("--small-epochs", type=int, default=SMALL_EPOCHS,

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from moco_dist.config.address import DataRoot
 from moco_dist.config.architectures import KNOWN, Architecture
 from moco_dist.config.loading import DEFAULT_WORKERS, Loader, LoadingConfig
 from moco_dist.config.section import PositiveInt, Probability, Section, setting
@@ -19,7 +20,9 @@ Encoders = tuple[Literal["trained", "untrained", "pixels"], ...]
 class EvalDataConfig(LoadingConfig):
     """Images to evaluate on."""
 
-    root: Path | None = setting(None, "a run's, with a validation set; default: the run's data.root", changes="place")
+    root: DataRoot | None = setting(
+        None, "a run's, with a validation set; default: the run's data.root", changes="place"
+    )
     resize: int | None = setting(
         None,
         "short side before the centre crop; default: 8/7 of the crop",

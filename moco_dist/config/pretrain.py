@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from pydantic import field_validator, model_validator
 
+from moco_dist.config.address import DataRoot
 from moco_dist.config.architectures import ARCHITECTURES, KNOWN, Architecture
 from moco_dist.config.augment import AugmentConfig
 from moco_dist.config.loading import Loader, LoadingConfig, OnError
@@ -19,13 +20,13 @@ from moco_dist.errors import UserError, not_a_multiple
 
 
 class DataConfig(LoadingConfig):
-    """Images on disk: a folder of class folders, one with `train/` and `val/` of them, tar shards, or a packed file."""
+    """Images: a folder of class folders, one with `train/` and `val/` of them, tar shards, or a packed file."""
 
-    root: Path = setting(
+    root: DataRoot = setting(
         ...,
         "ROOT/train and ROOT/val, a folder of images alone (then there is no validation set), tar shards (a folder of "
         "them, or a pattern such as 'set-train-{0000..1023}.tar'), or for the loader ffcv a file written by "
-        "`moco-dist data pack`",
+        "`moco-dist data pack`; shards and packed files also at s3://, gs://, az:// and https://",
         changes="place",
         per_host=True,
         times=("loader",),

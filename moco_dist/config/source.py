@@ -257,8 +257,10 @@ def _is_text(annotation: Any) -> bool:
     """Whether a setting of this type is text, a path, or one of several words; it may be null too."""
     if get_origin(annotation) is Literal:
         return all(isinstance(word, str) for word in get_args(annotation))
+    if isinstance(annotation, type) and get_origin(annotation) is None:
+        return issubclass(annotation, str | Path)
     kinds = [kind for kind in get_args(annotation) if kind is not type(None)]
-    return annotation in (str, Path) or (len(kinds) == 1 and get_origin(annotation) is not tuple and _is_text(kinds[0]))
+    return bool(kinds) and get_origin(annotation) is not tuple and all(map(_is_text, kinds))
 
 
 def _set(values: dict[str, Any], dotted: str, value: Any) -> None:

@@ -12,11 +12,12 @@ it is larger than one; the table of (sample, place, size) of all data.
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Self
+from typing import BinaryIO, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from moco_dist.config.address import Url
 from moco_dist.errors import UserError, file_error
 
 VERSION = 2
@@ -38,6 +39,13 @@ _RECORDS = {_FLOAT_ID: np.dtype("<f8"), _INT_ID: np.dtype("<i8"), _IMAGE_ID: _IM
 _OUR_FIELDS = {"image": _IMAGE_ID, "label": _INT_ID, "path": _BYTES_ID}
 
 
+class Content(Protocol):
+    """The bytes of a file, of which parts are read as uint8 arrays."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, part: slice, /) -> NDArray[np.uint8]: ...
+
+
 @dataclass(frozen=True)
 class Beton:
     """An open file.
@@ -50,7 +58,7 @@ class Beton:
         names: of the samples, SPLIT/CLASS/FILE; made up for files that have none.
     """
 
-    content: NDArray[np.uint8]
+    content: Content
     mode: NDArray[np.uint8]
     width: NDArray[np.int64]
     height: NDArray[np.int64]
@@ -78,7 +86,22 @@ def read_beton(path: Path) -> Beton:
         UserError: it is missing, no .beton file, incomplete, or without images and labels.
     """
     try:
-        content = np.memmap(path, np.uint8, mode="r")
+        return parse_beton(np.memmap(path, np.uint8, mode="r"), path)
+    except OSError as error:
+        raise file_error(f"{path} cannot be read: {(error.strerror or str(error)).lower()}", error) from error
+    except UserError:
+        raise
+    except ValueError as error:  # of an empty file
+        raise _not_whole(path, error) from error
+
+
+def parse_beton(content: Content, path: Path | Url) -> Beton:
+    """What is in a file, of which everything but the images is read.
+
+    Raises:
+        UserError: it is no .beton file, incomplete, or without images and labels.
+    """
+    try:
         header = content[: _HEADER.itemsize].view(_HEADER)[0]
         if header["version"] != VERSION:
             raise ValueError(f"version {header['version']}, not {VERSION}")
@@ -105,17 +128,22 @@ def read_beton(path: Path) -> Beton:
         else:
             if texts["size"].max() > len(content) or texts["size"].sum() > len(content):
                 raise ValueError("names beyond its end")
-            view = memoryview(content.data)
-            places = zip(texts["at"].tolist(), texts["size"].tolist(), strict=True)
+            first, end = int(texts["at"].min()), int((texts["at"] + texts["size"]).max())
+            view = memoryview(content[first:end])
+            places = zip((texts["at"] - first).tolist(), texts["size"].tolist(), strict=True)
             paths = [bytes(view[a : a + n]).decode("utf-8", "surrogateescape") for a, n in places]
-    except OSError as error:
-        raise file_error(f"{path} cannot be read: {(error.strerror or str(error)).lower()}", error) from error
+    except UserError:  # of what reads the content
+        raise
     except (ValueError, KeyError, IndexError) as error:
-        raise UserError(
-            f"{path} is not a whole file of images and labels ({error}); moco-dist data pack SOURCE {path} writes one"
-        ) from error
+        raise _not_whole(path, error) from error
     width, height, start = (images[name].astype(np.int64) for name in ("width", "height", "at"))
     return Beton(content, np.array(images["mode"]), width, height, start, size, paths)
+
+
+def _not_whole(path: Path | Url, error: Exception) -> UserError:
+    return UserError(
+        f"{path} is not a whole file of images and labels ({error}); moco-dist data pack SOURCE OUT.beton writes one"
+    )
 
 
 class BetonWriter:

@@ -3,6 +3,7 @@
 import errno
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -10,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from moco_dist.config.address import Url
 from moco_dist.data.names import Names, hash_of_list
 from moco_dist.errors import EXIT_IO, UserError
 
@@ -42,19 +44,21 @@ class Places(NamedTuple):
     """Where images lie in files that hold many.
 
     Attributes:
-        files: paths of the files.
+        files: paths of the files, or addresses.
         facts: size in bytes and modification time in ns of each, as they were when it was listed.
         file: (N,) int32, index into `files`.
         offset, size: (N,) int64, bytes.
         content_hash: `ImageFolder.content_hash` if it is known: for millions of images it takes seconds.
+        tags: entity tag of each file at an address; empty for files on disks.
     """
 
-    files: list[Path]
+    files: Sequence[Path | Url]
     facts: list[list[int]]
     file: NDArray[np.int32]
     offset: NDArray[np.int64]
     size: NDArray[np.int64]
     content_hash: str = ""
+    tags: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -62,15 +66,15 @@ class ImageFolder:
     """The images of a split, in the order of their paths.
 
     Attributes:
-        root: the folder that paths are relative to, or that holds the files they lie in.
+        root: the folder that paths are relative to, or that holds the files they lie in; a packed file's is FILE/SPLIT.
         paths: N relative paths with `/` between folders, sorted. They lie in arrays: looking up a string of a list
             changes its reference count, so that each worker would copy the list bit by bit.
         labels: (N,) int64, indices into `classes`; NO_CLASS for images of no class.
         classes: sorted names.
-        places: where the images lie in tar shards; None: each is a file.
+        places: where the images lie in files that hold many; None: each is a file, or in a packed one.
     """
 
-    root: Path
+    root: Path | Url
     paths: Names
     labels: NDArray[np.int64]
     classes: tuple[str, ...]
@@ -113,7 +117,9 @@ def rows_of(folder: ImageFolder, rows: NDArray[np.int64]) -> ImageFolder:
     """Some of the images, in the order of `rows`; the classes stay."""
     paths, places = folder.paths, folder.places
     if places is not None:
-        places = Places(places.files, places.facts, places.file[rows], places.offset[rows], places.size[rows])
+        places = places._replace(
+            file=places.file[rows], offset=places.offset[rows], size=places.size[rows], content_hash=""
+        )
     return replace(folder, paths=paths.take(rows), labels=folder.labels[rows], places=places)
 
 

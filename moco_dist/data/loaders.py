@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from moco_dist.config.address import Url
 from moco_dist.config.evaluate import EvalDataConfig
 from moco_dist.config.pretrain import DataConfig, PretrainConfig
 from moco_dist.data.batch import CropBatch
@@ -17,9 +18,11 @@ from moco_dist.data.crops import centre_resize
 from moco_dist.data.images import ImageFolder
 from moco_dist.data.packed import PackedFile
 from moco_dist.data.plan import Plan
+from moco_dist.data.remote.source import RemoteImages
+from moco_dist.data.remote.store import is_used_here
 from moco_dist.data.tar.source import TarShards
 from moco_dist.data.tasks import Crop, DecodeTask, TaskOf, row_task, view_task
-from moco_dist.data.workers import Files, batches_from_workers
+from moco_dist.data.workers import Files, Source, batches_from_workers
 from moco_dist.distributed.world import World
 from moco_dist.errors import LoadingError, UserError
 
@@ -99,17 +102,16 @@ def load(
         UserError: the loader is not installed, or does not read this kind of data; while batches are taken, an
             ImageError names a file that cannot be read, and an InfrastructureError a folder that is gone.
     """
-    is_packed = folder.places is None and folder.root.parent.suffix == PACKED_SUFFIX
+    is_remote = isinstance(folder.root, Url)
+    is_packed = (folder.places is None or is_remote) and folder.root.parent.suffix == PACKED_SUFFIX
     if is_packed and data.loader != "ffcv":
         raise UserError(f"{folder.root.parent} is a packed file, which data.loader ffcv reads, not {data.loader}")
-    if data.loader == "ffcv":
-        if not is_packed:
-            what = "a folder" if folder.places is None else "one of tar shards, which torchvision reads"
-            raise UserError(
-                f"data.loader ffcv reads a packed file, and {folder.root} is {what}; "
-                "moco-dist data pack FOLDER FILE.beton makes one"
-            )
-        return batches_from_workers(PackedFile(folder), task_of, numbers, size, data, world, must_end, on_lost)
+    if data.loader == "ffcv" and not is_packed:
+        what = "a folder" if folder.places is None else "one of tar shards, which torchvision reads"
+        raise UserError(
+            f"data.loader ffcv reads a packed file, and {folder.root} is {what}; "
+            "moco-dist data pack FOLDER FILE.beton makes one"
+        )
     if data.loader == "dali":
         if folder.places is not None:
             raise UserError(
@@ -119,8 +121,17 @@ def load(
         from moco_dist.data.dali import batches_from_dali
 
         return batches_from_dali(folder, task_of, numbers, size, data, world, must_end)
-    source = Files(folder) if folder.places is None else TarShards(folder)
-    return batches_from_workers(source, task_of, numbers, size, data, world, must_end, on_lost)
+    if is_remote and is_used_here():
+        data = data.model_copy(update={"num_workers": 0})  # a child of this process could not use obstore
+    return batches_from_workers(_source_of(folder, is_packed), task_of, numbers, size, data, world, must_end, on_lost)
+
+
+def _source_of(folder: ImageFolder, is_packed: bool) -> Source:
+    if isinstance(folder.root, Url):
+        return RemoteImages(folder)
+    if is_packed:
+        return PackedFile(folder)
+    return Files(folder) if folder.places is None else TarShards(folder)
 
 
 def _centre_task(number: int, batches: list[NDArray[np.int64]], resize: int, size: int) -> DecodeTask[Tensor]:

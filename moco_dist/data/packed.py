@@ -9,6 +9,7 @@ Images are read, not mapped: a read error of mapped memory would kill the proces
 
 import contextlib
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from moco_dist.config.address import Url
 from moco_dist.data.beton import JPEG, Beton, read_beton
 from moco_dist.data.decode import CropsFor, cut, cut_pixels, decode_image
 from moco_dist.data.images import NO_CLASS, ImageError, ImageFolder, MissingDataError, cannot_read
@@ -34,7 +36,15 @@ def packed_images(path: Path, split: Literal["train", "val"]) -> ImageFolder:
     if not path.is_file():
         siblings = [file.name for file in path.parent.glob("*.beton")]
         raise MissingDataError(f"data root {path} is not a file{nearest(path.name, siblings)}")
-    names = opened(path).names
+    return images_of_names(opened(path).names, path, split)
+
+
+def images_of_names(names: Sequence[str], path: Path | Url, split: str) -> ImageFolder:
+    """`packed_images` of the names in a file.
+
+    Raises:
+        UserError: it has no such split.
+    """
     paths = [name.removeprefix(f"{split}/") for name in names if name.startswith(f"{split}/")]
     if not paths:
         raise UserError(f"{path} has no {'validation' if split == 'val' else 'training'} images")

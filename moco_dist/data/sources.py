@@ -9,6 +9,7 @@ from typing import Literal
 
 from PIL import Image
 
+from moco_dist.config.address import Url
 from moco_dist.config.pretrain import DataConfig
 from moco_dist.data.beton import PACKED_SUFFIX
 from moco_dist.data.folder import folder_images, read_bytes
@@ -18,21 +19,24 @@ from moco_dist.errors import UserError
 
 
 def find_images(
-    root: Path, split: Literal["train", "val"], remember: bool = True, index_folder: Path | None = None
+    root: Path | Url, split: Literal["train", "val"], remember: bool = True, index_folder: Path | None = None
 ) -> ImageFolder:
     """The images of one split of a data set, whatever it is stored in.
 
     Where there are several ranks, one of each host calls it, within `once_a_host`.
 
     Args:
-        root: the data set's folder, a packed file, or tar shards as `find_shards` takes them.
+        root: the data set's folder, a packed file, or tar shards as `find_shards` takes them; or the address of these.
         split: `train` or `val`.
         remember: whether an index of a large data set may be written.
-        index_folder: where the index lies if the data set's folder cannot be written.
+        index_folder: where the index lies if the data set's folder cannot be written, or is at an address.
 
     Raises:
         UserError: there is no such data set, no image in it, or `val` has a class that `train` lacks.
+        InfrastructureError: an object store does not answer.
     """
+    if isinstance(root, Url):
+        return _of_split(_remote_splits(root, index_folder), root, split)
     if root.suffix == PACKED_SUFFIX:
         from moco_dist.data.packed import packed_images
 
@@ -40,14 +44,29 @@ def find_images(
     if shards := find_shards(root):
         from moco_dist.data.tar.source import tar_splits
 
-        splits = tar_splits(root, shards, remember, index_folder)
-        if split not in splits:
-            raise UserError(
-                f"{root} has no validation set; tar shards of one have val or validation in their names, or lie in a "
-                "folder that is called so"
-            )
-        return splits[split]
+        return _of_split(tar_splits(root, shards, remember, index_folder), root, split)
     return folder_images(root, split, remember, index_folder)
+
+
+def _remote_splits(root: Url, index_folder: Path | None) -> dict[str, ImageFolder]:
+    if root.suffix == PACKED_SUFFIX:
+        from moco_dist.data.remote.packed import remote_packed_splits
+
+        return remote_packed_splits(root)
+    from moco_dist.data.remote.index import remote_tar_splits
+
+    return remote_tar_splits(root, index_folder)
+
+
+def _of_split(splits: dict[str, ImageFolder], root: Path | Url, split: str) -> ImageFolder:
+    if split in splits:
+        return splits[split]
+    if root.suffix == PACKED_SUFFIX:
+        raise UserError(f"{root} has no {'validation' if split == 'val' else 'training'} images")
+    raise UserError(
+        f"{root} has no validation set; tar shards of one have val or validation in their names, or lie in a "
+        "folder that is called so"
+    )
 
 
 def find_training_images(data: DataConfig, index_folder: Path | None = None) -> ImageFolder:
@@ -63,8 +82,10 @@ def find_training_images(data: DataConfig, index_folder: Path | None = None) -> 
     return subset(find_images(data.root, "train", index_folder=index_folder), data.max_samples)
 
 
-def find_splits(root: Path, remember: bool = True) -> dict[str, ImageFolder]:
+def find_splits(root: Path | Url, remember: bool = True) -> dict[str, ImageFolder]:
     """`find_images` of `train`, and of `val` where there is one."""
+    if isinstance(root, Url):
+        return _remote_splits(root, None)
     if shards := find_shards(root):
         from moco_dist.data.tar.source import tar_splits
 
@@ -82,14 +103,19 @@ def find_splits(root: Path, remember: bool = True) -> dict[str, ImageFolder]:
 
 
 def bytes_reader(folder: ImageFolder) -> Callable[[int], tuple[bytes | bytearray, str]]:
-    """A function from an image's number to its bytes and its name; or an ImageError. A packed file has none."""
+    """A function from an image's number to its bytes and its name; or an ImageError. A local packed file has none."""
+    root = folder.root
+    if isinstance(root, Url):
+        from moco_dist.data.remote.source import RemoteImages
+
+        return RemoteImages(folder).content
     if folder.places is not None:
         from moco_dist.data.tar.source import TarShards
 
         return TarShards(folder).content
 
     def read(i: int) -> tuple[bytes, str]:
-        path = folder.root / folder.paths[i]
+        path = root / folder.paths[i]
         return read_bytes(path), str(path)
 
     return read
@@ -97,7 +123,7 @@ def bytes_reader(folder: ImageFolder) -> Callable[[int], tuple[bytes | bytearray
 
 def image_reader(folder: ImageFolder) -> Callable[[int], tuple[int, Image.Image]]:
     """A function from an image's number to the bytes that it takes and the whole image, RGB; or an ImageError."""
-    if folder.root.parent.suffix == PACKED_SUFFIX and folder.root.parent.is_file():
+    if isinstance(folder.root, Path) and folder.root.parent.suffix == PACKED_SUFFIX and folder.root.parent.is_file():
         from moco_dist.data.packed import PackedFile
 
         return PackedFile(folder).image

@@ -6,10 +6,11 @@ import stat
 import sys
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
+from moco_dist.config.address import Url
 from moco_dist.data.images import ImageStorageError
 
 T = TypeVar("T")
@@ -108,13 +109,13 @@ class PlacedFile:
         return self._descriptor
 
 
-def patiently(read: Callable[[], T], name: str) -> T:
-    """Call `read`, up to four times within 11 seconds if it fails; a line tells of errors and slowness by `name`.
+def patiently(read: Callable[[], T], name: str, waits_seconds: Sequence[float] = WAITS_SECONDS) -> T:
+    """Call `read`, again after each wait while it fails; a line tells of errors and slowness by `name`.
 
     Raises:
-        OSError: `read`'s, if waiting does not change it, or for the fourth time.
+        OSError: `read`'s, if waiting does not change it, or for the last time.
     """
-    for wait_seconds in (*WAITS_SECONDS, None):
+    for wait_seconds in (*waits_seconds, None):
         started = time.monotonic()
         try:
             content = read()
@@ -141,11 +142,13 @@ def raise_if_storage_failed(error: Exception) -> None:
         raise error
 
 
-def is_gone(root: Path) -> bool:
+def is_gone(root: Path | Url) -> bool:
     """Whether nothing is left of a folder or file that was there: removed, renamed, or its server does not answer.
 
-    An empty folder is what unmounting leaves.
+    An empty folder is what unmounting leaves. What lies at an address fails by itself when its server does.
     """
+    if isinstance(root, Url):
+        return False
     try:
         if not root.is_dir():
             return not root.exists()

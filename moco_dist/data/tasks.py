@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from moco_dist.config.address import Url
 from moco_dist.config.loading import OnError
 from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.data import counter_rng
@@ -130,7 +131,7 @@ def row_task(samples: NDArray[np.int64], crop: Callable[[int, int, int], Crop]) 
 def with_successors(
     sample: int,
     total: int,
-    root: Path,
+    root: Path | Url,
     on_error: OnError,
     attempt: Callable[[int], T],
     replaced: list[str],

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from moco_dist.config.address import Url
 from moco_dist.config.evaluate import EvalDataConfig
 from moco_dist.config.loading import OnError, worker_count
 from moco_dist.config.pretrain import DataConfig
@@ -21,7 +22,7 @@ from moco_dist.data.decode import CropsFor, cut
 from moco_dist.data.folder import read_bytes
 from moco_dist.data.images import ImageFolder
 from moco_dist.data.processes import empty, made_by_processes
-from moco_dist.data.tasks import TaskOf, with_successors
+from moco_dist.data.tasks import DecodeTask, TaskOf, with_successors
 from moco_dist.distributed.world import World
 from moco_dist.errors import LoadingError
 
@@ -32,10 +33,10 @@ class Source(Protocol):
     """Where images come from.
 
     Attributes:
-        root: the folder or the file that holds them all.
+        root: the folder, the file or the address that holds them all.
     """
 
-    root: Path
+    root: Path | Url
 
     def __len__(self) -> int:
         """How many there are."""
@@ -68,17 +69,30 @@ class Files:
 
 
 class Batches(Generic[T]):
-    """A map from a batch's number to the batch, for one rank."""
+    """A map from a batch's number to the batch, for one rank.
 
-    def __init__(self, source: Source, task_of: TaskOf[T], size: int, on_error: OnError) -> None:
+    Args:
+        source: of the images.
+        task_of: number to task.
+        size: side of a view in pixels.
+        on_error: what to do about an image that cannot be read.
+        numbers: of all batches.
+        num_workers: that make them in turn, so that the next one of a worker is as many numbers on.
+    """
+
+    def __init__(
+        self, source: Source, task_of: TaskOf[T], size: int, on_error: OnError, numbers: range, num_workers: int
+    ) -> None:
         self.source, self.task_of, self.size = source, task_of, size
         self.on_error: OnError = on_error
+        self._numbers, self._stride = numbers, max(1, num_workers)
+        self._next: tuple[int, DecodeTask[T]] | None = None
 
     def __getitem__(self, number: int) -> T:
-        task = self.task_of(number)
+        task = self._task(number)
         views = empty(task.num_rows, self.size, self.size, 3).permute(0, 3, 1, 2)
         replaced: list[str] = []
-        self.source.announce(task.samples)
+        self._announce_next(number + self._stride)
         for i, sample in enumerate(task.samples):
 
             def attempt(candidate: int, i: int = i) -> list[Tensor]:
@@ -88,6 +102,20 @@ class Batches(Generic[T]):
             for row, view in zip(task.rows[i], cropped, strict=True):
                 views[row] = view
         return task.finish(views, tuple(replaced))
+
+    def _task(self, number: int) -> DecodeTask[T]:
+        known, self._next = self._next, None
+        if known is not None and known[0] == number:
+            return known[1]
+        task = self.task_of(number)
+        self.source.announce(task.samples)
+        return task
+
+    def _announce_next(self, number: int) -> None:
+        """Have the images of a worker's next batch fetched while this one is made."""
+        if number in self._numbers:
+            self._next = number, self.task_of(number)
+            self.source.announce(self._next[1].samples)
 
 
 def batches_from_workers(
@@ -101,11 +129,9 @@ def batches_from_workers(
     on_lost: Callable[[LoadingError], None] | None,
 ) -> Generator[T, None, None]:
     """The batches of `numbers`, in pinned memory where there is a GPU, from `data.num_workers` processes."""
-    made = made_by_processes(
-        Batches(source, task_of, size, data.on_error).__getitem__, numbers,
-        worker_count(data.num_workers, world.local_world_size), data.prefetch_batches, must_end,
-        on_lost,
-    )  # fmt: skip
+    num_workers = worker_count(data.num_workers, world.local_world_size)
+    make = Batches(source, task_of, size, data.on_error, numbers, num_workers).__getitem__
+    made = made_by_processes(make, numbers, num_workers, data.prefetch_batches, must_end, on_lost)
     return made if world.device == "cpu" else ahead(_pinned(made), 1)
 
 

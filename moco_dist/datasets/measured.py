@@ -96,18 +96,18 @@ def in_threads(do: Callable[[int], T], count: int, what: str) -> list[T]:
     return results
 
 
-def measure_images(found: ImageFolder, what: str, kept: Path) -> dict[str, Size | str]:
+def measure_images(found: ImageFolder, what: str, kept: Path | None) -> dict[str, Size | str]:
     """The size of every image, by path, decoded on all cores; the reason where it cannot be decoded.
 
     Args:
         found: the images.
         what: the work, as a person is told of it.
-        kept: a file for what was decoded when somebody asked for an end. It goes when all are.
+        kept: a file for what was decoded when somebody asked for an end. It goes when all are. None: nothing is kept.
 
     Raises:
         Preempted: Ctrl-C or SIGTERM, and `kept` is written.
     """
-    read, before = image_reader(found), _decoded_before(found, kept)
+    read, before = image_reader(found), _decoded_before(found, kept) if kept else {}
     left = [i for i, path in enumerate(found.paths) if path not in before]
     now: dict[str, Size | str] = {}
 
@@ -125,11 +125,14 @@ def measure_images(found: ImageFolder, what: str, kept: Path) -> dict[str, Size 
     try:
         in_threads(lambda number: measure(left[number]), len(left), what)
     except KeyboardInterrupt:
+        if kept is None:
+            raise
         write_measured(kept, done := before | readable(now))
         if read_measured(kept) is None:  # a read-only folder
             raise
         raise Preempted(f"{len(done):,} of {len(found.paths):,} images are decoded ({what})") from None
-    kept.unlink(missing_ok=True)
+    if kept is not None:
+        kept.unlink(missing_ok=True)
     return {path: before[path] if path in before else now[path] for path in found.paths}
 
 
@@ -140,13 +143,15 @@ def _decoded_before(found: ImageFolder, kept: Path) -> dict[str, Size]:
         return {}
     when = kept.stat().st_mtime_ns
     shards_changed_ns = None if found.places is None else max(mtime_ns for _, mtime_ns in found.places.facts)
-    packed = found.root.parent if found.root.parent.is_file() else None
+    root = found.root
+    assert isinstance(root, Path)
+    packed = root.parent if root.parent.is_file() else None
 
     def is_as_then(path: str, size: Size) -> bool:
         if shards_changed_ns is not None:
             return shards_changed_ns < when
         try:
-            facts = (packed or found.root / path).stat()
+            facts = (packed or root / path).stat()
         except OSError:
             return False
         return facts.st_mtime_ns < when and (packed is not None or facts.st_size == size.num_bytes)

@@ -15,6 +15,7 @@ import PIL
 import simplejpeg
 from PIL import Image
 
+from moco_dist.config.address import Url
 from moco_dist.data.beton import JPEG, PACKED_SUFFIX, RAW, BetonWriter
 from moco_dist.data.decode import decode_image
 from moco_dist.data.images import ImageError, ImageFolder
@@ -42,7 +43,7 @@ class Packed(NamedTuple):
     problem: str = ""
 
 
-def pack(source: Path, out: Path, max_side: int | None = None, quality: int = 90, raw_share: float = 0.0) -> Path:
+def pack(source: Path | Url, out: Path, max_side: int | None = None, quality: int = 90, raw_share: float = 0.0) -> Path:
     """Write SOURCE's training and validation images to `out`, which appears complete or not at all.
 
     A call that is stopped keeps what it has packed, hidden beside `out`; the same call goes on from there, and its file
@@ -52,7 +53,8 @@ def pack(source: Path, out: Path, max_side: int | None = None, quality: int = 90
     cannot be read are left out and listed in OUT.unreadable.txt.
 
     Args:
-        source: SOURCE/train and SOURCE/val, a folder of images alone, or tar shards, which may be compressed.
+        source: SOURCE/train and SOURCE/val, a folder of images alone, or tar shards, which may be compressed; or the
+            address of plain ones.
         out: file to make, called *.beton.
         max_side: larger images are made smaller, to this longer side in pixels.
         quality: of JPEGs that are encoded anew, 1 to 100.
@@ -73,22 +75,25 @@ def pack(source: Path, out: Path, max_side: int | None = None, quality: int = 90
     if source.suffix == PACKED_SUFFIX:
         raise UserError(f"{source} is packed already; what is packed is a folder or tar shards")
     with contextlib.ExitStack() as stack:
-        given, plain = find_compressed(source), source
-        if given:
+        plain, files = source, {}
+        if isinstance(source, Path) and (given := find_compressed(source)):
+            files = {str(file): [facts.st_size, facts.st_mtime_ns] for file in given for facts in [file.stat()]}
             plain = stack.enter_context(decompressed(source, given, out))
         splits = find_splits(plain)
-        given = given or sorted({file for folder in splits.values() if folder.places for file in folder.places.files})
-        return _pack(splits, given, source, out, max_side, quality, raw_share)
+        if not files:
+            places = [folder.places for folder in splits.values() if folder.places]
+            files = {str(file): facts for of in places for file, facts in zip(of.files, of.facts, strict=True)}
+        return _pack(splits, files, source, out, max_side, quality, raw_share)
 
 
 def _pack(
-    splits: dict[str, ImageFolder], given: list[Path], source: Path, out: Path,
+    splits: dict[str, ImageFolder], files: dict[str, list[int]], source: Path | Url, out: Path,
     max_side: int | None, quality: int, raw_share: float,
 ) -> Path:  # fmt: skip
     recipe = {
         "source": str(source.absolute()), "max_side": max_side, "quality": quality, "raw_share": raw_share,
         "versions": [__version__, PIL.__version__], "chunk": CHUNK,
-        "files": [[str(file), facts.st_size, facts.st_mtime_ns] for file in given for facts in [file.stat()]],
+        "files": sorted([file, *facts] for file, facts in files.items()),
         "splits": {split: [folder.list_hash, key_of(folder.labels.tolist())] for split, folder in splits.items()},
     }  # fmt: skip
     total = sum(len(folder.paths) for folder in splits.values())

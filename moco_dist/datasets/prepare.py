@@ -18,6 +18,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
+from moco_dist.config.address import Url
 from moco_dist.data.images import ImageFolder
 from moco_dist.data.sources import find_images, find_splits
 from moco_dist.datasets import imagenet, published
@@ -235,7 +236,7 @@ def _link_imagenet(out: Path, source: Path, counts: imagenet.Counts, recipe: dic
     return out
 
 
-def verify(root: Path) -> list[str]:
+def verify(root: Path | Url) -> list[str]:
     """Decode every image of a data set, and compare it with what `prepare`, or an earlier `verify`, found.
 
     The sizes of a folder's split without a problem are remembered, where ROOT can be written to.
@@ -250,16 +251,14 @@ def verify(root: Path) -> list[str]:
     splits = find_splits(root)
     problems: list[str] = []
     for split, found in splits.items():
-        folder = root if root.is_dir() else found.root  # a pattern's: the folder that its shards lie in
-        kept = root.with_name(f".{root.name}.{split}{STOPPED}") if root.is_file() else folder / f".{split}{STOPPED}"
-        sizes = measure_images(found, f"reading {split}", kept)
+        sizes = measure_images(found, f"reading {split}", _kept(root, split, found))
         wrong = [problem for problem in sizes.values() if isinstance(problem, str)]
         known = read_measured(found.root / SIZES) if found.places is None else None
         wrong += differences(found.root, known, sizes) if known else []
         if not wrong and found.places is None:  # of tar shards, the index knows whether they have changed
             write_measured(found.root / SIZES, readable(sizes))
         problems += wrong
-    if (root / MARKER).is_file():
+    if isinstance(root, Path) and (root / MARKER).is_file():
         written = json.loads((root / MARKER).read_text())["images"]
         problems += [
             f"{root / split} has {len(splits[split].paths) if split in splits else 0:,} images; {count:,} were prepared"
@@ -268,6 +267,16 @@ def verify(root: Path) -> list[str]:
     if not problems:
         print(f"{root}: {_described({split: len(found.paths) for split, found in splits.items()})}, all can be read")
     return problems
+
+
+def _kept(root: Path | Url, split: str, found: ImageFolder) -> Path | None:
+    """The file for what a `verify` that is stopped has decoded."""
+    if isinstance(root, Url):
+        return None
+    if root.is_file():
+        return root.with_name(f".{root.name}.{split}{STOPPED}")
+    folder = root if root.is_dir() else found.root  # a pattern's: the folder that its shards lie in
+    return Path(folder) / f".{split}{STOPPED}"
 
 
 def _is_there(out: Path, recipe: dict[str, Any]) -> bool:

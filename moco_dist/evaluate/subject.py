@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moco_dist.config.address import Url
 from moco_dist.config.evaluate import EvalConfig
 from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.data.images import NO_CLASS, ImageFolder, rows_of, share_of_classes, subset
@@ -144,7 +145,7 @@ def open_evaluation(config: EvalConfig, world: World) -> Evaluation:
 
 
 def labelled_images(
-    root: Path, max_train: int | None, max_val: int | None, run_dir: Path, world: World
+    root: Path | Url, max_train: int | None, max_val: int | None, run_dir: Path, world: World
 ) -> tuple[ImageFolder, ImageFolder]:
     """Training and validation images of ROOT, at most so many of each; one rank of each host looks.
 
@@ -157,7 +158,7 @@ def labelled_images(
 
 
 def _labelled_images(
-    root: Path, max_train: int | None, max_val: int | None, run: RunFolder
+    root: Path | Url, max_train: int | None, max_val: int | None, run: RunFolder
 ) -> tuple[ImageFolder, ImageFolder]:
     was_there = has_evaluated_on(root, run.data_roots)
     with missed_if_gone(root, was_there or has_trained_on(root, run.root), run.root):

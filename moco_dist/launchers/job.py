@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from moco_dist.config.address import Url
 from moco_dist.config.credentials import has_credentials
 from moco_dist.config.evaluate import LinearConfig
 from moco_dist.config.loading import without_pattern, worker_count
@@ -150,7 +151,7 @@ def path_problems(config: PretrainConfig) -> list[str]:
     """What is not on this machine, and should be if the hosts share its file system."""
     problems = []
     root, run_dir = config.data.root, config.run.dir.absolute()
-    if not without_pattern(root).exists():
+    if not isinstance(root, Url) and not without_pattern(root).exists():
         siblings = [path.name for path in root.parent.glob("*")]
         problems.append(f"data.root {root} does not exist{nearest(root.name, siblings)}")
     parent = next(folder for folder in (run_dir, *run_dir.parents) if folder.exists())

@@ -8,6 +8,7 @@ from typing import Literal
 
 import yaml
 
+from moco_dist.config.address import Url
 from moco_dist.config.evaluate import LinearConfig
 from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.config.section import setting
@@ -39,10 +40,17 @@ class KubernetesOptions(Hosts):
         "default", "of all that is made", changes="place", pattern="^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"
     )
     queue: str | None = setting(None, "Kueue's local queue; default: none", changes="place")
-    data_claim: str = setting("data", f"PersistentVolumeClaim seen as {DATA}, read only", changes="place", min_length=1)
+    data_claim: str = setting(
+        "data", f"PersistentVolumeClaim seen as {DATA}, read only; not used where data.root is at an address",
+        changes="place", min_length=1,
+    )  # fmt: skip
     runs_claim: str = setting(
         "runs", f"PersistentVolumeClaim seen as {RUNS}; several pods write to it", changes="place", min_length=1
     )
+    data_secret: str | None = setting(
+        None, "Secret with the credentials of an object store, as its environment variables; default: none",
+        changes="place",
+    )  # fmt: skip
     mlflow_secret: str | None = setting(
         None,
         "Secret with MLFLOW_TRACKING_URI, and MLFLOW_TRACKING_USERNAME and _PASSWORD; default: none",
@@ -86,7 +94,9 @@ def manifest(job: Job, config: PretrainConfig | LinearConfig, options: Kubernete
         mistake=EXIT_MISTAKE,
         in_use=EXIT_IN_USE,
         preempted=EXIT_PREEMPTED,
-        **options.model_dump(include={"namespace", "image", "queue", "data_claim", "runs_claim", "mlflow_secret"}),
+        secrets=[name for name in (options.mlflow_secret, options.data_secret) if name],
+        data_claim=None if isinstance(config.data.root, Url) else options.data_claim,
+        **options.model_dump(include={"namespace", "image", "queue", "runs_claim"}),
     )
 
 
@@ -95,7 +105,7 @@ def _problems(config: PretrainConfig | LinearConfig) -> list[str]:
     is_pretraining = isinstance(config, PretrainConfig)
     run = ("run.dir", config.run.dir, RUNS) if is_pretraining else ("run-dir", config.run_dir, RUNS)
     for name, path, volume in (("data.root", config.data.root, DATA), run):
-        if path is None:  # it is the pre-training's
+        if path is None or isinstance(path, Url):  # it is the pre-training's, or no path
             continue
         inside = PurePosixPath(path.as_posix())
         if ".." in inside.parts or not inside.is_relative_to(volume) or str(inside) == RUNS:
@@ -115,7 +125,7 @@ def require_what_pods_wait_for(options: KubernetesOptions) -> None:
     """
     wanted = {
         "persistentvolumeclaim": [options.data_claim, options.runs_claim],
-        "secret": [options.mlflow_secret],
+        "secret": [options.mlflow_secret, options.data_secret],
         "localqueue.kueue.x-k8s.io": [options.queue],
     }
     problems = []

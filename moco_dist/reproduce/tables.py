@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from moco_dist.config.address import Url
 from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.config.source import read_config
 from moco_dist.errors import UserError
@@ -105,7 +106,7 @@ class Trial:
 
 
 def trials_of(
-    table: str, scale: str, seeds: list[int], out: Path, configs: Path, data_root: Path | None, small_epochs: int
+    table: str, scale: str, seeds: list[int], out: Path, configs: Path, data_root: Path | Url | None, small_epochs: int
 ) -> list[Trial]:
     """A table's trials, in its order.
 

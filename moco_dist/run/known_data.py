@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from moco_dist.config.address import Url
 from moco_dist.data.images import MissingDataError
 from moco_dist.distributed.world import World
 from moco_dist.errors import InfrastructureError, UserError
@@ -13,7 +14,7 @@ from moco_dist.run.folder import RunFolder
 
 
 @contextlib.contextmanager
-def missed_if_gone(root: Path, was_there: bool, where: Path) -> Iterator[None]:
+def missed_if_gone(root: Path | Url, was_there: bool, where: Path) -> Iterator[None]:
     """Within it data of `root` is looked for; what is missing although it `was_there` is no mistake.
 
     Args:
@@ -34,7 +35,7 @@ def missed_if_gone(root: Path, was_there: bool, where: Path) -> Iterator[None]:
         ) from error
 
 
-def has_trained_on(root: Path, run_dir: Path) -> bool:
+def has_trained_on(root: Path | Url, run_dir: Path) -> bool:
     """Whether the run has a checkpoint, and had its images from `root` when it was last started."""
     with contextlib.suppress(UserError):
         trained_on = RunFolder(run_dir).settings().data.root.absolute()
@@ -42,12 +43,12 @@ def has_trained_on(root: Path, run_dir: Path) -> bool:
     return False
 
 
-def has_evaluated_on(root: Path, record: Path) -> bool:
+def has_evaluated_on(root: Path | Url, record: Path) -> bool:
     """Whether an evaluation has found its data there; `record` is a file of `remember`."""
     return str(root.absolute()) in _roots(record)
 
 
-def remember(root: Path, record: Path, world: World) -> None:
+def remember(root: Path | Url, record: Path, world: World) -> None:
     """That an evaluation has found its data in `root`; by rank 0, where it can be written."""
     if world.is_main and not has_evaluated_on(root, record):
         with contextlib.suppress(OSError):  # no record is a condition of anything

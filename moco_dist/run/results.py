@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from moco_dist.config.address import Url
 from moco_dist.errors import UserError
 from moco_dist.run.folder import RunFolder
 
@@ -48,7 +49,7 @@ def read_json(path: Path, kind: type[T], remedy: str) -> T:
     return content
 
 
-def nearest_examples(run_dir: Path, before: Path, now: Path) -> list[NeighbourRow]:
+def nearest_examples(run_dir: Path, before: Path | Url, now: Path | Url) -> list[NeighbourRow]:
     """Validation images with their nearest training images, as the last `run_knn` of the run found them; or none.
 
     Args:
@@ -60,6 +61,8 @@ def nearest_examples(run_dir: Path, before: Path, now: Path) -> list[NeighbourRo
     rows = read_json(path, list, "remove it, and run moco-dist knn again") if path.is_file() else []
 
     def found(file: str) -> Path:
+        if isinstance(before, Url) or isinstance(now, Url):
+            return Path(file)
         return now / Path(file).relative_to(before) if Path(file).is_relative_to(before) else Path(file)
 
     return [

@@ -12,6 +12,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from moco_dist.config.address import Url
 from moco_dist.data.layout import is_image, is_left_out
 from moco_dist.data.storage import open_file
 from moco_dist.data.tar.layout import TAR_SUFFIX
@@ -57,15 +58,25 @@ def read_shard(shard: Path) -> ShardImages:
     """
     try:
         with open_file(shard) as file:
-            return _Reader(shard, file).read()
+            return read_open_shard(shard, file)
     except OSError as error:
         raise UserError(f"{shard} cannot be read: {(error.strerror or str(error)).lower()}") from error
+
+
+def read_open_shard(shard: Path | Url, file: BinaryIO) -> ShardImages:
+    """`read_shard` of a file that is open already, or of what reads and seeks as one.
+
+    Raises:
+        UserError: see `read_shard`.
+        OSError: the file's.
+    """
+    return _Reader(shard, file).read()
 
 
 class _Reader:
     """Reads the headers of one shard, once."""
 
-    def __init__(self, shard: Path, file: BinaryIO) -> None:
+    def __init__(self, shard: Path | Url, file: BinaryIO) -> None:
         self._shard, self._file = shard, file
         self._size = file.seek(0, 2)
         self._images: dict[str, tuple[int, int]] = {}

@@ -92,7 +92,7 @@ def _known_or_made(
     if remember and count >= MIN_IMAGES and newest < started_ns - SETTLED_SECONDS * 10**9:
         for place in places:
             with contextlib.suppress(OSError):
-                write_whole(place, _content(made, asked))
+                write_whole(place, index_content(made, asked))
                 made = _read(place, asked) or made  # mapped, so that what was read to make it can go
                 break
     return TarIndex(folder, names, facts, made)
@@ -119,7 +119,8 @@ def _facts(path: Path) -> list[int]:
     return [status.st_size, status.st_mtime_ns]
 
 
-def _content(lists: Lists, asked: str) -> list[bytes | memoryview]:
+def index_content(lists: Lists, asked: str) -> list[bytes | memoryview]:
+    """The content of an index, in parts; `asked` is a text by which it is later known what `lists` is of."""
     arrays = {
         f"{split}.{name}": array for split, part in lists.splits.items() for name, array in part._asdict().items()
     }
@@ -128,16 +129,20 @@ def _content(lists: Lists, asked: str) -> list[bytes | memoryview]:
 
 def _read(path: Path, asked: str) -> Lists | None:
     """What was written to `path`; None where nothing was, it is damaged, or of other shards than `asked` tells of."""
+    known = read_index(path)
+    return known[1] if known is not None and known[0] == asked else None
+
+
+def read_index(path: Path) -> tuple[str, Lists] | None:
+    """What `index_content` was given; None where there is no such file, or it is damaged."""
     try:
         facts, arrays = map_arrays(path)
-        if facts["asked"] != asked:
-            return None
         columns: dict[str, dict[str, NDArray[Any]]] = {}
         for name, array in arrays.items():
             split, _, column = name.partition(".")
             columns.setdefault(split, {})[column] = array
         splits = {split: Listed(**values) for split, values in columns.items()}
         is_whole = all(len(set(map(len, listed[1:]))) == 1 for listed in splits.values())
-        return Lists(**{**facts["lists"], "splits": splits}) if is_whole else None
+        return (facts["asked"], Lists(**{**facts["lists"], "splits": splits})) if is_whole else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None

@@ -5,8 +5,9 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, TypeVar
 
+from moco_dist.config.address import Url
 from moco_dist.config.loading import is_pattern
 from moco_dist.data.images import MissingDataError
 from moco_dist.data.layout import folder_names, holds_images, is_image, is_left_out, split_of
@@ -21,8 +22,20 @@ _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 _LISTED = 3  # files that a message names
 
 
+class AnyShard(Protocol):
+    """A tar file, on a disk or at an address; `split` is train or val where its name or its folder says so, else ""."""
+
+    @property
+    def path(self) -> Path | Url: ...
+    @property
+    def split(self) -> str: ...
+
+
+S = TypeVar("S", bound=AnyShard)
+
+
 class Shard(NamedTuple):
-    """A tar file; `split` is train or val where its name, or its folder's, says so, else ""."""
+    """A tar file on a disk."""
 
     path: Path
     split: str
@@ -49,7 +62,7 @@ def find_shards(root: Path) -> list[Shard]:
     if not root.is_file():
         siblings = [file.name for file in root.parent.glob("*.tar")]
         raise MissingDataError(f"data root {root} is not a file{nearest(root.name, siblings)}")
-    return [Shard(root, _split(root)), *_validation_beside(root, root.name)]
+    return [Shard(root, split_by_name(root)), *_validation_beside(root, root.name)]
 
 
 def common_folder(shards: Sequence[Shard]) -> Path:
@@ -59,7 +72,7 @@ def common_folder(shards: Sequence[Shard]) -> Path:
     return next(folder for folder in (first, *first.parents) if all(other.is_relative_to(folder) for other in folders))
 
 
-def compressed(files: list[Path], root: Path) -> UserError:
+def compressed(files: Sequence[Path | Url], root: Path | Url) -> UserError:
     """That these files are compressed, and what can be done."""
     return UserError(
         f"{_listed(files)} {'is' if len(files) == 1 else 'are'} compressed, so that no image in it can be read alone; "
@@ -115,10 +128,10 @@ def _of_pattern(root: Path) -> list[Shard]:
         raise UserError(f"{others[0]}, which {root} names, is no tar file; shards are called NAME{TAR_SUFFIX}")
     if missing := [path for path in paths if not path.is_file()]:
         raise MissingDataError(f"{missing[0]} is missing: {len(missing):,} of the {len(paths):,} shards of {root}")
-    shards = [Shard(path, _split(path) or SPLIT_FOLDERS.get(path.parent.name, "")) for path in paths]
+    shards = [Shard(path, split_by_name(path) or SPLIT_FOLDERS.get(path.parent.name, "")) for path in paths]
     if not any(shard.split == "val" for shard in shards):
         shards += _validation_beside(root, root.name.partition("{")[0])
-    return _of_splits(shards, root)
+    return of_splits(shards, root)
 
 
 def _of_folder(root: Path) -> list[Shard]:
@@ -136,12 +149,12 @@ def _of_folder(root: Path) -> list[Shard]:
         return []
     if any(map(is_image, names)) or any(holds_images(root / name) for name in folder_names(root)):
         return []  # a folder of images, and an archive that lies there too
-    if unreadable := [path for path in packed if not tars or _split(path) in ("train", "val")]:
+    if unreadable := [path for path in packed if not tars or split_by_name(path) in ("train", "val")]:
         raise compressed(unreadable, root)
-    return _of_splits([Shard(path, _split(path)) for path in tars], root)
+    return of_splits([Shard(path, split_by_name(path)) for path in tars], root)
 
 
-def _of_splits(shards: list[Shard], root: Path) -> list[Shard]:
+def of_splits(shards: list[S], root: Path | Url) -> list[S]:
     """Those of training and validation; where no name speaks of a split, the members' folders decide, or all train."""
     shards = [shard for shard in shards if shard.split != "test"]
     splits = {shard.split for shard in shards}
@@ -170,7 +183,7 @@ def _validation_beside(root: Path, prefix: str) -> list[Shard]:
     return []
 
 
-def _split(path: Path) -> str:
+def split_by_name(path: Path | Url) -> str:
     """train, val, test, or "": what a shard's name speaks of."""
     found = split_of(path.name)
     return found[0] if found else ""
@@ -183,6 +196,6 @@ def _tars(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.suffix == TAR_SUFFIX and not is_left_out(path.name))
 
 
-def _listed(paths: list[Path]) -> str:
+def _listed(paths: Sequence[Path | Url]) -> str:
     more = f" and {len(paths) - _LISTED} more" if len(paths) > _LISTED else ""
     return ", ".join(map(str, paths[:_LISTED])) + more

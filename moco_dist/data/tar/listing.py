@@ -12,11 +12,12 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from moco_dist.config.address import Url
 from moco_dist.data.images import NO_CLASS, content_name
 from moco_dist.data.layout import IMAGE_SUFFIXES, require_distinct
 from moco_dist.data.names import hash_of_list, in_arrays
 from moco_dist.data.tar.headers import Label, ShardImages
-from moco_dist.data.tar.layout import SPLIT_FOLDERS, Shard
+from moco_dist.data.tar.layout import SPLIT_FOLDERS, AnyShard
 from moco_dist.errors import UserError, nearest
 
 CLASS_NAMES = "classes.txt"  # beside the shards: line n has the name of the class of number n
@@ -65,7 +66,9 @@ def read_class_names(folder: Path) -> list[str]:
         raise UserError(f"{folder / CLASS_NAMES} cannot be read: {error}") from error
 
 
-def list_images(root: Path, shards: Sequence[Shard], found: list[ShardImages], class_names: list[str]) -> Lists:
+def list_images(
+    root: Path | Url, shards: Sequence[AnyShard], found: list[ShardImages], class_names: list[str]
+) -> Lists:
     """The images of all shards, by split.
 
     Args:
@@ -116,7 +119,7 @@ def list_images(root: Path, shards: Sequence[Shard], found: list[ShardImages], c
     return Lists(classes, listed, content_hashes)
 
 
-def _without_splits(names: list[str], root: Path) -> tuple[list[str], list[str] | None]:
+def _without_splits(names: list[str], root: Path | Url) -> tuple[list[str], list[str] | None]:
     """The names without the folders that are no class: train and val, one above them, or one called as the tar file.
 
     Returns:
@@ -137,7 +140,7 @@ def _without_splits(names: list[str], root: Path) -> tuple[list[str], list[str] 
 
 
 def _splits(
-    names: list[str], said: list[str] | None, shards: Sequence[Shard], shard_of: NDArray[np.int32]
+    names: list[str], said: list[str] | None, shards: Sequence[AnyShard], shard_of: NDArray[np.int32]
 ) -> NDArray[np.str_]:
     """(N,) train or val, by the shard's name, else by the member's folder; else train."""
     by_shard = np.array([shards[number].split for number in shard_of.tolist()])
@@ -163,7 +166,9 @@ def _require_one_kind(labels: list[Label], names: list[str]) -> None:
         )
 
 
-def _classes(names: list[str], labels: list[Label], class_names: list[str], root: Path) -> tuple[list[str], list[str]]:
+def _classes(
+    names: list[str], labels: list[Label], class_names: list[str], root: Path | Url
+) -> tuple[list[str], list[str]]:
     """Each image's class, "" for none, and its path, CLASS/NAME."""
     if all(label is None for label in labels):
         return [name.partition("/")[0] if "/" in name else "" for name in names], names
@@ -186,7 +191,7 @@ def _classes(names: list[str], labels: list[Label], class_names: list[str], root
 
 
 def _make_distinct(
-    paths: list[str], size: NDArray[np.int64], shard_of: NDArray[np.int32], shards: Sequence[Shard]
+    paths: list[str], size: NDArray[np.int64], shard_of: NDArray[np.int32], shards: Sequence[AnyShard]
 ) -> None:
     """Put the shard's name into paths that two shards have, as where each counts its samples from 0.
 

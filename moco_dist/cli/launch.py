@@ -125,6 +125,6 @@ def _kubernetes(job: Job, config: PretrainConfig, options: kubernetes.Kubernetes
     if dry_run:
         print(manifest, end="")
         return 0
-    kubernetes.require_what_pods_wait_for(options)
+    kubernetes.require_what_pods_wait_for(config, options)
     print("\n".join(kubernetes.submit(job, manifest, options)))
     return 0

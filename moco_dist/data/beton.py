@@ -129,7 +129,7 @@ def parse_beton(content: Content, path: Path | Url) -> Beton:
             if texts["size"].max() > len(content) or texts["size"].sum() > len(content):
                 raise ValueError("names beyond its end")
             first, end = int(texts["at"].min()), int((texts["at"] + texts["size"]).max())
-            view = memoryview(content[first:end])
+            view = content[first:end].data
             places = zip((texts["at"] - first).tolist(), texts["size"].tolist(), strict=True)
             paths = [bytes(view[a : a + n]).decode("utf-8", "surrogateescape") for a, n in places]
     except UserError:  # of what reads the content

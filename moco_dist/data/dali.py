@@ -172,7 +172,7 @@ class _Batches(Generic[T]):
 
         def one(i: int) -> tuple[list[Entry], list[tuple[int, Tensor]]]:
             def attempt(sample: int) -> tuple[list[Entry], list[tuple[int, Tensor]]]:
-                path = self.files.folder.root / self.files.folder.paths[sample]
+                path = self.files.folder.disk_root / self.files.folder.paths[sample]
                 width, height = (_ODD, _ODD) if on_host else self._size_of(sample)
                 crops = [] if width == _ODD else task.crops(i, width, height)
                 if not crops or any(map(is_oblong, crops)):
@@ -199,7 +199,7 @@ class _Batches(Generic[T]):
         """(width, height), or _ODD twice for what is no plain and whole JPEG, or cannot be read just now."""
         if self.sizes[sample, 0] == _UNKNOWN:
             try:
-                head, tail = _ends(self.files.folder.root / self.files.folder.paths[sample])
+                head, tail = _ends(self.files.folder.disk_root / self.files.folder.paths[sample])
             except OSError:
                 return _ODD, _ODD  # the host's way waits for storage, and says what is wrong
             self.sizes[sample] = _ODD

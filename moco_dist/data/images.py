@@ -80,6 +80,12 @@ class ImageFolder:
     classes: tuple[str, ...]
     places: Places | None = None
 
+    @property
+    def disk_root(self) -> Path:
+        """`root` where it is asked for by what reads files alone."""
+        assert isinstance(self.root, Path), self.root
+        return self.root
+
     @functools.cached_property
     def list_hash(self) -> str:
         """SHA-256 in hex digits of the paths in their order."""

@@ -6,6 +6,7 @@ import re
 import unicodedata
 from pathlib import Path
 
+from moco_dist.config.address import Url
 from moco_dist.data.images import MissingDataError
 from moco_dist.errors import UserError, nearest
 
@@ -77,7 +78,7 @@ def require_layout(root: Path, names: list[str]) -> None:
             )
 
 
-def require_distinct(folder: Path, classes: list[str]) -> None:
+def require_distinct(folder: Path | Url, classes: list[str]) -> None:
     """Refuse classes that look the same, because they are one name in two Unicode forms.
 
     Raises:

@@ -63,7 +63,7 @@ class PackedFile:
     """The images of `folder`, which `packed_images` found, as a source of the reference loader's workers."""
 
     def __init__(self, folder: ImageFolder) -> None:
-        self.root, self.folder = folder.root.parent, folder
+        self.root, self.folder = folder.disk_root.parent, folder
         self._beton: Beton | None = opened(self.root)
         self._file = PlacedFile(self.root)
         row_of = {name: row for row, name in enumerate(self._beton.names)}

@@ -30,13 +30,12 @@ T = TypeVar("T")
 
 
 class Source(Protocol):
-    """Where images come from.
+    """Where images come from."""
 
-    Attributes:
-        root: the folder, the file or the address that holds them all.
-    """
-
-    root: Path | Url
+    @property
+    def root(self) -> Path | Url:
+        """The folder, the file or the address that holds them all."""
+        ...
 
     def __len__(self) -> int:
         """How many there are."""
@@ -64,7 +63,7 @@ class Files:
 
     def cut(self, sample: int, size: int, crops_for: CropsFor) -> list[Tensor]:
         """The views of one of them, as `decode.cut`."""
-        path = self.folder.root / self.folder.paths[sample]
+        path = self.folder.disk_root / self.folder.paths[sample]
         return cut(read_bytes(path), str(path), size, crops_for)
 
 

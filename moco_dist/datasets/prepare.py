@@ -209,7 +209,7 @@ def prepare_imagenet(
             shutil.rmtree(found.root / name if split == "train" else found.root, ignore_errors=True)
         problems += bad.values()
         if not bad:
-            write_measured(found.root / SIZES, readable(measured))
+            write_measured(found.disk_root / SIZES, readable(measured))
     if problems:
         count = f"{len(problems)} image(s) of {source} cannot be read"
         raise UserError("\n".join([*problems[:10], f"{count}; repeat to unpack their classes again"]))
@@ -253,10 +253,10 @@ def verify(root: Path | Url) -> list[str]:
     for split, found in splits.items():
         sizes = measure_images(found, f"reading {split}", _kept(root, split, found))
         wrong = [problem for problem in sizes.values() if isinstance(problem, str)]
-        known = read_measured(found.root / SIZES) if found.places is None else None
-        wrong += differences(found.root, known, sizes) if known else []
+        known = read_measured(found.disk_root / SIZES) if found.places is None else None
+        wrong += differences(found.disk_root, known, sizes) if known else []
         if not wrong and found.places is None:  # of tar shards, the index knows whether they have changed
-            write_measured(found.root / SIZES, readable(sizes))
+            write_measured(found.disk_root / SIZES, readable(sizes))
         problems += wrong
     if isinstance(root, Path) and (root / MARKER).is_file():
         written = json.loads((root / MARKER).read_text())["images"]

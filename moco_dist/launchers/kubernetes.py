@@ -95,9 +95,13 @@ def manifest(job: Job, config: PretrainConfig | LinearConfig, options: Kubernete
         in_use=EXIT_IN_USE,
         preempted=EXIT_PREEMPTED,
         secrets=[name for name in (options.mlflow_secret, options.data_secret) if name],
-        data_claim=None if isinstance(config.data.root, Url) else options.data_claim,
+        data_claim=_data_claim(config, options),
         **options.model_dump(include={"namespace", "image", "queue", "runs_claim"}),
     )
+
+
+def _data_claim(config: PretrainConfig | LinearConfig, options: KubernetesOptions) -> str | None:
+    return None if isinstance(config.data.root, Url) else options.data_claim
 
 
 def _problems(config: PretrainConfig | LinearConfig) -> list[str]:
@@ -115,7 +119,7 @@ def _problems(config: PretrainConfig | LinearConfig) -> list[str]:
     return problems
 
 
-def require_what_pods_wait_for(options: KubernetesOptions) -> None:
+def require_what_pods_wait_for(config: PretrainConfig | LinearConfig, options: KubernetesOptions) -> None:
     """Ask the cluster for the claims, the secret and the queue: without them pods wait for ever, and say nothing.
 
     What the user may not list is taken to be there.
@@ -124,7 +128,7 @@ def require_what_pods_wait_for(options: KubernetesOptions) -> None:
         UserError: one is missing, or kubectl is.
     """
     wanted = {
-        "persistentvolumeclaim": [options.data_claim, options.runs_claim],
+        "persistentvolumeclaim": [name for name in (_data_claim(config, options), options.runs_claim) if name],
         "secret": [options.mlflow_secret, options.data_secret],
         "localqueue.kueue.x-k8s.io": [options.queue],
     }

@@ -46,7 +46,8 @@ def remote_tar_splits(root: Url, index_folder: Path | None) -> dict[str, ImageFo
     """
     found, lists = _set_and_lists(root, index_folder)
     shards = found.shards
-    files, facts = [shard.path for shard in shards], [[*shard.known[::2]] for shard in shards]
+    files = [shard.path for shard in shards]
+    facts = [[shard.known.size, shard.known.changed_ns] for shard in shards]
     splits = {}
     for split, listed in lists.splits.items():
         places = Places(
@@ -135,7 +136,10 @@ def _downloaded(found: RemoteSet, place: Path | None) -> tuple[RemoteSet, Lists]
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / INDEX_NAME).write_bytes(content)
             if known := _fitting(Path(folder) / INDEX_NAME, found):
-                splits = {split: type(listed)(*map(np.array, listed)) for split, listed in known[1].splits.items()}
+                splits = {
+                    split: listed._replace(**{name: np.array(rows) for name, rows in listed._asdict().items()})
+                    for split, listed in known[1].splits.items()
+                }
                 return known[0], known[1]._replace(splits=splits)
     print(f"warning: {url} is of other shards than lie beside it; their headers are read instead", file=sys.stderr)
     return None

@@ -86,6 +86,8 @@ class TarShards:
             if len(self._opened) >= self._most_opened:
                 self._opened.popitem(last=False)
             size, mtime_ns = self.places.facts[number]
-            file = PlacedFile(self.places.files[number], (size, mtime_ns))
+            path = self.places.files[number]
+            assert isinstance(path, Path), path
+            file = PlacedFile(path, (size, mtime_ns))
         self._opened[number] = file
         return file

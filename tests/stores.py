@@ -3,14 +3,28 @@
 import contextlib
 import subprocess
 import sys
+import tempfile
 import urllib.request
+from pathlib import Path
 
 _SERVER = """
-import sys
-from moto.server import ThreadedMotoServer
-server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-server.start()
-print(server.get_host_and_port()[1], flush=True)
+import itertools, os, sys, threading
+from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
+from werkzeug.serving import make_server
+
+away, fails_every = sys.argv[1], int(sys.argv[2])
+application, counted = DomainDispatcherApplication(create_backend_app), itertools.count(1)
+
+def answer(environ, start_response):
+    is_asked = environ["REQUEST_METHOD"] in ("GET", "HEAD")
+    if is_asked and (os.path.exists(away) or fails_every and next(counted) % fails_every == 0):
+        start_response("503 Service Unavailable", [("Content-Length", "0")])
+        return []
+    return application(environ, start_response)
+
+server = make_server("127.0.0.1", 0, answer, threaded=True)
+print(server.port, flush=True)
+threading.Thread(target=server.serve_forever, daemon=True).start()
 sys.stdin.read()  # until the test is done, or gone
 """
 CREDENTIALS = {
@@ -19,10 +33,13 @@ CREDENTIALS = {
 
 
 class Store:
-    """The server; `url` is its address over HTTP, and `environment` what lets obstore find it."""
+    """The server; `url` is its address over HTTP, and `environment` what lets obstore find it.
 
-    def __init__(self, port):
-        self.port, self.url = port, f"http://127.0.0.1:{port}"
+    As long as there is a file `away`, it answers nobody who asks for something.
+    """
+
+    def __init__(self, port, away):
+        self.port, self.url, self.away = port, f"http://127.0.0.1:{port}", away
         self.environment = {**CREDENTIALS, "AWS_ENDPOINT_URL": self.url}
 
     def put(self, place, content=b""):
@@ -43,12 +60,13 @@ class Store:
 
 
 @contextlib.contextmanager
-def running_store():
-    """A Store, for the length of a `with`."""
-    with subprocess.Popen(
-        [sys.executable, "-c", _SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-    ) as server:
+def running_store(fails_every=0):
+    """A Store, for the length of a `with`; each request of such a number fails, where that is not 0."""
+    with tempfile.TemporaryDirectory() as folder, subprocess.Popen(
+        [sys.executable, "-c", _SERVER, f"{folder}/away", str(fails_every)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+    ) as server:  # fmt: skip
         try:
-            yield Store(int(server.stdout.readline()))
+            yield Store(int(server.stdout.readline()), Path(folder) / "away")
         finally:
             server.kill()

@@ -7,11 +7,12 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-# What MLflow and the stores behind it take from the environment; a value is left out wherever it stands.
+# What MLflow, the stores behind it and those of images take from the environment; a value is left out wherever it stands.
 SECRET_VARIABLES = (
     "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "DATABRICKS_TOKEN", "DATABRICKS_PASSWORD",
     "DATABRICKS_CLIENT_SECRET", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AZURE_STORAGE_ACCESS_KEY",
-    "AZURE_STORAGE_CONNECTION_STRING", "PGPASSWORD", "MYSQL_PWD",
+    "AZURE_STORAGE_CONNECTION_STRING", "AZURE_STORAGE_ACCOUNT_KEY", "AZURE_CLIENT_SECRET", "GOOGLE_SERVICE_ACCOUNT_KEY",
+    "PGPASSWORD", "MYSQL_PWD",
 )  # fmt: skip
 SHORTEST_SECRET = 6  # letters; what is shorter may be any word or number
 _NAMES = (r"[\w.-]*(?:passw(?:or)?d|passphrase|pwd|token|secret|signature|credentials?|"

@@ -104,7 +104,7 @@ def extract(
                     unfinished.pop(0)
             if is_asked and unfinished:
                 raise Preempted(f"{sum(filled.values()):,} of {len(rows):,} features of {split} are encoded")
-    return Features(values, torch.from_numpy(folder.labels)[rows], rows, len(folder.paths))
+    return Features(values, torch.tensor(folder.labels)[rows], rows, len(folder.paths))
 
 
 def own_chunks(total: int, world: World) -> list[range]:

@@ -72,6 +72,8 @@ def test_a_result_of_the_loader_s_benchmark_stands_in_for_a_calibration(capsys, 
     (tmp_path / "loader_new.json").write_text(json.dumps(facts))
     older = {**facts, "date": "2025-01-01", "rows": [row("loader torchvision", 9.0)]}
     (tmp_path / "loader_old.json").write_text(json.dumps(older))
+    other = {"theme": "loader_parts", "rows": [{"part": "decoding"}]}  # a benchmark whose name only begins so
+    (tmp_path / "loader_parts_x.json").write_text(json.dumps(other))
     _, out, _ = plan(capsys, tmp_path, "--nodes", "2")
     assert "2.00 core-ms a file" in out
     path = tmp_path / "loader_new.json"

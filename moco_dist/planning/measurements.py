@@ -145,7 +145,7 @@ def benchmark_of_loader(where: list[Path], config: PretrainConfig) -> CoreSecond
                 source = (f"measured {result['date']} on {result['hardware']} ({path}): files of {width} x {height} px "
                           f"and {result['mean_file_bytes'] / 1000:.0f} kB, two crops of each")  # fmt: skip
                 found.append((result["date"], CoreSeconds(milliseconds / 1000, source)))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path} is not a result of benchmarks/loader.py: {error}; remove it") from error
     return max(found, key=lambda dated: dated[0])[1] if found else None
 

@@ -11,7 +11,7 @@ import pytest
 from moco_dist.datasets.prepare import prepare_shapes
 
 OPTIONAL = ("deepspeed", "ffcv", "mlflow", "nvidia.dali", "triton", "timm", "cv2", "numba", "pycocotools",
-            "pyarrow")  # fmt: skip
+            "pyarrow", "obstore")  # fmt: skip
 PROGRAM = f"""
 import sys
 from importlib.machinery import PathFinder
@@ -66,7 +66,7 @@ def test_it_trains_without_any_optional_package(tmp_path):
     assert evaluated.returncode == 0, evaluated.stderr
     for flags, package in (
         (["--engine.kind", "deepspeed"], "deepspeed"), (["--data.loader", "dali"], "dali"),
-        (["--model.init", "timm:resnet10t"], "timm"),
+        (["--model.init", "timm:resnet10t"], "timm"), (["--data.root", "s3://bucket/set"], "obstore"),
     ):  # fmt: skip
         done = without_optional(*tiny, "--tracking.backend", "none", "--run.dir", str(tmp_path / package), *flags)
         assert done.returncode == 2, done.stderr

@@ -17,6 +17,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks import results
 from benchmarks.loader import SIZE
 from benchmarks.photos import HEIGHT, WIDTH, make_photos, source_of_photos
@@ -48,6 +50,7 @@ def config_of(root: str, exchange: str, batch: int) -> PretrainConfig:
 
 def readings_of_rank(world: World, root: str, rounds: int, batch: int) -> list[list[float]]:
     """CPU seconds of this rank for STEPS batches: a list for each way of this world size, the first round left out."""
+    torch.set_num_threads(1)  # a second thread spins while it waits, and its CPU time would count as loading
     ways = []
     for ranks_a_host, exchange in WAYS[world.world_size]:
         config = config_of(root, exchange, batch)

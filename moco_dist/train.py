@@ -50,7 +50,7 @@ def pretrain(config: PretrainConfig, world: World, tracker: Tracker) -> Path:
     probe = Probe(config, plan.steps_per_epoch, stop, world)
     method = build_method(config, world)
     notes, pending_losses = resume(method, config, images, world)
-    logbook = Logbook(config, world, method.step, stop, pending_losses, tracker)
+    logbook = Logbook(config, world, method.step, stop, pending_losses, tracker.log_metrics)
     for line in [*notes, *opening_lines(config, plan, method, stop, world)]:
         logbook.say(line)
     saver = Saver(config, facts_of(config, images), plan.steps_per_epoch, stop, world, logbook.say)

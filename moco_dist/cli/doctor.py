@@ -5,7 +5,7 @@ from pathlib import Path
 
 from moco_dist.cli.arguments import Parser, require_positive
 from moco_dist.cli.configured import SCHEMAS, command_of, files_and_flags
-from moco_dist.config.architectures import ARCHITECTURES
+from moco_dist.config.architectures import is_known_without_torch
 from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.config.source import leaf_fields, read_config, read_yaml
 from moco_dist.errors import UserError
@@ -57,7 +57,7 @@ def main(words: list[str]) -> int:
         from moco_dist.doctor import finding
 
         return _print([finding.problem("config", line) for line in str(error).splitlines()])
-    if config.model.arch not in ARCHITECTURES:  # what it is, only torch can tell
+    if not is_known_without_torch(config.model.arch):
         from moco_dist.method.build import settled
 
         config = settled(config)

@@ -6,7 +6,8 @@ from pydantic import AfterValidator
 
 from moco_dist.errors import UserError, nearest
 
-# Name to the arguments of torchvision's ResNet; `block` is the name of a class beside it.
+# Name to the arguments of torchvision's ResNet; `block` is the name of a class beside it. A line here is all that a
+# further ResNet takes: `width_per_group` and every other argument of ResNet may stand in it.
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "resnet10": {"block": "BasicBlock", "layers": [1, 1, 1, 1]},
     "resnet18": {"block": "BasicBlock", "layers": [2, 2, 2, 2]},
@@ -35,6 +36,11 @@ def family_of(arch: str) -> tuple[str, str]:
     raise UserError(f"{arch!r} is not one of {KNOWN}{nearest(arch, meant)}")
 
 
+def is_known_without_torch(arch: str) -> bool:
+    """Whether it is one of ARCHITECTURES: a ResNet, whose BatchNorm and stages nobody needs to build it for."""
+    return arch in ARCHITECTURES
+
+
 def _checked(arch: str) -> str:
     family_of(arch)
     return arch
@@ -45,4 +51,4 @@ Architecture = Annotated[str, AfterValidator(_checked)]
 
 def blocks_in(arch: str) -> int | None:
     """How many blocks the network has, over all its stages; None for one that is not of ARCHITECTURES."""
-    return sum(ARCHITECTURES[arch]["layers"]) if arch in ARCHITECTURES else None
+    return sum(ARCHITECTURES[arch]["layers"]) if is_known_without_torch(arch) else None

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import field_validator, model_validator
 
 from moco_dist.config.address import DataRoot
-from moco_dist.config.architectures import ARCHITECTURES, KNOWN, Architecture
+from moco_dist.config.architectures import KNOWN, Architecture, is_known_without_torch
 from moco_dist.config.augment import AugmentConfig
 from moco_dist.config.loading import Loader, LoadingConfig, OnError
 from moco_dist.config.methods import MocoConfig, SimclrConfig
@@ -327,7 +327,7 @@ def block_problems(config: PretrainConfig) -> list[str]:
     size, batch, group = config.shuffle.block_size, config.optim.global_batch_size, config.model.bn_group_size
     if size is None or batch % group or size in (known := block_sizes(batch, group)):
         return []
-    if size == 1 and config.model.arch not in ARCHITECTURES:
+    if size == 1 and not is_known_without_torch(config.model.arch):
         return []  # whether the network has a BatchNorm, method/build.py looks
     return [
         f"shuffle.block_size {size} has to be two or more BN groups of {group} (model.bn_group_size) and divide "
@@ -338,7 +338,9 @@ def block_problems(config: PretrainConfig) -> list[str]:
 def batch_norm_problems(config: PretrainConfig) -> list[str]:
     """Whether BatchNorm of the last stage has one value a group, which has no variance."""
     shrinks = {"imagenet": 32, "cifar": 8}[config.model.stem]  # each halving rounds up
-    if config.model.bn_group_size > 1 or config.data.image_size > shrinks or config.model.arch not in ARCHITECTURES:
+    if config.model.bn_group_size > 1 or config.data.image_size > shrinks:
+        return []
+    if not is_known_without_torch(config.model.arch):
         return []
     return [
         f"model.bn_group_size 1: images of {config.data.image_size} pixels (data.image_size) end as 1 x 1 with "

@@ -18,8 +18,8 @@ class CropBatch:
             between them. Row i is of another sample than row i of view_q. `KeyExchange` makes of them the n that this
             rank encodes, in the order of `Plan.key_indices`.
         samples_q, samples_k: int64 (n,) and (m,), indices into the data set, of the rows of view_q and view_k.
-        colours_q, colours_k: float32 (n, P), photometric parameters (see `colours.COLOURS`) of the views as they will
-            be coloured: keys after they have travelled, with `all_gather` before.
+        colours_q, colours_k: float32 (n, P), photometric parameters (`colours.COLOUR_COLUMNS`) of the views as they
+            will be coloured: keys after they have travelled, with `all_gather` before.
         key_order: int64 (B,), `Plan.key_permutation` of the step.
         replaced: files that could not be read, with the reason; their successors took their places.
     """

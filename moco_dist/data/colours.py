@@ -22,14 +22,16 @@ from torch import Tensor
 from moco_dist.config.pretrain import AugmentConfig
 from moco_dist.data import counter_rng
 
-COLOURS = (
+# A further operation: a column at the end of these, its value in `draw_colours`, its pixels in `_apply`. Nothing else
+# knows the columns.
+COLOUR_COLUMNS = (
     "brightness", "contrast", "saturation", "hue",  # factors; 1, 1, 1 and 0 change nothing
     "order_0", "order_1", "order_2", "order_3",  # which of the four above comes first, second, ...
     "grayscale",  # 0 or 1
     "blur_sigma",  # pixels; 0 is no blur
 )  # fmt: skip
 _CONTRAST, _SATURATION, _HUE = 1, 2, 3
-_GRAYSCALE, _BLUR_SIGMA = COLOURS.index("grayscale"), COLOURS.index("blur_sigma")
+_GRAYSCALE, _BLUR_SIGMA = COLOUR_COLUMNS.index("grayscale"), COLOUR_COLUMNS.index("blur_sigma")
 _IDENTITY = np.array([1.0, 1.0, 1.0, 0.0])
 _LUMA = (0.2989, 0.587, 0.114)  # ITU-R BT.601, as torchvision writes it
 
@@ -54,9 +56,9 @@ def draw_colours(config: AugmentConfig, seed: int, step: int, samples: NDArray[n
         stream: counter_rng.STREAM_COLOUR_Q or STREAM_COLOUR_K.
 
     Returns:
-        (N, P) float32, columns as in COLOURS. A row depends on nothing but (seed, step, sample, stream).
+        (N, P) float32, columns as in COLOUR_COLUMNS. A row depends on nothing but (seed, step, sample, stream).
     """
-    u = counter_rng.uniforms(seed, step, samples, stream, 12)  # of more numbers, these would still be the first
+    u = counter_rng.uniforms(seed, step, samples, stream, 12)
     strength = np.array(config.jitter)
     low, high = np.maximum(_IDENTITY - strength, [0, 0, 0, -0.5]), _IDENTITY + strength
     factors = np.where(u[:, :1] < config.jitter_probability, low + (high - low) * u[:, 1:5], _IDENTITY)

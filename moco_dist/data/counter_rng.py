@@ -48,7 +48,7 @@ def uniforms(seed: int, step: int, samples: NDArray[np.int64], stream: int, coun
         step: optimiser step.
         samples: (N,) indices into the data set.
         stream: which use; one of the STREAM constants.
-        count: numbers per sample.
+        count: numbers per sample; where more are asked for, the first ones stay what they were.
 
     Returns:
         (N, count) float64.

@@ -31,7 +31,7 @@ class Engine(Protocol):
         """One optimiser step at learning rate `lr`, times a parameter group's `lr_scale`, and fresh gradients.
 
         Returns:
-            of a monitored step, scalars () for the log: the norm of all gradients, before they are clipped.
+            of a monitored step, scalars () for the log: `gradient_norm`, of all gradients before they are clipped.
         """
         ...
 

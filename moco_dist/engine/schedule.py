@@ -31,11 +31,13 @@ def learning_rate(config: OptimConfig, step: int, steps_per_epoch: int) -> float
     if step < warmup_steps:
         return peak * min(1.0, (step + 1) / warmup_steps)
     epoch = step / steps_per_epoch if config.schedule_unit == "step" else step // steps_per_epoch
-    if config.schedule == "cosine":
-        return peak * (1 + math.cos(math.pi * epoch / config.epochs)) / 2
-    return peak * decay(config.milestones, epoch)
+    match config.schedule:
+        case "cosine":
+            return peak * (1 + math.cos(math.pi * epoch / config.epochs)) / 2
+        case "step":
+            return peak * step_decay(config.milestones, epoch)
 
 
-def decay(milestones: Sequence[int], now: float, factor: float = 0.1) -> float:
+def step_decay(milestones: Sequence[int], now: float, factor: float = 0.1) -> float:
     """A learning rate's factor at `now`, in the milestones' unit: one `factor` for each milestone that was reached."""
     return factor ** sum(now >= milestone for milestone in milestones)

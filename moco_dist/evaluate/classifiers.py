@@ -25,7 +25,7 @@ from moco_dist.distributed.collectives import all_gather, all_reduce_sum
 from moco_dist.distributed.stop import StopRequest
 from moco_dist.distributed.told import Told
 from moco_dist.distributed.world import World
-from moco_dist.engine.schedule import decay
+from moco_dist.engine.schedule import step_decay
 from moco_dist.errors import UserError
 from moco_dist.evaluate.batches import batches_in_epoch
 from moco_dist.evaluate.features import Features
@@ -139,7 +139,7 @@ def train_classifiers(
     with Told("linear classifier", config.epochs * per_epoch, "steps", world, training.step) as told:
         for epoch in range(len(curve), config.epochs):
             for group, recipe in zip(sgd.param_groups, recipes, strict=True):
-                group["lr"] = recipe.lr * decay(config.milestones, epoch)
+                group["lr"] = recipe.lr * step_decay(config.milestones, epoch)
             for features, rows in feed(epoch, training.step - epoch * per_epoch):
                 losses = _losses(classifiers(features), labels[to_device(rows, device)], is_left_out[rows])
                 losses.sum().backward()  # the classifiers share nothing

@@ -26,7 +26,7 @@ from moco_dist.distributed.told import Told
 from moco_dist.distributed.world import World
 from moco_dist.engine.ddp import DDPEngine
 from moco_dist.engine.optimizer import make_buffers
-from moco_dist.engine.schedule import decay
+from moco_dist.engine.schedule import step_decay
 from moco_dist.engine.speed import set_backends
 from moco_dist.errors import UserError, not_a_multiple
 from moco_dist.evaluate.batches import batches_in_epoch, crop_batches, global_batches
@@ -180,7 +180,7 @@ def _epoch(
         return
     # Neighbours in a batch share a BN group, on whichever rank.
     own = [batch.reshape(world.world_size, -1)[world.rank] for batch in batches]
-    lr = config.backbone_lr * decay(config.milestones, epoch, config.lr_decay)
+    lr = config.backbone_lr * step_decay(config.milestones, epoch, config.lr_decay)
     engine.module.train()
     with contextlib.closing(crop_batches(evaluation, own, config.crop_scale, config.seed, epoch)) as views_of_batches:
         for views, rows in zip(views_of_batches, own, strict=True):

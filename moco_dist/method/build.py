@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from moco_dist.config.architectures import ARCHITECTURES
+from moco_dist.config.architectures import is_known_without_torch
 from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.distributed.world import World
 from moco_dist.engine.speed import keep_freed_memory, set_backends
@@ -24,7 +24,7 @@ def settled(config: PretrainConfig) -> PretrainConfig:
     Raises:
         UserError: there is no such network, no step can be made with it, or it needs the shuffle that is switched off.
     """
-    if config.model.arch in ARCHITECTURES:
+    if is_known_without_torch(config.model.arch):
         return config
     with torch.device("meta"):
         has_norm = has_batch_norm(Encoder(config.model, config.data.image_size))

@@ -12,7 +12,13 @@ from moco_dist.method.queue import Queue
 
 
 class StepResult(NamedTuple):
-    """What a step leaves for the log: this rank's mean loss (), and, if it was monitored, the scalars () to log."""
+    """What a step leaves for the log.
+
+    Attributes:
+        loss: () this rank's mean.
+        scalars: of a monitored step, () each, by names of the method's own choice: each is a column of log.jsonl and
+            a metric of the tracker. A report or comparison shows only those that it names.
+    """
 
     loss: Tensor
     scalars: dict[str, Tensor]
@@ -30,7 +36,7 @@ class Method(Protocol):
         queue: of keys; None where there is none.
         engine: takes the gradients and the optimiser's step of the query encoder.
         dtype: what the encoders compute in, and so what views are made in.
-        step: optimiser steps done.
+        step: optimiser steps done; `train_step` adds 1, and a resume sets it.
     """
 
     encoders: dict[str, nn.Module]

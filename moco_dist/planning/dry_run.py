@@ -20,7 +20,7 @@ import torch
 from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.data import transfer, views
 from moco_dist.data.batch import CropBatch
-from moco_dist.data.colours import COLOURS, apply_colours
+from moco_dist.data.colours import COLOUR_COLUMNS, apply_colours
 from moco_dist.data.images import ImageFolder
 from moco_dist.data.names import Names
 from moco_dist.data.plan import Plan, plan_of
@@ -88,7 +88,7 @@ def _steps(config: PretrainConfig, world: World, watch: Watch, folder: Path) -> 
     plan = plan_of(config, (STEPS + 2) * config.optim.global_batch_size)
     method = build_method(config, world)
     side = config.data.image_size
-    first = torch.zeros(1, 3, side, side, dtype=torch.uint8).to(DEVICE), torch.zeros(1, len(COLOURS)).to(DEVICE)
+    first = torch.zeros(1, 3, side, side, dtype=torch.uint8).to(DEVICE), torch.zeros(1, len(COLOUR_COLUMNS)).to(DEVICE)
     apply_colours(*first, config.augment, method.dtype)  # makes what is made once, for which the first step waits
     del first
     parts = _parts(method, memory)

@@ -1,9 +1,10 @@
 """What a method keeps, on disk, in files that `tensors.py` writes.
 
 A checkpoint is a folder RUN/checkpoints/step_00001000 with a safetensors file a rank and a checkpoint.json that is
-written last, so a folder that has it is complete. Each rank writes its share of the weights. The queue is one sharded
-tensor: it loads on any number of ranks. BatchNorm's running statistics are saved as a row a rank, and their mean: the
-same number of ranks gets its rows back bit by bit, another number gets the mean, which is what they stand for.
+written last, so a folder that has it is complete: `manifest.py` has what it says, and `resume.py` what a resume
+refuses. Each rank writes its share of the weights. The queue is one sharded tensor: it loads on any number of ranks.
+BatchNorm's running statistics are saved as a row a rank, and their mean: the same number of ranks gets its rows back
+bit by bit, another number gets the mean, which is what they stand for.
 """
 
 import json

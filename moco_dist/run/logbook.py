@@ -5,7 +5,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from moco_dist.distributed.collectives import all_reduce_sum
 from moco_dist.distributed.world import World
 from moco_dist.files import LineFile, read_record
 from moco_dist.run.folder import RunFolder
-from moco_dist.tracking import Tracker
 
 
 class Logbook:
@@ -34,7 +33,7 @@ class Logbook:
         start: int,
         stop: int,
         pending_losses: Sequence[float] = (),
-        tracker: Tracker | None = None,
+        also_to: Callable[[int, dict[str, Any]], object] | None = None,
     ) -> None:
         """Go on with the log of a run.
 
@@ -45,10 +44,10 @@ class Logbook:
             start: steps done so far.
             stop: the last step.
             pending_losses: `pending_losses` of the checkpoint that the run goes on from.
-            tracker: gets every row too.
+            also_to: is called with the step and the other numbers of every row, as a tracker takes them.
         """
         self._config, self._world, self._stop = config, world, stop
-        self._tracker = tracker or Tracker()
+        self._also_to = also_to
         self._file = LineFile(RunFolder(config.run.dir).log) if world.is_main else None
         if self._file is not None:
             self._file.truncate(_end_of_step(self._file.path, start))
@@ -138,7 +137,8 @@ class Logbook:
         if problem and not self._problem:
             self.say(f"warning: {self._file.path} cannot be written: {problem}; going on, and trying again")
         self._problem = problem
-        self._tracker.log_metrics(row["step"], {k: v for k, v in row.items() if k != "step"})
+        if self._also_to is not None:
+            self._also_to(row["step"], {k: v for k, v in row.items() if k != "step"})
         self.say(_as_line(row, self._stop))
 
     def say(self, text: str) -> None:

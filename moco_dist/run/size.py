@@ -12,6 +12,7 @@ EXPANSION = {"BasicBlock": 1, "Bottleneck": 4}  # channels that leave a block of
 def checkpoint_bytes(config: PretrainConfig, world_size: int) -> int:
     """A checkpoint's tensors: encoders, momentum, queue if there is one; their statistics, by rank and averaged."""
     method = config.of_method
+    # A line of ARCHITECTURES that says more than this, such as a width, is counted by building the network.
     is_counted = {"block", "layers"} == set(ARCHITECTURES.get(config.model.arch, ()))
     parameters, statistics = _of_resnet(config.model) if is_counted else _of_built(config)
     queue = method.queue_keys * config.model.embedding_dim

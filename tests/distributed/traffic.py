@@ -4,7 +4,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moco_dist.data.batch import CropBatch
-from moco_dist.data.colours import COLOURS
+from moco_dist.data.colours import COLOUR_COLUMNS
 from moco_dist.data.key_views import KeyExchange
 from moco_dist.data.plan import plan_of
 from moco_dist.data.views import Views
@@ -38,7 +38,7 @@ def collectives_of_a_step(world, config):
     plan = plan_of(config, NUM_SAMPLES)
     per_rank = config.optim.global_batch_size // world.world_size
     crops = torch.zeros(per_rank, 3, SIDE, SIDE, dtype=torch.uint8).to(memory_format=torch.channels_last)
-    samples, colours = torch.zeros(per_rank, dtype=torch.int64), torch.zeros(per_rank, len(COLOURS))
+    samples, colours = torch.zeros(per_rank, dtype=torch.int64), torch.zeros(per_rank, len(COLOUR_COLUMNS))
     batch = CropBatch(crops, crops, samples, samples, colours, colours, samples)
     view_q = torch.randn(per_rank, 3, SIDE, SIDE)
     keys = KeyExchange(config, plan, world)

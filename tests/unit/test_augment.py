@@ -11,11 +11,11 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTenso
 from torchvision.transforms.v2 import functional as F
 
 from moco_dist.config.pretrain import AugmentConfig
-from moco_dist.data.colours import COLOURS, _apply, _make_neighbours, apply_colours, draw_colours
+from moco_dist.data.colours import COLOUR_COLUMNS, _apply, _make_neighbours, apply_colours, draw_colours
 from moco_dist.data.counter_rng import STREAM_COLOUR_K, STREAM_COLOUR_Q
 
 JITTER = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)
-IDENTITY = dict.fromkeys(COLOURS, 0.0) | {"brightness": 1.0, "contrast": 1.0, "saturation": 1.0}
+IDENTITY = dict.fromkeys(COLOUR_COLUMNS, 0.0) | {"brightness": 1.0, "contrast": 1.0, "saturation": 1.0}
 IDENTITY |= {f"order_{i}": float(i) for i in range(4)}
 
 
@@ -49,7 +49,7 @@ def cube(size: int, seed: int) -> torch.Tensor:
 
 
 def colours_of(*rows: dict[str, float]) -> torch.Tensor:
-    return torch.tensor([[(IDENTITY | row)[name] for name in COLOURS] for row in rows], dtype=torch.float32)
+    return torch.tensor([[(IDENTITY | row)[name] for name in COLOUR_COLUMNS] for row in rows], dtype=torch.float32)
 
 
 def mixed_batch(size: int, config: AugmentConfig, count: int = 24) -> tuple[torch.Tensor, torch.Tensor]:
@@ -62,11 +62,11 @@ def mixed_batch(size: int, config: AugmentConfig, count: int = 24) -> tuple[torc
 
 def by_torchvision(view: torch.Tensor, row: torch.Tensor, radius: int) -> torch.Tensor:
     """One view in [0, 1], before normalisation."""
-    values = dict(zip(COLOURS, row.tolist(), strict=True))
+    values = dict(zip(COLOUR_COLUMNS, row.tolist(), strict=True))
     image = view.float() / 255
     for i in range(4):
         operation = int(values[f"order_{i}"])
-        image = JITTER[operation](image, values[COLOURS[operation]])
+        image = JITTER[operation](image, values[COLOUR_COLUMNS[operation]])
     if values["grayscale"]:
         image = F.rgb_to_grayscale(image, num_output_channels=3)
     if values["blur_sigma"]:
@@ -122,7 +122,7 @@ def test_the_host_never_waits_for_a_gpu():
     """Fake tensors have a device and no values: whatever reads one on the host raises."""
     with FakeTensorMode():
         views = torch.empty(4, 3, 32, 32, dtype=torch.uint8, device="cuda")
-        colours = torch.empty(4, len(COLOURS), device="cuda")
+        colours = torch.empty(4, len(COLOUR_COLUMNS), device="cuda")
         out = apply_colours(views, colours, AugmentConfig(), torch.bfloat16)
         with pytest.raises(DynamicOutputShapeException):
             _apply(views, colours, AugmentConfig(), torch.bfloat16, skip=True)
@@ -191,13 +191,13 @@ class TestDraws:
     ROWS = draw_colours(CONFIG, 0, 11, np.arange(4000), STREAM_COLOUR_Q)
 
     def column(self, name: str) -> np.ndarray:
-        return self.ROWS[:, COLOURS.index(name)].numpy()
+        return self.ROWS[:, COLOUR_COLUMNS.index(name)].numpy()
 
     def jittered(self) -> np.ndarray:
         return self.column("brightness") != 1
 
     def test_shape_and_dtype(self):
-        assert self.ROWS.shape == (4000, len(COLOURS))
+        assert self.ROWS.shape == (4000, len(COLOUR_COLUMNS))
         assert self.ROWS.dtype == torch.float32
 
     @pytest.mark.parametrize(
@@ -254,9 +254,9 @@ def test_a_row_is_a_function_of_seed_step_sample_and_view():
 
 def test_v1_never_blurs_and_always_jitters():
     rows = draw_colours(AugmentConfig(recipe="v1"), 0, 0, np.arange(500), STREAM_COLOUR_K)
-    assert (rows[:, COLOURS.index("blur_sigma")] == 0).all()
+    assert (rows[:, COLOUR_COLUMNS.index("blur_sigma")] == 0).all()
     assert (rows[:, :3] != 1).all()
-    assert rows[:, COLOURS.index("hue")].abs().max() > 0.35
+    assert rows[:, COLOUR_COLUMNS.index("hue")].abs().max() > 0.35
 
 
 def test_factors_stay_positive_for_strengths_above_one():

@@ -6,7 +6,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from moco_dist.config.pretrain import AugmentConfig
-from moco_dist.data.colours import COLOURS, apply_colours
+from moco_dist.data.colours import COLOUR_COLUMNS, apply_colours
 from moco_dist.data.plan import Plan
 from moco_dist.data.views import Views
 from moco_dist.distributed.world import World
@@ -53,7 +53,7 @@ def a_step(group, **optim):
     method = build_method(config, World())
     # 80 pixels leave 3 x 3 in the last stage: with one pixel all layouts are the same.
     crops = torch.zeros(16, 80, 80, 3, dtype=torch.uint8).permute(0, 3, 1, 2)  # as loaders hand them over
-    colours = torch.zeros(16, len(COLOURS))
+    colours = torch.zeros(16, len(COLOUR_COLUMNS))
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[settings["precision"]]
     order = torch.from_numpy(Plan(160, 16, 0).key_permutation(0))
     views = apply_colours(crops, colours, AugmentConfig(), dtype)
@@ -70,7 +70,7 @@ def test_a_step_copies_no_layout(precision, group, accum):
 def test_crops_become_views_in_one_copy():
     """Planes of one channel are what a CPU computes on; a batch is turned on its way in and out, never in between."""
     crops = torch.zeros(2, 32, 32, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
-    copies = layout_copies(lambda: apply_colours(crops, torch.zeros(2, len(COLOURS)), AugmentConfig()))
+    copies = layout_copies(lambda: apply_colours(crops, torch.zeros(2, len(COLOUR_COLUMNS)), AugmentConfig()))
     assert len(copies) == 2
 
 
@@ -101,7 +101,7 @@ def test_on_a_gpu(group):
     world = World(device="cuda:0")
     method = build_method(config, world)
     crops = torch.zeros(16, 224, 224, 3, dtype=torch.uint8, device="cuda").permute(0, 3, 1, 2)
-    views = apply_colours(crops, torch.zeros(16, len(COLOURS), device="cuda"), AugmentConfig(), torch.bfloat16)
+    views = apply_colours(crops, torch.zeros(16, len(COLOUR_COLUMNS), device="cuda"), AugmentConfig(), torch.bfloat16)
     order = torch.from_numpy(Plan(160, 16, 0).key_permutation(0)).cuda()
     for _ in range(2):
         with profile(activities=[ProfilerActivity.CUDA]) as seen:

@@ -6,7 +6,7 @@ import torch
 
 from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.data import counter_rng
-from moco_dist.data.colours import COLOURS, apply_colours
+from moco_dist.data.colours import COLOUR_COLUMNS, apply_colours
 from moco_dist.data.key_views import KeyExchange
 from moco_dist.data.loaders import pretrain_batches
 from moco_dist.data.plan import Plan
@@ -31,7 +31,7 @@ def draws_of():
 
 def related(query, key):
     """Names of the parameters that are alike in both views more than chance makes them."""
-    names = CROPS + COLOURS
+    names = CROPS + COLOUR_COLUMNS
     return [name for i, name in enumerate(names)
             if abs(np.corrcoef(query[:, i], key[:, i])[0, 1]) > 5 / SAMPLES**0.5]  # fmt: skip
 
@@ -46,8 +46,8 @@ def test_no_parameter_of_one_view_tells_the_other_s():
     ("streams", "alike"),
     [
         ([("STREAM_CROP_K", "STREAM_CROP_Q")], set(CROPS)),
-        ([("STREAM_COLOUR_K", "STREAM_COLOUR_Q")], set(COLOURS)),
-        ([("STREAM_CROP_K", "STREAM_CROP_Q"), ("STREAM_COLOUR_K", "STREAM_COLOUR_Q")], {*CROPS, *COLOURS}),
+        ([("STREAM_COLOUR_K", "STREAM_COLOUR_Q")], set(COLOUR_COLUMNS)),
+        ([("STREAM_CROP_K", "STREAM_CROP_Q"), ("STREAM_COLOUR_K", "STREAM_COLOUR_Q")], {*CROPS, *COLOUR_COLUMNS}),
     ],
 )
 def test_a_key_that_is_drawn_from_the_query_s_stream_is_noticed(monkeypatch, streams, alike):

@@ -31,7 +31,7 @@ from moco_dist.distributed.collectives import all_reduce_sum, gather_uneven
 from moco_dist.distributed.stop import StopRequest
 from moco_dist.distributed.told import Told
 from moco_dist.distributed.world import World
-from moco_dist.engine.schedule import decay
+from moco_dist.engine.schedule import step_decay
 from moco_dist.errors import Preempted, UserError, not_a_multiple
 from moco_dist.evaluate.detection.average_precision import average_precision, require_pycocotools
 from moco_dist.evaluate.detection.detector import build_detector, weight_groups
@@ -103,7 +103,7 @@ def run_detection(config: DetectConfig, world: World) -> dict[str, Any]:
 def learning_rate(config: DetectConfig, step: int) -> float:
     """The rate of a step, counted from 0: a linear warm-up, then a tenth at each milestone."""
     warmup = min(1.0, WARMUP_START + (1 - WARMUP_START) * step / config.warmup_steps) if config.warmup_steps else 1.0
-    return config.lr * warmup * decay(config.milestones, step)
+    return config.lr * warmup * step_decay(config.milestones, step)
 
 
 def _backbone(config: DetectConfig) -> tuple[Backbone, AugmentConfig]:

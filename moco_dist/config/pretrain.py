@@ -150,6 +150,7 @@ class OptimConfig(Section):
     clip_grad_norm: float | None = setting(
         None, "the most that the norm of all gradients may be; null: they are not clipped", changes="result", gt=0
     )
+    # A further one is a case of `learning_rate` in engine/schedule.py; doctor alone asks for `step`, by its milestones.
     schedule: Literal["cosine", "step"] = setting(
         "cosine", "of the learning rate", changes="result", source="v2 sec. 3; v1: step"
     )

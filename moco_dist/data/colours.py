@@ -22,8 +22,8 @@ from torch import Tensor
 from moco_dist.config.pretrain import AugmentConfig
 from moco_dist.data import counter_rng
 
-# A further operation: a column at the end of these, its value in `draw_colours`, its pixels in `_apply`. Nothing else
-# knows the columns.
+# A further operation: its setting in AugmentConfig, a column at the end of these, its value in `draw_colours` (of
+# further uniforms, which leave the first ones as they are), its pixels in `_apply`. Nothing else knows them.
 COLOUR_COLUMNS = (
     "brightness", "contrast", "saturation", "hue",  # factors; 1, 1, 1 and 0 change nothing
     "order_0", "order_1", "order_2", "order_3",  # which of the four above comes first, second, ...

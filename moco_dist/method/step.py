@@ -17,7 +17,8 @@ class StepResult(NamedTuple):
     Attributes:
         loss: () this rank's mean.
         scalars: of a monitored step, () each, by names of the method's own choice: each is a column of log.jsonl and
-            a metric of the tracker. A report or comparison shows only those that it names.
+            a metric of the tracker. A report or comparison shows only those that it names. A number that no method owns
+            is added to them where `train.py` writes the row.
     """
 
     loss: Tensor
@@ -36,7 +37,8 @@ class Method(Protocol):
         queue: of keys; None where there is none.
         engine: takes the gradients and the optimiser's step of the query encoder.
         dtype: what the encoders compute in, and so what views are made in.
-        step: optimiser steps done; `train_step` adds 1, and a resume sets it.
+        step: optimiser steps done. Each method's `train_step` adds 1, and `run/checkpoint.py` sets it when it loads: so
+            with whatever else a method may count.
     """
 
     encoders: dict[str, nn.Module]

@@ -31,7 +31,8 @@ class Manifest(TypedDict):
     """checkpoint.json: plain facts. `config` is checked by `saved_config` alone: it may be of another version.
 
     A fact is written by `manifest_of`, or by `facts_of` where it is the same at every step; a further one has a line in
-    NOT_WRITTEN_BEFORE as well. `resume.py` refuses what does not fit.
+    NOT_WRITTEN_BEFORE as well. `checkpoint.load` gives the method what it counts, the loop passes what it counts itself
+    (`pending_losses`), and `resume.py` refuses what does not fit.
     """
 
     step: int

@@ -101,6 +101,8 @@ def _what_goes_on(config: PretrainConfig, images: ImageFolder, folder: Path) -> 
 def refuse_changes(config: PretrainConfig, folder: Path) -> None:
     """Compare with the settings that a checkpoint was made with.
 
+    With run.resume `changed`, all but shapes may differ, the batch and the schedule too.
+
     Raises:
         UserError: settings that change what is computed differ; each is named.
     """

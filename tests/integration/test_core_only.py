@@ -1,5 +1,6 @@
 """The core needs none of the optional packages: it trains where their imports fail, and the demo installs none."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -13,7 +14,7 @@ from moco_dist.datasets.prepare import prepare_shapes
 OPTIONAL = ("deepspeed", "ffcv", "mlflow", "nvidia.dali", "triton", "timm", "cv2", "numba", "pycocotools",
             "pyarrow", "obstore")  # fmt: skip
 PROGRAM = f"""
-import sys
+import contextlib, io, json, sys
 from importlib.machinery import PathFinder
 
 class WithoutOptional(PathFinder):
@@ -23,12 +24,21 @@ class WithoutOptional(PathFinder):
 
 sys.meta_path[sys.meta_path.index(PathFinder)] = WithoutOptional
 from moco_dist.cli.main import main
-sys.exit(main(sys.argv[1:]))
+for words in json.loads(sys.argv[1]):
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        status = main(words)
+    print("ENDED", json.dumps([status, said.getvalue()]))
 """
 
 
-def without_optional(*words):
-    return subprocess.run([sys.executable, "-c", PROGRAM, *words], capture_output=True, text=True)
+def without_optional(*commands):
+    """The exit status and the stderr of each command, all in one process: to import torch takes longer than any."""
+    words = json.dumps([[str(word) for word in command] for command in commands])
+    done = subprocess.run([sys.executable, "-c", PROGRAM, words], capture_output=True, text=True)
+    ended = [json.loads(line.removeprefix("ENDED")) for line in done.stdout.splitlines() if line.startswith("ENDED")]
+    assert len(ended) == len(commands), done.stderr
+    return ended
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="no make")
@@ -58,29 +68,32 @@ def test_it_trains_without_any_optional_package(tmp_path):
         "--model.bn-group-size", "4", "--moco.queue-size", "16", "--optim.global-batch-size", "8",
         "--optim.epochs", "1",
     ]  # fmt: skip
-    done = without_optional(*tiny, "--tracking.backend", "none")
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "run" / "backbone.safetensors").is_file()
-    flags = ["--neighbours", "[5]", "--data.num-workers", "0", "--tracking", "none"]
-    evaluated = without_optional("knn", "--run-dir", str(tmp_path / "run"), *flags)
-    assert evaluated.returncode == 0, evaluated.stderr
-    for flags, package in (
-        (["--engine.kind", "deepspeed"], "deepspeed"), (["--data.loader", "dali"], "dali"),
-        (["--model.init", "timm:resnet10t"], "timm"), (["--data.root", "s3://bucket/set"], "obstore"),
-    ):  # fmt: skip
-        done = without_optional(*tiny, "--tracking.backend", "none", "--run.dir", str(tmp_path / package), *flags)
-        assert done.returncode == 2, done.stderr
-        line = done.stderr.strip().splitlines()[-1]
+    untracked = [*tiny, "--tracking.backend", "none"]
+    run, out = tmp_path / "run", tmp_path / "f.parquet"
+    missing = {
+        "deepspeed": ["--engine.kind", "deepspeed"], "dali": ["--data.loader", "dali"],
+        "timm": ["--model.init", "timm:resnet10t"], "obstore": ["--data.root", "s3://bucket/set"],
+    }  # fmt: skip
+    trained, evaluated, detected, features, tracked, *refused = without_optional(
+        untracked,
+        ["knn", "--run-dir", run, "--neighbours", "[5]", "--data.num-workers", "0", "--tracking", "none"],
+        ["detect", "--run-dir", run, "--data.root", data],
+        ["features", run, data, "--out", out],
+        [*tiny, "--run.dir", tmp_path / "tracked"],
+        *([*untracked, "--run.dir", tmp_path / name, *flags] for name, flags in missing.items()),
+    )
+    assert trained[0] == evaluated[0] == 0, (trained, evaluated)
+    assert (run / "backbone.safetensors").is_file()
+    for (status, line), package in zip(refused, missing, strict=True):
+        assert status == 2, line
         assert line.startswith("error: ")
+        assert line.count("\n") == 1
         assert package in line
         assert "pip install" in line
-    done = without_optional("detect", "--run-dir", str(tmp_path / "run"), "--data.root", str(data))
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
-    assert "pip install 'moco_dist[detection]'" in done.stderr
-    done = without_optional("features", str(tmp_path / "run"), str(data), "--out", str(tmp_path / "f.parquet"))
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
-    assert "pip install 'moco_dist[parquet]', or write a .npz" in done.stderr
-    done = without_optional(*tiny, "--run.dir", str(tmp_path / "tracked"))
-    assert done.returncode == 2
-    assert "mlflow" in done.stderr
-    assert done.stderr.count("\n") == 1
+    for (status, line), what in (
+        (detected, "pip install 'moco_dist[detection]'"),
+        (features, "pip install 'moco_dist[parquet]', or write a .npz"),
+        (tracked, "mlflow"),
+    ):
+        assert (status, line.count("\n")) == (2, 1), line
+        assert what in line

@@ -170,6 +170,34 @@ def sources(result: Result) -> str:
     return markdown(["", "images/s", "CPU ms an image", "× the folder's CPU"], rows) + origin(result)
 
 
+def parquet(result: Result) -> str:
+    """One image of a parquet file."""
+    rows = [
+        [r["name"], f"{r['read_bytes_per_image'] / 1e3:,.0f}",
+         f"{r['read_bytes_per_image'] / result['image_bytes']:.3g}", f"{r['cpu_ms_per_image']:.3f}"]
+        for r in result["rows"]
+    ]  # fmt: skip
+    facts = f"Row groups of {result['rows_a_group']} images; images cut out of {result['cut_out_of']}.\n"
+    columns = ["", "kB read for an image", "× its bytes", "CPU ms an image"]
+    return f"{markdown(columns, rows)}\n{facts}{origin(result)}"
+
+
+def index(result: Result) -> str:
+    """Opening an index."""
+    rows = [
+        [r["name"] if r["shards"] is None else f"{r['shards']:,} {r['name']}", f"{r['images']:,}",
+         f"{r['index_bytes'] / 1e6:,.0f}", f"{r['open_seconds']:.2f}", f"{r['hash_seconds']:.2f}",
+         f"{r['own_bytes'] / 1e6:.0f}", f"{r['worker_grown_bytes'] / 1e6:.1f}"]
+        for r in result["rows"]
+    ]  # fmt: skip
+    listing = result["listing"]
+    facts = (f"Listing the folder of {listing['images']:,} images anew: {listing['seconds']:.1f} s "
+             f"({result['file_system']}).\n")  # fmt: skip
+    columns = ["index of", "images", "MB, mapped", "opens in, s", "then hashed in, s", "process's own memory, MB",
+               f"a worker's after {result['asked_of_each']:,} images, MB"]  # fmt: skip
+    return f"{markdown(columns, rows)}\n{facts}{origin(result)}"
+
+
 def exchange(result: Result) -> str:
     """Loading by world size and `shuffle.exchange`."""
     rows = [
@@ -247,8 +275,8 @@ def headlines() -> str:
 
 
 THEMES = (
-    network, peer_step, step_parts, infonce, update, table3, plan_validation, loader, loader_parts, sources, exchange,
-    augment, checkpoint, checkpoint_planning,
+    network, peer_step, step_parts, infonce, update, table3, plan_validation, loader, loader_parts, sources, parquet,
+    index, exchange, augment, checkpoint, checkpoint_planning,
 )  # fmt: skip
 TABLES: dict[str, Callable[[Result], str]] = {table.__name__: table for table in THEMES}
 

@@ -18,11 +18,13 @@ def main(words: list[str]) -> int:
     parser = Parser("moco-dist data", description="get or check a data set")
     actions = parser.add_subparsers(dest="action", required=True)
     pack = actions.add_parser("pack", help="write a data set into one file, for data.loader ffcv")
-    pack.add_argument("source", type=Url, help="SOURCE/train and SOURCE/val, a folder of images, or tar shards")
+    pack.add_argument("source", type=Url, help="SOURCE/train and SOURCE/val, a folder of images, tar shards, parquet")
     pack.add_argument("out", type=Path, help="file to write, NAME.beton")
     pack.add_argument("--max-side", type=int, help="make larger images smaller, to this longer side in pixels")
     pack.add_argument("--quality", type=int, default=90, help="of JPEGs that are encoded anew (default 90)")
     pack.add_argument("--raw-share", type=float, default=0.0, help="share of images stored as pixels (default 0)")
+    pack.add_argument("--image-column", help="of parquet, where several are images by their types")
+    pack.add_argument("--label-column", help="of parquet, where none is called label or several have classes")
     verify = actions.add_parser("verify", help="decode every image, and count them")
     verify.add_argument("root", type=Url, help="ROOT/train and ROOT/val, a folder of images, tar shards, FILE.beton")
     index = actions.add_parser("index", help="write the index of tar shards, to lie beside them in an object store")
@@ -95,7 +97,9 @@ def _pack(args: argparse.Namespace) -> int:
 
     from moco_dist.datasets.pack import pack
 
-    pack(args.source, args.out, args.max_side, args.quality, args.raw_share)
+    pack(
+        args.source, args.out, args.max_side, args.quality, args.raw_share, args.image_column, args.label_column
+    )  # fmt: skip
     return 0
 
 

@@ -90,6 +90,12 @@ def root_of(text: str | Path) -> Path | Url:
         raise UserError(f"{text} has {variable[1]}, which only a shell replaces; write the address")
     if scheme == "file":
         raise UserError(f"{text}: a path is written without file://; did you mean /{rest}?")
+    if scheme == "hf":
+        name = "/".join(rest.removeprefix("datasets/").split("/")[:2]) or "ORG/NAME"
+        raise UserError(
+            f"{text}: the hub's sets are downloaded first: hf download {name} --repo-type dataset --local-dir FOLDER; "
+            "its parquet is packed by moco-dist data pack FOLDER OUT.beton, and tar shards are a data root as they are"
+        )
     if scheme not in SCHEMES:
         known = {"gcs": "gs", "azure": "az", "abfs": "az", "abfss": "az", "s3a": "s3", "s3n": "s3"}
         hint = f"; did you mean {known[scheme]}://{rest}?" if scheme in known else nearest(scheme, SCHEMES)

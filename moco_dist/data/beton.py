@@ -55,6 +55,7 @@ class Beton:
         mode: (N,) JPEG or RAW.
         width, height: (N,) pixels.
         start, size: (N,) where in `content` an image is, in bytes.
+        labels: (N,) int64, the class's number; -1: none.
         names: of the samples, SPLIT/CLASS/FILE; made up for files that have none.
     """
 
@@ -64,6 +65,7 @@ class Beton:
     height: NDArray[np.int64]
     start: NDArray[np.int64]
     size: NDArray[np.int64]
+    labels: NDArray[np.int64]
     names: list[str]
 
     def problem(self, row: int) -> str:
@@ -111,19 +113,21 @@ def parse_beton(content: Content, path: Path | Url) -> Beton:
         names = [field["name"].tobytes().rstrip(b"\0").decode() for field in fields]
         record = np.dtype([("", _RECORDS[kind]) for kind in kinds], align=True)
         at += count * _FIELD.itemsize
-        records = content[at : at + int(header["num_samples"]) * record.itemsize].view(record)
-        table = content[int(header["table_at"]) :].view(_TABLE)
-        if not len(records) or not len(table) or len(records) != header["num_samples"]:
+        rows, table_at = int(header["num_samples"]), int(header["table_at"])
+        table_bytes = len(content) - table_at
+        if not rows or at + rows * record.itemsize > len(content) or table_bytes <= 0 or table_bytes % _TABLE.itemsize:
             raise ValueError("incomplete")
+        records = content[at : at + rows * record.itemsize].view(record)
+        table = content[table_at:].view(_TABLE)
         columns = {name: records[f"f{i}"] for i, name in enumerate(names)}
         images = columns[names[kinds.index(_IMAGE_ID)]]
         order = np.argsort(table["at"], kind="stable")
         starts = table["at"][order]
         entry = np.minimum(np.searchsorted(starts, images["at"]), len(table) - 1)
         size = np.where(starts[entry] == images["at"], table["size"][order][entry].astype(np.int64), -1)
+        labels = np.array(columns["label"] if "label" in columns else columns[names[kinds.index(_INT_ID)]])
         texts = columns.get("path")
         if texts is None:
-            labels = columns["label"] if "label" in columns else columns[names[kinds.index(_INT_ID)]]
             paths = [f"train/{label}/{i:08d}" for i, label in enumerate(labels.tolist())]
         else:
             if texts["size"].max() > len(content) or texts["size"].sum() > len(content):
@@ -137,7 +141,7 @@ def parse_beton(content: Content, path: Path | Url) -> Beton:
     except (ValueError, KeyError, IndexError) as error:
         raise _not_whole(path, error) from error
     width, height, start = (images[name].astype(np.int64) for name in ("width", "height", "at"))
-    return Beton(content, np.array(images["mode"]), width, height, start, size, paths)
+    return Beton(content, np.array(images["mode"]), width, height, start, size, labels, paths)
 
 
 def _not_whole(path: Path | Url, error: Exception) -> UserError:

@@ -3,12 +3,9 @@
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-
-from moco_dist.data.images import NO_CLASS, ImageFolder, MissingDataError, cannot_read
-from moco_dist.data.index import image_paths
+from moco_dist.data.images import ImageFolder, MissingDataError, cannot_read
+from moco_dist.data.index import indexed_images
 from moco_dist.data.layout import IMAGE_SUFFIXES, folder_names, no_train, require_distinct, require_layout
-from moco_dist.data.names import Names
 from moco_dist.data.storage import read_patiently
 from moco_dist.errors import UserError, nearest
 
@@ -51,13 +48,10 @@ def folder_images(
         for name in folder_names(val):
             if name not in classes:
                 raise UserError(f"{val} has a class {name} that {train} lacks{nearest(name, classes)}")
-    paths = image_paths(folder, remember, index_folder)
+    paths, labels, content_hash = indexed_images(folder, classes, remember, index_folder)
     if not paths:
         raise MissingDataError(f"no image found in {folder}; files called {', '.join(IMAGE_SUFFIXES)} count as images")
-    label_of = {name: label for label, name in enumerate(classes)}
-    firsts = (path.partition("/") for path in paths)
-    labels = [label_of[first] if below else NO_CLASS for first, below, _ in firsts]
-    return ImageFolder(folder, Names.of(paths), np.array(labels, dtype=np.int64), tuple(classes))
+    return ImageFolder(folder, paths, labels, tuple(classes), known_content_hash=content_hash)
 
 
 def read_bytes(path: Path) -> bytes:

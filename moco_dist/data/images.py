@@ -3,7 +3,7 @@
 import errno
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -48,7 +48,6 @@ class Places(NamedTuple):
         facts: size in bytes and modification time in ns of each, as they were when it was listed.
         file: (N,) int32, index into `files`.
         offset, size: (N,) int64, bytes.
-        content_hash: `ImageFolder.content_hash` if it is known: for millions of images it takes seconds.
         tags: entity tag of each file at an address; empty for files on disks.
     """
 
@@ -57,7 +56,6 @@ class Places(NamedTuple):
     file: NDArray[np.int32]
     offset: NDArray[np.int64]
     size: NDArray[np.int64]
-    content_hash: str = ""
     tags: Sequence[str] = ()
 
 
@@ -70,8 +68,9 @@ class ImageFolder:
         paths: N relative paths with `/` between folders, sorted. They lie in arrays: looking up a string of a list
             changes its reference count, so that each worker would copy the list bit by bit.
         labels: (N,) int64, indices into `classes`; NO_CLASS for images of no class.
-        classes: sorted names.
+        classes: names in the order of their labels: sorted, unless a packed file says another order.
         places: where the images lie in files that hold many; None: each is a file, or in a packed one.
+        known_content_hash: `content_hash` where an index has it: for millions of images it takes seconds.
     """
 
     root: Path | Url
@@ -79,6 +78,7 @@ class ImageFolder:
     labels: NDArray[np.int64]
     classes: tuple[str, ...]
     places: Places | None = None
+    known_content_hash: str = ""
 
     @property
     def disk_root(self) -> Path:
@@ -94,14 +94,17 @@ class ImageFolder:
     @functools.cached_property
     def content_hash(self) -> str:
         """The same of what an image is called whatever the set is stored in, by `content_name`."""
-        if self.places is not None and self.places.content_hash:
-            return self.places.content_hash
-        return hash_of_list(map(content_name, self.paths, self.labels.tolist()))
+        return self.known_content_hash or hash_of_contents(self.paths, self.labels)
 
     @property
     def class_names_hash(self) -> str:
         """The same of the classes' names; "" where these are numbers, as WebDataset's are, for want of names."""
         return "" if all(map(str.isdigit, self.classes)) else hash_of_list(self.classes)
+
+
+def hash_of_contents(paths: Iterable[str], labels: NDArray[np.int64]) -> str:
+    """`ImageFolder.content_hash` of images."""
+    return hash_of_list(map(content_name, paths, labels.tolist()))
 
 
 def content_name(path: str, label: int) -> str:
@@ -123,10 +126,10 @@ def rows_of(folder: ImageFolder, rows: NDArray[np.int64]) -> ImageFolder:
     """Some of the images, in the order of `rows`; the classes stay."""
     paths, places = folder.paths, folder.places
     if places is not None:
-        places = places._replace(
-            file=places.file[rows], offset=places.offset[rows], size=places.size[rows], content_hash=""
-        )
-    return replace(folder, paths=paths.take(rows), labels=folder.labels[rows], places=places)
+        places = places._replace(file=places.file[rows], offset=places.offset[rows], size=places.size[rows])
+    return replace(
+        folder, paths=paths.take(rows), labels=folder.labels[rows], places=places, known_content_hash=""
+    )  # fmt: skip
 
 
 def share_of_classes(labels: NDArray[np.int64], share: float, seed: list[int], leave: int = 0) -> NDArray[np.bool_]:

@@ -12,6 +12,7 @@ from moco_dist.errors import UserError, nearest
 
 # Which files count as images. They are those of torchvision, whose import takes longer than listing a data set.
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+PARQUET_SUFFIX = ".parquet"
 # What file systems, file servers and archivers put among people's folders, with images in it that are nobody's.
 _LEFT_OUT = {"lost+found", "__macosx", "@eadir", "#recycle", "@recycle", "$recycle.bin", "system volume information"}
 _FILES_LOOKED_AT = 1000  # of a folder, to know what it holds
@@ -122,6 +123,20 @@ def holds_images(folder: Path) -> bool:
     looked_at = list(itertools.islice(names, _FILES_LOOKED_AT))
     images = sum(map(is_image, looked_at))
     return images > 0 and 2 * images >= len(looked_at)
+
+
+def parquet_below(folder: Path) -> list[Path]:
+    """Sorted parquet files in a folder, or below it as deep as the hub's repositories have them."""
+    found = [path for deep in ("*", "*/*", "*/*/*") for path in folder.glob(f"{deep}{PARQUET_SUFFIX}")]
+    return sorted(path for path in found if not any(map(is_left_out, path.relative_to(folder).parts)))
+
+
+def is_parquet(root: Path | Url) -> UserError:
+    """The error that a data root is parquet."""
+    return UserError(
+        f"{root} is parquet, in which reading one image means reading the row group it lies in, about 100 images; "
+        f"moco-dist data pack {root} OUT.beton makes a file of it, once, in which each is read alone"
+    )
 
 
 def _listed(names: list[str]) -> str:

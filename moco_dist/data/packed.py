@@ -9,7 +9,6 @@ Images are read, not mapped: a read error of mapped memory would kill the proces
 
 import contextlib
 import functools
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,19 +35,24 @@ def packed_images(path: Path, split: Literal["train", "val"]) -> ImageFolder:
     if not path.is_file():
         siblings = [file.name for file in path.parent.glob("*.beton")]
         raise MissingDataError(f"data root {path} is not a file{nearest(path.name, siblings)}")
-    return images_of_names(opened(path).names, path, split)
+    return images_of_split(opened(path), path, split)
 
 
-def images_of_names(names: Sequence[str], path: Path | Url, split: str) -> ImageFolder:
-    """`packed_images` of the names in a file.
+def images_of_split(beton: Beton, path: Path | Url, split: str) -> ImageFolder:
+    """`packed_images` of an open file. Its classes have the order that its labels say.
 
     Raises:
         UserError: it has no such split.
     """
+    names = beton.names
     paths = [name.removeprefix(f"{split}/") for name in names if name.startswith(f"{split}/")]
     if not paths:
         raise UserError(f"{path} has no {'validation' if split == 'val' else 'training'} images")
-    classes = sorted({name.split("/")[1] for name in names if name.count("/") > 1})
+    number_of: dict[str, int] = {}
+    for name, number in zip(names, beton.labels.tolist(), strict=True):
+        if name.count("/") > 1:
+            number_of.setdefault(name.split("/", 2)[1], number)
+    classes = sorted(number_of, key=lambda name: (number_of[name], name))
     label_of = {name: label for label, name in enumerate(classes)}
     labels = [label_of[path.partition("/")[0]] if "/" in path else NO_CLASS for path in paths]
     return ImageFolder(path / split, Names.of(paths), np.array(labels, dtype=np.int64), tuple(classes))

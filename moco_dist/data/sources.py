@@ -13,7 +13,8 @@ from moco_dist.config.address import Url
 from moco_dist.config.pretrain import DataConfig
 from moco_dist.data.beton import PACKED_SUFFIX
 from moco_dist.data.folder import folder_images, read_bytes
-from moco_dist.data.images import ImageFolder, subset
+from moco_dist.data.images import ImageFolder, MissingDataError, subset
+from moco_dist.data.layout import PARQUET_SUFFIX, is_parquet, parquet_below
 from moco_dist.data.tar.layout import find_shards
 from moco_dist.errors import UserError
 
@@ -35,6 +36,8 @@ def find_images(
         UserError: there is no such data set, no image in it, or `val` has a class that `train` lacks.
         InfrastructureError: an object store does not answer.
     """
+    if root.suffix == PARQUET_SUFFIX:
+        raise is_parquet(root)
     if isinstance(root, Url):
         return _of_split(_remote_splits(root, index_folder), root, split)
     if root.suffix == PACKED_SUFFIX:
@@ -45,7 +48,12 @@ def find_images(
         from moco_dist.data.tar.source import tar_splits
 
         return _of_split(tar_splits(root, shards, remember, index_folder), root, split)
-    return folder_images(root, split, remember, index_folder)
+    try:
+        return folder_images(root, split, remember, index_folder)
+    except MissingDataError:
+        if root.is_dir() and parquet_below(root):
+            raise is_parquet(root) from None
+        raise
 
 
 def _remote_splits(root: Url, index_folder: Path | None) -> dict[str, ImageFolder]:
@@ -84,6 +92,8 @@ def find_training_images(data: DataConfig, index_folder: Path | None = None) -> 
 
 def find_splits(root: Path | Url, remember: bool = True) -> dict[str, ImageFolder]:
     """`find_images` of `train`, and of `val` where there is one."""
+    if root.suffix == PARQUET_SUFFIX:
+        raise is_parquet(root)
     if isinstance(root, Url):
         return _remote_splits(root, None)
     if shards := find_shards(root):

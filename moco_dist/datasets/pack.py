@@ -22,6 +22,8 @@ from moco_dist.data.images import ImageError, ImageFolder
 from moco_dist.data.sources import bytes_reader, find_splits
 from moco_dist.data.storage import raise_if_storage_failed
 from moco_dist.datasets.compressed import decompressed, find_compressed
+from moco_dist.datasets.parquet import parquet_splits
+from moco_dist.datasets.parquet_files import find_parquet
 from moco_dist.datasets.unfinished import Chunk, Unfinished
 from moco_dist.distributed.stop import StopRequest
 from moco_dist.distributed.told import Told
@@ -31,6 +33,20 @@ from moco_dist.files import key_of
 from moco_dist.provenance import __version__
 
 CHUNK = 256  # images read and encoded at a time; a stop waits for them
+
+
+class Source(NamedTuple):
+    """What is packed.
+
+    Attributes:
+        splits: the images of `train`, and of `val` where there is one.
+        readers: of each split, a function from an image's number to its bytes and its name.
+        files: that hold many images each, and what they were like; empty where each image is a file.
+    """
+
+    splits: dict[str, ImageFolder]
+    readers: dict[str, Callable[[int], tuple[bytes | bytearray, str]]]
+    files: dict[str, list[int | str]]
 
 
 class Packed(NamedTuple):
@@ -43,7 +59,10 @@ class Packed(NamedTuple):
     problem: str = ""
 
 
-def pack(source: Path | Url, out: Path, max_side: int | None = None, quality: int = 90, raw_share: float = 0.0) -> Path:
+def pack(
+    source: Path | Url, out: Path, max_side: int | None = None, quality: int = 90, raw_share: float = 0.0,
+    image_column: str | None = None, label_column: str | None = None,
+) -> Path:  # fmt: skip
     """Write SOURCE's training and validation images to `out`, which appears complete or not at all.
 
     A call that is stopped keeps what it has packed, hidden beside `out`; the same call goes on from there, and its file
@@ -53,12 +72,14 @@ def pack(source: Path | Url, out: Path, max_side: int | None = None, quality: in
     cannot be read are left out and listed in OUT.unreadable.txt.
 
     Args:
-        source: SOURCE/train and SOURCE/val, a folder of images alone, or tar shards, which may be compressed; or the
-            address of plain ones.
+        source: SOURCE/train and SOURCE/val, a folder of images alone, tar shards, which may be compressed, or parquet
+            files; or the address of plain shards or of parquet.
         out: file to make, called *.beton.
         max_side: larger images are made smaller, to this longer side in pixels.
         quality: of JPEGs that are encoded anew, 1 to 100.
         raw_share: share of images stored as pixels: 4 to 5 times as large, and no decoding.
+        image_column: of parquet, where several are images by their types.
+        label_column: of parquet, where none is called `label` or several have classes.
 
     Returns:
         `out`.
@@ -73,37 +94,44 @@ def pack(source: Path | Url, out: Path, max_side: int | None = None, quality: in
     if out.exists():
         raise UserError(f"{out} exists; remove it or choose another name")
     if source.suffix == PACKED_SUFFIX:
-        raise UserError(f"{source} is packed already; what is packed is a folder or tar shards")
+        raise UserError(f"{source} is packed already; what is packed is a folder, tar shards or parquet")
     with contextlib.ExitStack() as stack:
-        plain, files = source, {}
-        if isinstance(source, Path) and (given := find_compressed(source)):
-            files = {str(file): [facts.st_size, facts.st_mtime_ns] for file in given for facts in [file.stat()]}
-            plain = stack.enter_context(decompressed(source, given, out))
-        splits = find_splits(plain)
-        if not files:
-            places = [folder.places for folder in splits.values() if folder.places]
-            files = {str(file): facts for of in places for file, facts in zip(of.files, of.facts, strict=True)}
-        return _pack(splits, files, source, out, max_side, quality, raw_share)
+        if parquet := find_parquet(source):
+            found = parquet_splits(parquet, image_column, label_column, CHUNK)
+            files: dict[str, list[int | str]] = {str(file.path): list(file.known) for file in parquet}
+            splits = {split: folder for split, (folder, _) in found.items()}
+            content = Source(splits, {split: read for split, (_, read) in found.items()}, files)
+        elif image_column or label_column:
+            raise UserError(f"--image-column and --label-column are for parquet, and {source} has none")
+        else:
+            plain, files = source, {}
+            if isinstance(source, Path) and (given := find_compressed(source)):
+                files = {str(file): [facts.st_size, facts.st_mtime_ns] for file in given for facts in [file.stat()]}
+                plain = stack.enter_context(decompressed(source, given, out))
+            splits = find_splits(plain)
+            if not files:
+                places = [folder.places for folder in splits.values() if folder.places]
+                files = {str(file): [*facts] for of in places for file, facts in zip(of.files, of.facts, strict=True)}
+            content = Source(splits, {split: bytes_reader(folder) for split, folder in splits.items()}, files)
+        recipe = {"source": str(source.absolute()), "max_side": max_side, "quality": quality, "raw_share": raw_share,
+                  "columns": [image_column, label_column]}  # fmt: skip
+        return _pack(content, recipe, source, out)
 
 
-def _pack(
-    splits: dict[str, ImageFolder], files: dict[str, list[int]], source: Path | Url, out: Path,
-    max_side: int | None, quality: int, raw_share: float,
-) -> Path:  # fmt: skip
-    recipe = {
-        "source": str(source.absolute()), "max_side": max_side, "quality": quality, "raw_share": raw_share,
+def _pack(content: Source, recipe: dict[str, Any], source: Path | Url, out: Path) -> Path:
+    recipe |= {
         "versions": [__version__, PIL.__version__], "chunk": CHUNK,
-        "files": sorted([file, *facts] for file, facts in files.items()),
-        "splits": {split: [folder.list_hash, key_of(folder.labels.tolist())] for split, folder in splits.items()},
+        "files": sorted([file, *facts] for file, facts in content.files.items()),
+        "splits": {name: [folder.list_hash, key_of(folder.labels.tolist())] for name, folder in content.splits.items()},
     }  # fmt: skip
-    total = sum(len(folder.paths) for folder in splits.values())
+    total = sum(len(folder.paths) for folder in content.splits.values())
     note = ""
     with (
         StopRequest(math.inf, World()) as stop,
         _unfinished(out, recipe) as unfinished,
         ThreadPoolExecutor(os.cpu_count()) as pool,
     ):
-        work = _Work(splits, pool, max_side, quality, raw_share)
+        work = _Work(content, pool, recipe["max_side"], recipe["quality"], recipe["raw_share"])
         with BetonWriter(unfinished.file, total) as writer:
             unreadable = _write(work, writer, unfinished, stop, out, total)
             if len(unreadable) == total:
@@ -152,17 +180,16 @@ class _Work:
     """
 
     def __init__(
-        self, splits: dict[str, ImageFolder], pool: ThreadPoolExecutor, max_side: int | None, quality: int,
-        raw_share: float,
-    ) -> None:  # fmt: skip
+        self, content: Source, pool: ThreadPoolExecutor, max_side: int | None, quality: int, raw_share: float
+    ) -> None:
         self.chunks = [
             (split, range(start, min(start + CHUNK, len(folder.paths))))
-            for split, folder in splits.items() for start in range(0, len(folder.paths), CHUNK)
+            for split, folder in content.splits.items() for start in range(0, len(folder.paths), CHUNK)
         ]  # fmt: skip
-        self._splits, self._pool, self._max_side, self._quality = splits, pool, max_side, quality
-        self._readers = {split: bytes_reader(folder) for split, folder in splits.items()}
+        self._content, self._pool, self._max_side, self._quality = content, pool, max_side, quality
         self._as_raw = {
-            split: np.random.default_rng(0).random(len(folder.paths)) < raw_share for split, folder in splits.items()
+            split: np.random.default_rng(0).random(len(folder.paths)) < raw_share
+            for split, folder in content.splits.items()
         }
 
     def pack(self, number: int, writer: BetonWriter) -> Chunk:
@@ -188,16 +215,17 @@ class _Work:
         return chunk.facts == self._facts(number) and all(self._encoded(split, i).problem for i, _ in chunk.unreadable)
 
     def _name_and_label(self, split: str, i: int) -> tuple[str, int]:
-        return f"{split}/{self._splits[split].paths[i]}", int(self._splits[split].labels[i])
+        folder = self._content.splits[split]
+        return f"{split}/{folder.paths[i]}", int(folder.labels[i])
 
     def _encoded(self, split: str, i: int) -> "Packed":
-        return _encode(self._readers[split], i, self._max_side, self._quality, bool(self._as_raw[split][i]))
+        return _encode(self._content.readers[split], i, self._max_side, self._quality, bool(self._as_raw[split][i]))
 
     def _facts(self, number: int) -> str:
-        """What the files of a chunk are like; "" for tar shards, of which the recipe says it."""
+        """What the files of a chunk are like; "" for files of many images, of which the recipe says it."""
         split, rows = self.chunks[number]
-        folder = self._splits[split]
-        return "" if folder.places else key_of(
+        folder = self._content.splits[split]
+        return "" if self._content.files else key_of(
             list(self._pool.map(lambda i: _size_and_time(folder.root / folder.paths[i]), rows))
         )  # fmt: skip
 

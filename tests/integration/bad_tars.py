@@ -40,6 +40,26 @@ def harmed(change):
     return make
 
 
+def inner(change):
+    """A tar of tars, the second of which is changed."""
+
+    def make(data, files):
+        parts = [write_tar(data / "x", files[half]).read_bytes() for half in (slice(40), slice(40, None))]
+        write_tar(data / "train.tar", [("a.tar", parts[0]), ("b.tar", change(parts[1]))])
+        (data / "x").unlink()
+
+    return make
+
+
+def crafted_size(content):
+    """The first member's size is as large as a header can say."""
+    header = bytearray(content[:512])
+    header[124:136] = b"\x80" + b"\xff" * 11
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header) + content[512:]
+
+
 def compressed_shards(data, files):
     (data / "train-0.tar.gz").write_bytes(gzip.compress(write_tar(data / "x", files).read_bytes(), 1))
     (data / "x").unlink()
@@ -70,5 +90,24 @@ TAR = {
     "pattern of compressed shards": (compressed_shards, "are compressed, so that no image", "/train-{0..1}.tar.gz"),
     "no such shard": (shards(whole), r"train-1\.tar is not a file; did you mean train-0\.tar\?", "/train-1.tar"),
     "image that is damaged": (shards(lambda files: [(name, content[:40]) for name, content in files]), r"cannot read image .*train-0\.tar", ""),
+    "a tar in it that is cut off": (inner(lambda c: c[: len(c) // 2]), r"train\.tar \(b\.tar in it\) is no tar file, is damaged or was cut off", ""),
+    "a tar in it that is none": (inner(lambda c: b"text" * 500), r"train\.tar \(b\.tar in it\) is no tar file", ""),
+    "a pattern of nothing that is there": (shards(whole), r"more-0\.tar is missing: 3 of the 3 shards of", "/more-{0..2}.tar"),
+    "a pattern that is upside down": (shards(whole), r"\{3\.\.1\} is neither a range", "/train-{3..1}.tar"),
+    "a pattern of what is no tar": (shards(whole), r"train-0\.zip, which .* names, is no tar file; shards are called NAME\.tar", "/train-{0,1}.zip"),
+    "a pattern of a million and more": (shards(whole), "names more than 1,000,000 shards", "/train-{0..9999999}.tar"),
+    "numbers beyond classes.txt": (lambda data, files: (shards([("a.jpg", b""), ("a.cls", b"2")])(data, files), (data / "classes.txt").write_text("cat\ndog\n")), r"a\.jpg in .* is of class number 2, and classes\.txt names 0 to 1", ""),
+    "classes.txt that is no text": (lambda data, files: (shards(whole)(data, files), (data / "classes.txt").write_bytes(b"\xff\xfe")), r"classes\.txt cannot be read", ""),
+    "a split in a shard of another": (shards(lambda files: [(f"val/{name}", content) for name, content in files]), r"train-0\.tar is called train and has images in a folder val .*; rename the shard", ""),
+    "val and validation": (lambda data, files: [write_tar(data / split / "0.tar", files) for split in ("train", "val", "validation")], "has shards in val and in validation; rename one of the two folders", ""),
+    "validation shards without training": (lambda data, files: write_tar(data / "val" / "0.tar", files), r"val has tar shards, and .*train has none", ""),
+    "a class that training lacks": (lambda data, files: (write_tar(data / "train.tar", files), write_tar(data / "val.tar", [("squid/0.jpg", b"")])), "squid/0.jpg: validation has a class squid that training lacks", ""),
+    "a class in two Unicode forms": (shards([("caf\u00e9/0.jpg", b""), ("cafe\u0301/0.jpg", b"")]), "two classes of .* look the same", ""),
+    "a shard without any member": (shards([]), r"no image found in .*; members called \.jpg", ""),
+    "a shard compressed by zstd": (harmed(lambda c: b"\x28\xb5\x2f\xfd" + c), r"train-1\.tar is compressed \(zst\)", ""),
+    "an image beyond the end": (harmed(lambda c: c[:512]), r"train-1\.tar is no tar file, is damaged or was cut off", ""),
+    "a header of a crafted size": (harmed(crafted_size), r"train-1\.tar (is no tar file, is damaged|has a header that cannot be read)", ""),
+    "with the loader of packed files": (shards(whole), "data.loader ffcv reads a packed file, and .* is one of tar shards, which torchvision reads", " --data.loader ffcv"),
+    "with the loader dali": (shards(whole), "data.loader dali reads files, and .* has tar shards, which torchvision reads", " --data.loader dali"),
     "too few images": (shards(lambda files: files[:3]), "has 3 images, less than one batch", ""),
 }  # fmt: skip

@@ -15,8 +15,6 @@ import torch
 
 from moco_dist.cli.main import main
 from tests.faults.processes import TINY
-from tests.integration.bad_tars import TAR
-from tests.tars import files_of, write_tar
 
 pytestmark = pytest.mark.slow
 PRETRAIN = ["pretrain", "--data.root", "DATA", "--run.dir", "RUN", *TINY, "--run.stop-at-step", "4"]
@@ -295,38 +293,6 @@ def test_data(folders, capsys, tmp_path, harm, says):
     words = [word if word != "NEW" else str(tmp_path / "run") for word in NEW]
     _fails(words, {**folders, "DATA": data}, says, capsys)
     assert not list(tmp_path.glob("run/checkpoints/*"))
-
-
-@pytest.mark.parametrize("case", TAR)
-def test_tar(folders, capsys, tmp_path, case):
-    make, says, rest = TAR[case]
-    data = tmp_path / "shards"
-    data.mkdir()
-    make(data, files_of(folders["DATA"] / "train"))
-    words = [f"{tmp_path}/run" if word == "NEW" else f"{data}{rest}" if word == "DATA" else word for word in NEW]
-    _fails(words, folders, says, capsys)
-    assert not list(tmp_path.glob("run/checkpoints/*"))
-
-
-def test_validation_that_tar_shards_lack(folders, capsys, tmp_path):
-    write_tar(tmp_path / "data" / "train.tar", files_of(folders["DATA"] / "train"))
-    words = ["linear", "--run-dir", "RUN", "--data.root", f"{tmp_path}/data"]
-    _fails(words, folders, "has no validation set; tar shards of one have val or validation in their names", capsys)
-
-
-@pytest.mark.parametrize(
-    ("words", "says"),
-    [
-        (
-            ["data", "prepare", "imagefolder", "--source", "X", "--out", "NEW"],
-            "has tar shards, and links lead to files",
-        ),
-        (["data", "pack", "X", "X"], "is no name for a packed file"),
-    ],
-)
-def test_commands_that_do_not_take_tar_shards(folders, capsys, tmp_path, words, says):
-    write_tar(tmp_path / "data" / "train.tar", files_of(folders["DATA"] / "train"))
-    _fails([f"{tmp_path}/data" if word == "X" else word for word in words], folders, says, capsys)
 
 
 def cut_off(run):

@@ -1,13 +1,16 @@
 """The index of a large folder is believed only as long as it is right."""
 
 import os
+import pickle
 import time
 
 import pytest
 
 from moco_dist.data import index
-from moco_dist.data.index import NAME, image_paths
-from moco_dist.data.layout import IMAGE_SUFFIXES
+from moco_dist.data.images import hash_of_contents, subset
+from moco_dist.data.index import NAME, indexed_images
+from moco_dist.data.layout import IMAGE_SUFFIXES, folder_names
+from moco_dist.data.mapped import MappedArray
 from moco_dist.data.sources import find_images
 from moco_dist.errors import UserError
 
@@ -30,12 +33,41 @@ def settle(folder):
             os.utime(path, (time.time() - 60, time.time() - 60 + len(path.name)))
 
 
+def image_paths(folder):
+    """As `find_images` asks for them."""
+    return list(indexed_images(folder, folder_names(folder)).paths)
+
+
 def test_is_written_and_used(folder, monkeypatch):
     paths = image_paths(folder)
     assert len(paths) == 12 and (folder / NAME).is_file()
     monkeypatch.setattr(index, "_scan", None)  # not called again
     assert image_paths(folder) == paths
-    assert find_images(folder, "train").paths == paths
+    found = find_images(folder, "train")
+    assert found.paths == paths and found.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    assert found.content_hash == hash_of_contents(paths, found.labels) and found.known_content_hash
+
+
+def test_its_arrays_are_mapped_and_not_of_this_process(folder):
+    image_paths(folder)
+    found = find_images(folder, "train")
+    assert isinstance(found.labels, MappedArray) and not found.labels.flags.writeable
+    other = pickle.loads(pickle.dumps(found))  # what another rank of the host is told
+    assert isinstance(other.labels, MappedArray) and other.paths == found.paths
+    assert len(pickle.dumps(found)) < 2000
+
+
+def test_other_classes_have_other_labels(folder):
+    """Those of a validation set are training's."""
+    assert indexed_images(folder, ["a", "b", "c"]).labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    assert indexed_images(folder, ["a", "ab", "b", "c"]).labels.tolist() == [0] * 4 + [2] * 4 + [3] * 4
+
+
+def test_a_part_of_the_images_has_a_hash_of_its_own(folder):
+    image_paths(folder)
+    found = find_images(folder, "train")
+    part = subset(found, 6)
+    assert part.content_hash == hash_of_contents(part.paths, part.labels) != found.content_hash
 
 
 CHANGES = {
@@ -47,6 +79,7 @@ CHANGES = {
     "a folder was renamed": lambda f: (f / "c").rename(f / "z"),
     "a file came beside the folders": lambda f: (f / "0.jpg").touch(),
     "the index is damaged": lambda f: (f / NAME).write_text('{"top": ['),
+    "the index is cut off": lambda f: (f / NAME).write_bytes((f / NAME).read_bytes()[:-8]),
     "the index is something else": lambda f: (f / NAME).write_text("[1, 2]"),
 }
 

@@ -1,14 +1,17 @@
 """The memory of a loader's workers does not grow with the files that they have named."""
 
-import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from moco_dist.data.index import NAME
+from moco_dist.data.index import NAME, VERSION
+from moco_dist.data.mapped import file_of
+from moco_dist.data.names import in_arrays
 from moco_dist.data.processes import made_by_processes
 from moco_dist.data.sources import find_images
 from moco_dist.data.workers import Files
+from moco_dist.files import write_whole
 
 IMAGES, CLASSES = 1_000_000, 10
 MAY_GROW_KB = 4_000  # a list of so many strings makes a worker grow by 76,000 kB and more
@@ -20,12 +23,13 @@ def folder(tmp_path):
     classes = [f"n{label:08d}" for label in range(CLASSES)]
     for name in classes:
         (tmp_path / name).mkdir()
-    known = {
-        "top": classes,
+    content, ends = in_arrays([f"{name}/{name}_{i:07d}.JPEG" for name in classes for i in range(IMAGES // CLASSES)])
+    facts = {
+        "version": VERSION, "top": classes, "classes": classes, "content_hash": "x",
         "folders": {name: (tmp_path / name).stat().st_mtime_ns for name in classes},
-        "paths": [f"{name}/{name}_{i:07d}.JPEG" for name in classes for i in range(IMAGES // CLASSES)],
-    }
-    (tmp_path / NAME).write_text(json.dumps(known))
+    }  # fmt: skip
+    labels = np.repeat(np.arange(CLASSES), IMAGES // CLASSES)
+    write_whole(tmp_path / NAME, file_of(facts, {"content": content, "ends": ends, "labels": labels}))
     return tmp_path
 
 

@@ -50,12 +50,10 @@ def remote_tar_splits(root: Url, index_folder: Path | None) -> dict[str, ImageFo
     facts = [[shard.known.size, shard.known.changed_ns] for shard in shards]
     splits = {}
     for split, listed in lists.splits.items():
-        places = Places(
-            files, facts, listed.shard, listed.offset, listed.size, lists.content_hashes[split],
-            [shard.known.tag for shard in shards],
-        )  # fmt: skip
+        tags = [shard.known.tag for shard in shards]
+        places = Places(files, facts, listed.shard, listed.offset, listed.size, tags)
         paths, classes = Names(listed.content, listed.ends), tuple(lists.classes)
-        splits[split] = ImageFolder(found.folder, paths, listed.label, classes, places)
+        splits[split] = ImageFolder(found.folder, paths, listed.label, classes, places, lists.content_hashes[split])
     return splits
 
 

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from moco_dist.config.address import Url
 from moco_dist.data.beton import JPEG, Beton, parse_beton
 from moco_dist.data.images import ImageFolder, Places
-from moco_dist.data.packed import images_of_names
+from moco_dist.data.packed import images_of_split
 from moco_dist.data.remote.store import Object, apart, asked, look_at, read_range
 from moco_dist.errors import UserError
 
@@ -33,7 +33,7 @@ def remote_packed_splits(root: Url) -> dict[str, ImageFolder]:
     for split in ("train", "val"):
         if not any(name.startswith(f"{split}/") for name in beton.names):
             continue
-        found = images_of_names(beton.names, root, split)
+        found = images_of_split(beton, root, split)
         rows = np.array([row_of[f"{split}/{path}"] for path in found.paths])
         places = Places(
             [root], [[known.size, known.changed_ns]], np.zeros(len(rows), np.int32), beton.start[rows], size[rows],

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from moco_dist.config.address import Url
 from moco_dist.data.images import MissingDataError
-from moco_dist.data.layout import is_image, is_left_out, split_of
+from moco_dist.data.layout import PARQUET_SUFFIX, is_image, is_left_out, is_parquet, split_of
 from moco_dist.data.remote.store import Listing, Object, asked, can_list, list_folder, look_at
 from moco_dist.data.tar.layout import COMPRESSED, SPLIT_FOLDERS, TAR_SUFFIX, expand, of_splits, split_by_name
 from moco_dist.data.tar.listing import CLASS_NAMES
@@ -164,6 +164,8 @@ def _of_folder(root: Url, lists: _Listings) -> list[RemoteShard]:
 def _no_shards(root: Url, here: Listing, lists: _Listings) -> UserError:
     if packed := [name for name in here.objects if name.lower().endswith(COMPRESSED)]:
         return _compressed(root / packed[0])
+    if any(name.endswith(PARQUET_SUFFIX) for name in here.objects):
+        return is_parquet(root)
     if here.folders or any(map(is_image, here.objects)):
         return MissingDataError(
             f"{root} has no tar shards (it has {', '.join([*here.folders, *here.objects][:3])}); images one by one are "

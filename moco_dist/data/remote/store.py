@@ -213,6 +213,8 @@ def _reason(text: str, url: Url, error: Exception) -> tuple[int, str]:
         return errno.EACCES, f"access is denied: {said}"
     if "region" in text and ("redirect" in text or (status and status[1].startswith(("301", "400")))):
         return errno.EACCES, f"the bucket is in another region than AWS_REGION says: {said or 'it was redirected'}"
+    if "Range request not supported" in text:
+        return errno.EINVAL, "the server gives no parts of a file, which images are; download it"
     if "error sending request" in text:
         return errno.EIO, "the server does not answer"
     line = text.partition("\n")[0]

@@ -110,7 +110,7 @@ class _Reader:
                     break
                 if member.offset_data + (member.size if member.isreg() else 0) > end:
                     raise tarfile.ReadError("unexpected end of data")
-                parts = [part for part in member.name.split("/") if part not in ("", ".")]
+                parts = _parts(member.name)
                 if parts and not any(map(is_left_out, parts)):
                     inner += self._member(member, parts, folder)
             self._require_end(tar.offset, end)
@@ -148,7 +148,7 @@ class _Reader:
                 "tar --dereference stores the files themselves"
             )
         if member.islnk():
-            target = "/".join(part for part in member.linkname.split("/") if part not in ("", "."))
+            target = "/".join(_parts(member.linkname))
             if folder + target not in self._images:
                 raise UserError(f"{name} in {self._shard} is a second name of {member.linkname}, which is not in it")
             return self._images[folder + target]
@@ -193,3 +193,8 @@ class _Reader:
                 if (label := labels.get(stem)) is not None:
                     return label
         return None
+
+
+def _parts(name: str) -> list[str]:
+    """The folders of a member and its own name, without what leads out of the archive: nothing is unpacked."""
+    return [part for part in name.split("/") if part not in ("", ".", "..")]

@@ -62,6 +62,11 @@ def tar_index(root: Path, shards: list[Shard], remember: bool, elsewhere: Path |
     Raises:
         UserError: of `read_shard` and `list_images`.
     """
+    return _known_or_made(root, tuple(shards), asked_of(root, shards), remember, elsewhere)
+
+
+def asked_of(root: Path, shards: Sequence[Shard]) -> str:
+    """What an index of these shards is known by: their names, splits, sizes and times."""
     folder = common_folder(shards)
     asked = {
         "version": VERSION,
@@ -69,7 +74,12 @@ def tar_index(root: Path, shards: list[Shard], remember: bool, elsewhere: Path |
         "shards": [[os.path.relpath(shard.path, folder), shard.split, *_facts(shard.path)] for shard in shards],
         "class names": _facts(folder / CLASS_NAMES),
     }
-    return _known_or_made(root, tuple(shards), json.dumps(asked), remember, elsewhere)
+    return json.dumps(asked)
+
+
+def place_of(root: Path, folder: Path) -> Path:
+    """Where the index of shards in `folder` lies, beside them."""
+    return folder / f"{NAME}-{hash_of_list([root.name])[:8]}"
 
 
 @functools.lru_cache(maxsize=1)  # both splits of a set are asked for, one after the other
@@ -80,7 +90,7 @@ def _known_or_made(
     folder = common_folder(shards)
     names = [name for name, *_ in json.loads(asked)["shards"]]
     facts = [row[2:] for row in json.loads(asked)["shards"]]
-    places = [folder / f"{NAME}-{hash_of_list([root.name])[:8]}"]
+    places = [place_of(root, folder)]
     if elsewhere is not None:
         places.append(elsewhere / f"{hash_of_list([str(folder.resolve()), root.name])[:16]}.tars")
     for place in places:

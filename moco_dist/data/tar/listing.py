@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moco_dist.config.address import Url
-from moco_dist.data.images import NO_CLASS, content_name
+from moco_dist.data.images import NO_CLASS, hash_of_contents
 from moco_dist.data.layout import IMAGE_SUFFIXES, require_distinct
-from moco_dist.data.names import hash_of_list, in_arrays
+from moco_dist.data.names import in_arrays
 from moco_dist.data.tar.headers import Label, ShardImages
 from moco_dist.data.tar.layout import SPLIT_FOLDERS, AnyShard
 from moco_dist.errors import UserError, nearest
@@ -115,28 +115,26 @@ def list_images(
         own, rows = [own[i] for i in order], rows[order]
         label = np.fromiter((label_of[classes_of[row]] for row in rows), np.int64, len(rows))
         listed[split] = Listed(*in_arrays(own), shard_of[rows], offset[rows], size[rows], label)
-        content_hashes[split] = hash_of_list(map(content_name, own, label.tolist()))
+        content_hashes[split] = hash_of_contents(own, label)
     return Lists(classes, listed, content_hashes)
 
 
 def _without_splits(names: list[str], root: Path | Url) -> tuple[list[str], list[str] | None]:
-    """The names without the folders that are no class: train and val, one above them, or one called as the tar file.
+    """The names without the folders that are no class: train and val, what lies above them, or one called as the file.
 
     Returns:
         the names, and what split their folders are of; None where they are of none.
     """
-    heads = {tuple(name.split("/", 2)[:-1][:2]) for name in names}
-    firsts = {head[0] if head else "" for head in heads}
-    if firsts <= set(SPLIT_FOLDERS):
-        depth = 1
-    elif len(firsts) == 1 and all(len(head) == 2 and head[1] in SPLIT_FOLDERS for head in heads):
-        depth = 2
-    elif firsts == {root.stem}:
+    folders = names[0].split("/")[:-1]
+    depth = next((i for i, folder in enumerate(folders) if folder in SPLIT_FOLDERS), None)
+    if depth is not None:
+        above = "".join(f"{folder}/" for folder in folders[:depth])
+        parts = [name.removeprefix(above).partition("/") for name in names if name.startswith(above)]
+        if len(parts) == len(names) and all(slash and folder in SPLIT_FOLDERS for folder, slash, _ in parts):
+            return [rest for _, _, rest in parts], [SPLIT_FOLDERS[folder] for folder, _, _ in parts]
+    if all(name.startswith(f"{root.stem}/") for name in names):
         return [name.partition("/")[2] for name in names], None
-    else:
-        return names, None
-    parts = [name.split("/", depth) for name in names]
-    return [part[-1] for part in parts], [SPLIT_FOLDERS[part[-2]] for part in parts]
+    return names, None
 
 
 def _splits(

@@ -35,11 +35,10 @@ def tar_splits(root: Path, shards: list[Shard], remember: bool, index_folder: Pa
     files = [index.folder / name for name in index.shards]
     splits = {}
     for split, listed in index.lists.splits.items():
-        places = Places(
-            files, index.facts, listed.shard, listed.offset, listed.size, index.lists.content_hashes[split]
-        )  # fmt: skip
+        places = Places(files, index.facts, listed.shard, listed.offset, listed.size)
         paths, classes = Names(listed.content, listed.ends), tuple(index.lists.classes)
-        splits[split] = ImageFolder(index.folder, paths, listed.label, classes, places)
+        known_hash = index.lists.content_hashes[split]
+        splits[split] = ImageFolder(index.folder, paths, listed.label, classes, places, known_hash)
     return splits
 
 

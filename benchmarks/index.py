@@ -1,6 +1,6 @@
 """How long a start takes to know its images, and how much memory that costs: 1.28 million of them, and 14 million.
 
-    python -m benchmarks.index [--folder FOLDER] [--quick]
+    python -m benchmarks.index [--folder FOLDER --repeats 3 --quick]
 
 Listing is measured on 1.28 million empty files, which listing cannot tell from images. An index is made of as many
 images as ImageNet-1k and ImageNet-22k have, of a folder, of tar shards and of shards in an object store (moto's server
@@ -39,7 +39,7 @@ from moco_dist.data.tar.listing import Listed, Lists
 from moco_dist.files import write_whole
 
 SIZES = ((1_281_167, 1_000, 1_024), (14_197_122, 21_841, 4_096))  # images, classes, shards
-REPEATS, WORKERS, ASKED = 3, 4, 200_000  # openings; forked workers; images that each asks for
+WORKERS, ASKED = 4, 200_000  # forked workers; images that each asks for
 OPEN = "--open"  # ROOT INDEX_FOLDER: what this script calls itself with
 NAME_BYTES = len("n00000000/n00000000_00000000.JPEG\n")
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "any", "AWS_SECRET_ACCESS_KEY": "any", "AWS_REGION": "us-east-1"}
@@ -157,12 +157,12 @@ def open_once(root: Path | Url, index_folder: Path) -> dict[str, float]:
     }  # fmt: skip
 
 
-def measured(root: Path | Url, index_folder: Path) -> dict[str, float]:
+def measured(root: Path | Url, index_folder: Path, repeats: int) -> dict[str, float]:
     """Medians of openings, each by a process of its own."""
     words = [sys.executable, "-m", "benchmarks.index", OPEN, str(root), str(index_folder)]
     readings = [
         json.loads(subprocess.run(words, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
-        for _ in range(REPEATS)
+        for _ in range(repeats)
     ]
     return {key: statistics.median(reading[key] for reading in readings) for key in readings[0]}
 
@@ -177,7 +177,8 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
-    args = results.parse(parser, sizes=((2_000, 10, 4),))
+    parser.add_argument("--repeats", type=int, default=3, help="openings, each by a process of its own")
+    args = results.parse(parser, sizes=((2_000, 10, 4),), repeats=1)
     sizes = getattr(args, "sizes", SIZES)
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
@@ -185,7 +186,7 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory(dir=args.folder) as scratch:
         make_files(Path(scratch) / "files", sizes[0][0], sizes[0][1])
-        listing = [listing_seconds(Path(scratch) / "files") for _ in range(REPEATS)]
+        listing = [listing_seconds(Path(scratch) / "files") for _ in range(args.repeats)]
         for images, classes, shards in sizes:
             for name, write in WAYS.items():
                 top = Path(scratch) / f"{name} {images}"
@@ -193,7 +194,7 @@ def main() -> None:
                 root = write(top, images, classes, shards)
                 kept = next(path for path in top.rglob("*") if path.is_file() and path.stat().st_size > images)
                 rows.append({"name": name, "classes": classes, "shards": shards if name != "folder" else None,
-                             "index_bytes": kept.stat().st_size, **measured(root, top)})  # fmt: skip
+                             "index_bytes": kept.stat().st_size, **measured(root, top, args.repeats)})  # fmt: skip
                 kept.unlink()
                 print(rows[-1])
     server.stop()

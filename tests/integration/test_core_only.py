@@ -74,11 +74,13 @@ def test_it_trains_without_any_optional_package(tmp_path):
         "deepspeed": ["--engine.kind", "deepspeed"], "dali": ["--data.loader", "dali"],
         "timm": ["--model.init", "timm:resnet10t"], "obstore": ["--data.root", "s3://bucket/set"],
     }  # fmt: skip
-    trained, evaluated, detected, features, tracked, *refused = without_optional(
+    (tmp_path / "x.parquet").touch()
+    trained, evaluated, detected, features, packed, tracked, *refused = without_optional(
         untracked,
         ["knn", "--run-dir", run, "--neighbours", "[5]", "--data.num-workers", "0", "--tracking", "none"],
         ["detect", "--run-dir", run, "--data.root", data],
         ["features", run, data, "--out", out],
+        ["data", "pack", tmp_path / "x.parquet", tmp_path / "x.beton"],
         [*tiny, "--run.dir", tmp_path / "tracked"],
         *([*untracked, "--run.dir", tmp_path / name, *flags] for name, flags in missing.items()),
     )
@@ -93,6 +95,7 @@ def test_it_trains_without_any_optional_package(tmp_path):
     for (status, line), what in (
         (detected, "pip install 'moco_dist[detection]'"),
         (features, "pip install 'moco_dist[parquet]', or write a .npz"),
+        (packed, "parquet is read by pyarrow: pip install 'moco_dist[parquet]'"),
         (tracked, "mlflow"),
     ):
         assert (status, line.count("\n")) == (2, 1), line

@@ -40,6 +40,12 @@ def roots(tmp_path_factory, store):
     labelled = with_labels(files)
     for i in range(2):
         write_tar(top / "webdataset" / f"x-train-{i:04d}.tar", labelled[30 * i : 30 * i + 30])
+    inner = []
+    for folder in "abc":
+        members = [(name[2:], content) for name, content in files if name.startswith(folder)]
+        inner.append((f"{folder}.tar", write_tar(top / "inner.tar", members).read_bytes()))
+    write_tar(top / "archive" / "ILSVRC2012_img_train.tar", inner)
+    write_tar(top / "plain" / "set.tar", [(f"data/set/train/{name}", content) for name, content in shuffled])
     pack(top / "folder", top / "x.beton")
     store.put("set")
     store.put_folder(top / "tars", "set/tars")
@@ -48,6 +54,8 @@ def roots(tmp_path_factory, store):
         "folder": ["--data.root", str(top / "folder")],
         "tars": ["--data.root", str(top / "tars")],
         "webdataset": ["--data.root", str(top / "webdataset" / "x-train-{0000..0001}.tar")],
+        "a tar of tars": ["--data.root", str(top / "archive" / "ILSVRC2012_img_train.tar")],
+        "a tar of folders": ["--data.root", str(top / "plain")],
         "packed": ["--data.root", str(top / "x.beton"), "--data.loader", "ffcv"],
     }
 

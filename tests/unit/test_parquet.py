@@ -162,18 +162,35 @@ def test_a_stopped_one_goes_on_to_the_same_file(hub, tmp_path, monkeypatch, caps
     assert (tmp_path / "x.beton").read_bytes() == whole.read_bytes()
 
 
-def test_another_column_or_another_file_begins_anew(hub, images, tmp_path, monkeypatch):
+def other_bytes(file, images):
+    """The first image is another one, of the same name."""
+    write_parquet(file, [(images[19][0], images[0][1]), *images[1:]], [0] * 20, CLASSES, 3, mask=masks(images))
+
+
+def masks(images):
+    """A second column of images, whose names are those of the first."""
+    return [{"bytes": data, "path": name} for (data, _), (_, name) in zip(images[::-1], images, strict=True)]
+
+
+@pytest.mark.parametrize("column", ["image", "mask"])
+def test_another_column_or_another_file_begins_anew(images, tmp_path, monkeypatch, column):
     monkeypatch.setattr(packing, "CHUNK", 4)
-    original = packing._encode
-    monkeypatch.setattr(packing, "_encode", lambda read, i, *options: (_ for _ in ()).throw(Preempted("x")) if i == 9
-                        else original(read, i, *options))  # fmt: skip
+    made, file, original = images[0], tmp_path / "x.parquet", packing._encode
+    write_parquet(file, made, [0] * 20, CLASSES, 3, mask=masks(made))
+
+    def stops(read, i, *options):
+        if i == 9:
+            raise Preempted("x")
+        return original(read, i, *options)
+
+    monkeypatch.setattr(packing, "_encode", stops)
     with pytest.raises(Preempted):
-        pack(hub, tmp_path / "x.beton")
+        pack(file, tmp_path / "x.beton", image_column="image")
     monkeypatch.setattr(packing, "_encode", original)
-    made, labels = images
-    shard = hub / "data" / "train-00000-of-00003.parquet"
-    write_parquet(shard, [made[19], *made[1:7]], labels[:7], CLASSES, 3)
-    assert contents(pack(hub, tmp_path / "x.beton"))[0][2] == made[19][0]
+    if column == "image":
+        other_bytes(file, made)
+    pack(file, tmp_path / "x.beton", image_column=column)
+    assert contents(tmp_path / "x.beton")[0][2] == made[19][0]
 
 
 def test_from_a_store_as_from_a_disk(hub, tmp_path, monkeypatch):

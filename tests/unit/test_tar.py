@@ -78,6 +78,11 @@ def one_file(photos, out):
     return write_tar(out / "set.tar", [(f"./set/{name}", content) for name, content in files_of(photos)])
 
 
+def folders_above(photos, out):
+    """As `tar -P` stores a whole path, and Python one that begins with `..`."""
+    return write_tar(out / "x.tar", [(f"/../data/my sets/{name}", content) for name, content in files_of(photos)])
+
+
 def pattern(photos, out):
     return shards_beside(photos, out) / "set-train-{0000..0001}.tar"
 
@@ -114,6 +119,7 @@ LAYOUTS = {
     "POSIX names": posix,
     "folders of shards": in_split_folders,
     "one file of both splits": one_file,
+    "a whole path in each name": folders_above,
     "a pattern of training shards": pattern,
     "a pattern of both": both_patterns,
     "a tar of tars": tar_of_tars,

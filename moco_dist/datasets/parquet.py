@@ -20,7 +20,7 @@ from moco_dist.data.layout import require_distinct
 from moco_dist.data.names import Names
 from moco_dist.data.remote.store import cannot_ask
 from moco_dist.data.remote.window import WindowFile
-from moco_dist.datasets.parquet_columns import Columns, find_columns
+from moco_dist.datasets.parquet_columns import Columns, distinct, find_columns
 from moco_dist.datasets.parquet_files import ParquetFile
 from moco_dist.distributed.told import Told
 from moco_dist.distributed.world import World
@@ -118,7 +118,7 @@ def _classes(
         if known and isinstance(known[0], str):
             require_distinct(files[0].path.parent, [str(label) for label in known])
             number = {label: i for i, label in enumerate(known)}
-            texts = {i: str(label).replace("/", "_") for label, i in number.items()}
+            texts = dict(enumerate(distinct([str(label) for label in known])))
             return texts, lambda label: NO_CLASS if label is None else number[label]
         width = len(str(known[-1])) if known else 0
         name_of = {int(label): f"{label:0{width}d}" for label in known}  # type: ignore[arg-type]

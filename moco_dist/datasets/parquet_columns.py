@@ -179,11 +179,16 @@ def _kind(feature: Any) -> str:
 
 
 def _class_names(schema: Any, label: str) -> list[str]:
-    """By number, where the schema has them; one that is empty or there twice (as "crane" may be) gets its number."""
+    """By number, where the schema has them."""
     feature = _features(schema).get(label)
     names = feature.get("names") if feature and _kind(feature) == "ClassLabel" else None
     if not isinstance(names, list) or _is_text(schema.field(label).type):
         return []
-    names = [str(name).replace("/", "_").strip() for name in names]
+    return distinct([str(name) for name in names])
+
+
+def distinct(names: list[str]) -> list[str]:
+    """Names of classes as folders; one that is empty or there twice (as "crane" may be) gets its number."""
+    names = [name.replace("/", "_").strip() for name in names]
     counted = Counter(names)
     return [name if name and counted[name] == 1 else f"{name} {i}".strip() for i, name in enumerate(names)]

@@ -8,8 +8,8 @@ from moco_dist.config.address import Url
 from moco_dist.config.loading import is_pattern
 from moco_dist.data.images import MissingDataError
 from moco_dist.data.layout import PARQUET_SUFFIX, holds_images, is_left_out, parquet_below
-from moco_dist.data.remote.store import Object, asked, can_list, list_folder, look_at
-from moco_dist.data.tar.layout import SPLIT_FOLDERS, expand, of_splits, split_by_name
+from moco_dist.data.remote.store import Object, apart, asked, can_list, list_folder, look_at
+from moco_dist.data.tar.layout import COMPRESSED, SPLIT_FOLDERS, TAR_SUFFIX, expand, of_splits, split_by_name
 from moco_dist.errors import UserError, nearest
 
 _OF_SO_MANY = re.compile(r"(.*)-(\d+)-of-(\d+)")
@@ -35,9 +35,13 @@ def find_parquet(source: Path | Url) -> list[ParquetFile]:
         InfrastructureError: the store does not answer.
     """
     if source.suffix == PARQUET_SUFFIX:
-        found = _named(source)
+        found = apart(lambda: _named(source)) if isinstance(source, Url) else _named(source)
         return of_splits([_of_split(path, known, path.parent) for path, known in found], source)
-    found = _below_url(source, _DEEPEST) if isinstance(source, Url) else _below_folder(source)
+    if isinstance(source, Url):
+        is_tar = "{" in source or source.name.lower().endswith((TAR_SUFFIX, *COMPRESSED))
+        found = [] if is_tar or not can_list(source) else apart(lambda: _below_url(source, _DEEPEST))
+    else:
+        found = _below_folder(source)
     if not found:
         return []
     files = [_of_split(path, known, source) for path, known in sorted(found)]
@@ -67,8 +71,6 @@ def _below_folder(source: Path) -> list[tuple[Path | Url, Object]]:
 
 
 def _below_url(folder: Url, depth: int) -> list[tuple[Path | Url, Object]]:
-    if not can_list(folder) or folder.suffix:
-        return []
     listing = asked(lambda: list_folder(folder), folder)
     found: list[tuple[Path | Url, Object]] = [
         (folder / name, known) for name, known in listing.objects.items() if name.endswith(PARQUET_SUFFIX)

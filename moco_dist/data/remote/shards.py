@@ -15,6 +15,7 @@ from moco_dist.data.tar.listing import CLASS_NAMES
 from moco_dist.errors import UserError, nearest
 
 INDEX_NAME = "moco_dist.idx"  # beside the shards, if somebody has put it there
+_FOLDERS_LOOKED_INTO = 4  # for parquet, where there are no shards
 ASKED_AT_ONCE = 16  # objects of a server that cannot list them
 
 
@@ -164,7 +165,8 @@ def _of_folder(root: Url, lists: _Listings) -> list[RemoteShard]:
 def _no_shards(root: Url, here: Listing, lists: _Listings) -> UserError:
     if packed := [name for name in here.objects if name.lower().endswith(COMPRESSED)]:
         return _compressed(root / packed[0])
-    if any(name.endswith(PARQUET_SUFFIX) for name in here.objects):
+    looked_into = [here, *(lists.of(root / name) for name in here.folders[:_FOLDERS_LOOKED_INTO])]
+    if any(name.endswith(PARQUET_SUFFIX) for listing in looked_into for name in listing.objects):
         return is_parquet(root)
     if here.folders or any(map(is_image, here.objects)):
         return MissingDataError(

@@ -164,10 +164,18 @@ def loader_parts(result: Result) -> str:
 def sources(result: Result) -> str:
     """Loading by what the images lie in."""
     rows = [
-        [r["name"], f"{r['images_per_second']:,.0f}", f"{r['cpu_ms_per_image']:.2f}", f"{r['cpu_beside_folder']:.2f}"]
+        [r["name"], f"{r['images_per_second']:,.0f}", f"{r['rate_beside_folder']:.2f}", f"{r['cpu_ms_per_image']:.2f}",
+         f"{r['cpu_beside_folder']:.2f}"]
         for r in result["rows"]
-    ]
-    return markdown(["", "images/s", "CPU ms an image", "× the folder's CPU"], rows) + origin(result)
+    ]  # fmt: skip
+    peers = ", ".join(f"{name} {version}" for name, version in result["peers"].items())
+    facts = f"{result['images']:,} images of {' × '.join(map(str, result['image_size']))}, {result['rounds']} rounds"
+    facts += f"; {peers}.\n" if peers else ".\n"
+    if index := result.get("index"):
+        facts += (f"Listing {index['images']:,} images of {index['image_bytes']:,} bytes in {index['shards']:,} shards "
+                  f"of the store by their headers: {index['requests']:,} requests, {index['seconds']:.1f} s.\n")  # fmt: skip
+    columns = ["", "images/s", "× the folder's rate", "CPU ms an image", "× the folder's CPU"]
+    return f"{markdown(columns, rows)}\n{facts}{origin(result)}"
 
 
 def parquet(result: Result) -> str:

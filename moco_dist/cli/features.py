@@ -5,6 +5,7 @@ from pathlib import Path
 
 from moco_dist.cli.arguments import Parser
 from moco_dist.cli.ranks import ranks
+from moco_dist.config.address import Url
 from moco_dist.config.architectures import KNOWN
 from moco_dist.config.evaluate import EvalConfig
 from moco_dist.config.source import read_config
@@ -23,7 +24,9 @@ def main(words: list[str]) -> int:
         epilog="On several GPUs: torchrun --nproc-per-node N -m moco_dist features ...",
     )
     parser.add_argument("backbone", type=Path, metavar="RUN|FILE", help="a run, or a file as moco-dist import takes it")
-    parser.add_argument("images", type=Path, metavar="IMAGES", help="a folder, tar shards or a packed file")
+    parser.add_argument(
+        "images", type=Url, metavar="IMAGES", help="a folder, tar shards, a packed file, or their address"
+    )
     parser.add_argument("--out", type=Path, required=True, help="FILE.parquet (extra: parquet) or FILE.npz")
     parser.add_argument("--arch", default="resnet50", help=f"of FILE: {KNOWN} [default: %(default)s]")
     parser.add_argument("--stem", default="imagenet", help="of FILE: imagenet or cifar [default: %(default)s]")

@@ -76,9 +76,13 @@ def root_of(text: str | Path) -> Path | Url:
     """The data root that a user means.
 
     Raises:
-        UserError: it looks like an address and is none, or has a password in it; or `path_of`'s.
+        UserError: it looks like an address and is none, has a password in it, or was one before it became a path; or
+            `path_of`'s.
     """
-    if isinstance(text, Path) or not (found := _LIKE_ONE.match(text)):
+    found = _LIKE_ONE.match(str(text))
+    if isinstance(text, Path) and found and found[1].lower() in SCHEMES and not text.exists():
+        raise UserError(f"{text}: an address is given as text; a Path makes {found[1]}:/ of {found[1]}://")
+    if isinstance(text, Path) or not found:
         return path_of(text)
     scheme, rest = found[1].lower(), text[found.end() :].lstrip("/")
     if has_credentials(text) or "?" in text or "#" in text:
@@ -113,7 +117,9 @@ class _RootSchema:
     @classmethod
     def __get_pydantic_core_schema__(cls, _source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         def read(value: Any, read_path: core_schema.ValidatorFunctionWrapHandler) -> Path | Url:
-            return value if isinstance(value, Url) else root_of(value) if isinstance(value, str) else read_path(value)
+            if isinstance(value, Url):
+                return value
+            return root_of(value) if isinstance(value, str | Path) else read_path(value)
 
         written = core_schema.to_string_ser_schema(when_used="json")
         return core_schema.no_info_wrap_validator_function(read, handler(Path), serialization=written)

@@ -81,4 +81,19 @@ class LoadingConfig(Section):
     prefetch_batches: PositiveInt = setting(
         2, "batches ready ahead of the step: of each worker; dali: of the rank", changes="speed"
     )
+    cache_dir: Path | None = setting(
+        None,
+        "folder on a disk of the host, in which what is read from an address is kept for the next epoch, by all its "
+        "ranks and runs; default: nothing is kept, in evaluations the run's",
+        changes="speed",
+        per_host=True,
+    )
+    cache_bytes: int | None = setting(
+        None,
+        "the most that may lie in data.cache_dir; default: nine tenths of what is free",
+        changes="speed",
+        per_host=True,
+        unit="bytes",
+        gt=0,
+    )
     dali: DaliConfig = DaliConfig()

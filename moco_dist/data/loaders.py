@@ -18,6 +18,7 @@ from moco_dist.data.crops import centre_resize
 from moco_dist.data.images import ImageFolder
 from moco_dist.data.packed import PackedFile
 from moco_dist.data.plan import Plan
+from moco_dist.data.remote.cache import opened_cache
 from moco_dist.data.remote.source import RemoteImages
 from moco_dist.data.remote.store import is_used_here
 from moco_dist.data.tar.source import TarShards
@@ -102,11 +103,9 @@ def load(
         UserError: the loader is not installed, or does not read this kind of data; while batches are taken, an
             ImageError names a file that cannot be read, and an InfrastructureError a folder that is gone.
     """
-    is_remote = isinstance(folder.root, Url)
-    is_packed = (folder.places is None or is_remote) and folder.root.parent.suffix == PACKED_SUFFIX
-    if is_packed and data.loader != "ffcv":
+    if is_packed(folder) and data.loader != "ffcv":
         raise UserError(f"{folder.root.parent} is a packed file, which data.loader ffcv reads, not {data.loader}")
-    if data.loader == "ffcv" and not is_packed:
+    if data.loader == "ffcv" and not is_packed(folder):
         what = "a folder" if folder.places is None else "one of tar shards, which torchvision reads"
         raise UserError(
             f"data.loader ffcv reads a packed file, and {folder.root} is {what}; "
@@ -121,15 +120,23 @@ def load(
         from moco_dist.data.dali import batches_from_dali
 
         return batches_from_dali(folder, task_of, numbers, size, data, world, must_end)
-    if is_remote and is_used_here():
+    if isinstance(folder.root, Url) and is_used_here():
         data = data.model_copy(update={"num_workers": 0})  # a child of this process could not use obstore
-    return batches_from_workers(_source_of(folder, is_packed), task_of, numbers, size, data, world, must_end, on_lost)
+    source = _source_of(folder, data)
+    return batches_from_workers(source, task_of, numbers, size, data, world, must_end, on_lost)
 
 
-def _source_of(folder: ImageFolder, is_packed: bool) -> Source:
+def is_packed(folder: ImageFolder) -> bool:
+    """Whether the images lie in a packed file, which has the training and the validation images like folders in it."""
+    return (folder.places is None or isinstance(folder.root, Url)) and folder.root.parent.suffix == PACKED_SUFFIX
+
+
+def _source_of(folder: ImageFolder, data: DataConfig | EvalDataConfig) -> Source:
     if isinstance(folder.root, Url):
-        return RemoteImages(folder)
-    if is_packed:
+        assert folder.places is not None
+        cache = data.cache_dir and opened_cache(data.cache_dir, data.cache_bytes, folder.root, folder.places)
+        return RemoteImages(folder, cache)
+    if is_packed(folder):
         return PackedFile(folder)
     return Files(folder) if folder.places is None else TarShards(folder)
 

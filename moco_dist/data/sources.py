@@ -60,7 +60,7 @@ def _remote_splits(root: Url, index_folder: Path | None) -> dict[str, ImageFolde
     if root.suffix == PACKED_SUFFIX:
         from moco_dist.data.remote.packed import remote_packed_splits
 
-        return remote_packed_splits(root)
+        return remote_packed_splits(root, index_folder)
     from moco_dist.data.remote.index import remote_tar_splits
 
     return remote_tar_splits(root, index_folder)

@@ -7,9 +7,11 @@ import resource
 import shutil
 from pathlib import Path
 
+from moco_dist.config.address import Url
 from moco_dist.config.architectures import blocks_in
 from moco_dist.config.loading import worker_count
 from moco_dist.config.pretrain import PretrainConfig
+from moco_dist.data.remote.cache import kept_bytes
 from moco_dist.doctor.finding import Finding, fine, problem, warning
 from moco_dist.run.size import checkpoint_bytes
 
@@ -35,6 +37,7 @@ def check(config: PretrainConfig, ranks_per_host: int, world_size: int) -> list[
         cores(config, ranks_per_host),
         gpus(config, ranks_per_host),
         disk(config, world_size),
+        *cache(config),
     ]
 
 
@@ -152,11 +155,27 @@ def gpus(config: PretrainConfig, ranks: int) -> Finding:
     return fine("GPUs", f"{count} x {torch.cuda.get_device_name()}")
 
 
+def cache(config: PretrainConfig) -> list[Finding]:
+    """Room in data.cache_dir. A run goes on without one, so nothing about it is an error."""
+    wanted, most = config.data.cache_dir, config.data.cache_bytes
+    if wanted is None:
+        return []
+    if not isinstance(config.data.root, Url):
+        return [warning("cache", "data.cache_dir is not used: data.root is no address")]
+    folder = _existing(wanted)
+    if not os.access(folder, os.W_OK):
+        return [warning("cache", f"{wanted} cannot be written, so nothing is kept: another --data.cache-dir")]
+    free, kept = shutil.disk_usage(folder).free, kept_bytes(wanted)
+    text = f"{wanted} has {free / 1e9:,.1f} GB free, and holds {kept / 1e9:,.1f} GB"
+    if most is not None and most > kept + free:
+        return [warning("cache", f"{text}, less than data.cache_bytes ({most / 1e9:,.1f} GB): what does not fit is "
+                        "fetched in every epoch")]  # fmt: skip
+    return [fine("cache", text)]
+
+
 def disk(config: PretrainConfig, world_size: int) -> Finding:
     """Room for the checkpoints that are kept, and the one being written."""
-    folder = config.run.dir.absolute()
-    while not folder.exists():
-        folder = folder.parent
+    folder = _existing(config.run.dir)
     if not os.access(folder, os.W_OK):
         return problem("run folder", f"{config.run.dir} cannot be written: another --run.dir")
     needed = checkpoint_bytes(config, world_size) * (config.checkpoint.keep_last + 1)
@@ -165,3 +184,9 @@ def disk(config: PretrainConfig, world_size: int) -> Finding:
         return problem("disk", f"{folder} has {free / 1e9:,.1f} GB free, checkpoints take {needed / 1e9:,.1f} GB: "
                        "another --run.dir, or fewer checkpoint.keep_last")  # fmt: skip
     return fine("disk", f"{free / 1e9:,.1f} GB free, checkpoints take {needed / 1e9:,.1f} GB")
+
+
+def _existing(path: Path) -> Path:
+    """The nearest folder on the way to `path` that is there."""
+    path = path.absolute()
+    return next(folder for folder in (path, *path.parents) if folder.exists())

@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moco_dist.config.address import Url
 from moco_dist.config.evaluate import EvalConfig
 from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.config.source import read_config
-from moco_dist.data.beton import PACKED_SUFFIX
 from moco_dist.data.images import NO_CLASS, ImageFolder
+from moco_dist.data.loaders import is_packed
 from moco_dist.data.sources import find_images
 from moco_dist.distributed.collectives import barrier
 from moco_dist.distributed.once import once_a_host
@@ -94,15 +95,14 @@ def open_backbone(
     return OpenedBackbone(encoder, resize, crop, identity)
 
 
-def images_of(root: Path, index_folder: Path | None, world: World) -> ImageFolder:
-    """All images below a folder, in tar shards or in a packed file; of ROOT/train where there is one."""
+def images_of(root: Path | Url, index_folder: Path | None, world: World) -> ImageFolder:
+    """All images of a folder, of tar shards or of a packed file, also at an address; of `train` where there is one."""
     return once_a_host(lambda: find_images(root, "train", index_folder is not None, index_folder), str(root), world)
 
 
 def evaluation_of(opened: OpenedBackbone, images: ImageFolder, config: EvalConfig, world: World) -> Evaluation:
     """What `extract` takes, with the images as both splits."""
-    is_packed = images.places is None and images.root.parent.suffix == PACKED_SUFFIX
-    data = config.data.model_copy(update={"loader": "ffcv" if is_packed else "torchvision"})
+    data = config.data.model_copy(update={"loader": "ffcv" if is_packed(images) else "torchvision"})
     config, encoder = config.model_copy(update={"data": data}), opened.encoder
     return Evaluation(config, encoder.pretrain, images, images, opened.resize, opened.crop, encoder.dtype, world)
 
@@ -123,7 +123,7 @@ def require_suffix(out: Path) -> None:
             raise UserError(f"--out {out}: {error}; {how}") from error
 
 
-def write_features(opened: OpenedBackbone, root: Path, out: Path, config: EvalConfig, world: World) -> int:
+def write_features(opened: OpenedBackbone, root: Path | Url, out: Path, config: EvalConfig, world: World) -> int:
     """Write the features of all images of `root` into one file. Called by all ranks, each of which encodes its share.
 
     What is encoded is kept in `config.run_dir` until the file is written, so that the same call goes on where it was

@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor, nn
 
+from moco_dist.config.address import Url, root_of
 from moco_dist.config.evaluate import EvalConfig, EvalDataConfig
 from moco_dist.config.section import path_of
 from moco_dist.data.crops import centre_resize
@@ -66,7 +67,12 @@ class Backbone:
         if isinstance(image, Image.Image):
             pixels = np.array(image.convert("RGB"))
             return cut_pixels(pixels, size, crops(pixels.shape[1], pixels.shape[0]))[0]
-        return cut(read_bytes(path_of(image)), str(image), size, crops)[0]
+        path = root_of(image)
+        if isinstance(path, Url):
+            raise UserError(
+                f"{path}: images one by one are not read from an address; features() reads tar shards there"
+            )
+        return cut(read_bytes(path), str(image), size, crops)[0]
 
     def __call__(self, images: Tensor) -> Tensor:
         """Features float32 (N, D) of crops uint8 (N, 3, S, S), on the backbone's device, without gradient."""
@@ -76,17 +82,19 @@ class Backbone:
         return self._opened.encoder(images)
 
     def features(self, images: str | Path, batch_size: int = 256, num_workers: int | None = None) -> Features:
-        """Features of all images of a folder, tar shards or a packed file; `moco-dist features` has them in a file.
+        """Features of all images of a folder, tar shards or a packed file, also at an address.
+
+        `moco-dist features` has them in a file.
 
         Args:
-            images: where they are.
+            images: where they are; an address as text, since a Path makes `s3:/` of `s3://`.
             batch_size: images at once.
             num_workers: loader processes; 0 loads in this process, None takes as many as there are cores to spare.
 
         Raises:
             UserError: there is no image, or one cannot be read.
         """
-        found = images_of(path_of(images), None, self._world)
+        found = images_of(root_of(images), None, self._world)
         data = EvalDataConfig(batch_size=batch_size, num_workers=num_workers)
         evaluation = evaluation_of(self._opened, found, EvalConfig(run_dir=Path(), data=data), self._world)
         encoded = extract(evaluation, self._opened.encoder, "train", keep=False)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from moco_dist.config.evaluate import EvalConfig, EvalDataConfig
+from moco_dist.config.loading import LoadingConfig
 from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.distributed.collectives import all_reduce_sum
 from moco_dist.distributed.world import World
@@ -69,8 +70,7 @@ class Probe:
 
 def _evaluation(config: PretrainConfig, world: World) -> Evaluation:
     """What a `Probe` evaluates on."""
-    shared = ("loader", "num_workers", "prefetch_batches", "dali")
-    data = EvalDataConfig(**{name: getattr(config.data, name) for name in shared})
+    data = EvalDataConfig(**{name: getattr(config.data, name) for name in ("loader", *LoadingConfig.model_fields)})
     num_train = min(config.log.knn_train_samples, config.data.max_samples or config.log.knn_train_samples)
     train, val = labelled_images(config.data.root, num_train, config.log.knn_val_samples, config.run.dir, world)
     remember(config.data.root, RunFolder(config.run.dir).data_roots, world)

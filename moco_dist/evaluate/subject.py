@@ -126,6 +126,9 @@ def open_evaluation(config: EvalConfig, world: World) -> Evaluation:
     """
     pretrain = RunFolder(config.run_dir).settings("run_dir")
     data = config.data.model_copy(update={"loader": config.data.loader or pretrain.data.loader})
+    if data.cache_dir is None:
+        of_run = {name: getattr(pretrain.data, name) for name in ("cache_dir", "cache_bytes")}
+        data = data.model_copy(update=of_run)
     config = config.model_copy(update={"data": data})
     root = data.root or pretrain.data.root
     train, val = labelled_images(root, data.max_train_samples, data.max_val_samples, config.run_dir, world)

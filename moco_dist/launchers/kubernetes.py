@@ -20,6 +20,7 @@ from moco_dist.launchers.render import render
 DATA, RUNS = "/data", "/runs"  # where the claims are, in a container
 CONFIG = "/etc/moco-dist/config.yaml"
 RUNTIME_SECONDS = 10  # until Trainer's webhook has heard of a runtime that was made just before its TrainJob
+CACHE_MARGIN, CACHE_MARGIN_MIB = 1.05, 64  # beyond data.cache_bytes: Kubernetes ends a pod whose volume has more
 SHM_GIB_PER_GPU = 2  # 8 loaders, two prefetched batches each, of 32 samples with two views of 224 px: 0.2 GB; x 10
 
 # What kubectl says where the cluster's server does not answer.
@@ -96,12 +97,19 @@ def manifest(job: Job, config: PretrainConfig | LinearConfig, options: Kubernete
         preempted=EXIT_PREEMPTED,
         secrets=[name for name in (options.mlflow_secret, options.data_secret) if name],
         data_claim=_data_claim(config, options),
+        cache_dir=_cache_dir(config),
+        cache_mib=CACHE_MARGIN_MIB + int(CACHE_MARGIN * (config.data.cache_bytes or 0)) // 2**20,
         **options.model_dump(include={"namespace", "image", "queue", "runs_claim"}),
     )
 
 
 def _data_claim(config: PretrainConfig | LinearConfig, options: KubernetesOptions) -> str | None:
     return None if isinstance(config.data.root, Url) else options.data_claim
+
+
+def _cache_dir(config: PretrainConfig | LinearConfig) -> PurePosixPath | None:
+    is_used = config.data.cache_dir is not None and isinstance(config.data.root, Url)
+    return PurePosixPath(config.data.cache_dir.as_posix()) if is_used else None
 
 
 def _problems(config: PretrainConfig | LinearConfig) -> list[str]:
@@ -116,6 +124,12 @@ def _problems(config: PretrainConfig | LinearConfig) -> list[str]:
             problems.append(
                 f"{name} {path} is not in {volume}, where the claim is in a container; --{name} {volume}/{path.name} is"
             )
+    if (cache := _cache_dir(config)) is not None:
+        if not cache.is_absolute() or ".." in cache.parts or cache.is_relative_to(RUNS) or len(cache.parts) < 2:
+            problems.append(f"data.cache_dir {cache} is to be a disk of each pod's node: --data.cache-dir /cache is")
+        if config.data.cache_bytes is None:
+            problems.append("data.cache_dir would fill a node's disk, and Kubernetes ends pods on it then: "
+                            "--data.cache-bytes says how much it may take")  # fmt: skip
     return problems
 
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from moco_dist.config.address import Url
 from moco_dist.config.loading import worker_count
 from moco_dist.planning import measurements
 from moco_dist.planning.arithmetic import Sizes
@@ -125,6 +126,10 @@ def _loading(forecast: Forecast, inputs: Inputs, loading: CoreSeconds | None) ->
         needed = f"{decodes}; {per_host:,.0f} a second and host, or the GPUs wait"
     lines = [Line("files to decode", needed if compute and network is not None else f"{decodes}; rate {needed}",
                   ARITHMETIC + "; step as above"), Line("key views", sizes.keys.text(), ARITHMETIC)]  # fmt: skip
+    if isinstance(data.root, Url):
+        most = "nine tenths of what is free" if data.cache_bytes is None else megabytes(data.cache_bytes)
+        kept = f"up to {most} of a host's disk" if data.cache_dir else "no: every epoch fetches all images anew"
+        lines.append(Line("images kept on disk", kept, "data.cache_dir, data.cache_bytes"))
     if loading is None:
         missing = f"benchmarks/loader.py for {data.loader} at {data.image_size} px in {inputs.places}"
         return [*lines, Line("cores to decode", "not measured: run with --calibrate where data.root is (no "

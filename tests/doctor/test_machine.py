@@ -201,3 +201,20 @@ def test_clocks():
     found = network.clocks({"a": 1000.0, "b": 1007.5})
     assert found.level == "warning"
     assert "a is 7.5 s behind b" in found.text
+
+
+def test_the_cache(tmp_path, monkeypatch):
+    def found(*flags):
+        return machine.cache(config_of("--data.root", "s3://bucket/set", *flags))
+
+    assert found() == []
+    folder = tmp_path / "not" / "there" / "yet"
+    (fine,) = found("--data.cache-dir", str(folder))
+    assert fine.level == "ok" and "GB free, and holds 0.0 GB" in fine.text
+    (small,) = found("--data.cache-dir", str(folder), "--data.cache-bytes", str(10**18))
+    assert small.level == "warning" and "less than data.cache_bytes (1,000,000,000.0 GB)" in small.text
+    (unused,) = machine.cache(config_of("--data.cache-dir", str(folder)))
+    assert unused.text == "data.cache_dir is not used: data.root is no address"
+    monkeypatch.setattr(machine.os, "access", lambda *_: False)
+    (closed,) = found("--data.cache-dir", str(folder))
+    assert closed.level == "warning" and "cannot be written" in closed.text

@@ -290,3 +290,36 @@ def test_names_are_such_that_every_scheduler_takes_them(folder):
     job = Job(("pretrain",), Path(folder), 0, Hosts())
     assert re.fullmatch(r"[a-z]([-a-z0-9]{0,43}[a-z0-9])?", job.name), job.name
     assert any(job.name in line for line in how_to(job, KubernetesOptions(image="x")))
+
+
+STORE = [*f"kubernetes {CONFIG} {SIZE} --image x --run.dir /runs/r --data.root s3://bucket/set".split()]
+
+
+@pytest.mark.parametrize("form", ["trainjob", "indexed-job"])
+def test_pods_of_a_data_set_in_a_store_need_no_claim_and_get_a_cache(capsys, form):
+    words = [*STORE, "--form", form, "--data-secret", "store", "--dry-run"]
+    status, text, _ = launch(capsys, *words, "--data.cache-dir", "/cache", "--data.cache-bytes", "200000000000")
+    assert status == 0
+    assert not [p for document in yaml.safe_load_all(text) for p in problems(document)]
+    assert "claimName: data" not in text
+    assert text.count("secretRef: {name: store}") == 1
+    assert "- {name: cache, mountPath: /cache}" in text
+    assert "- {name: cache, emptyDir: {sizeLimit: 200335Mi}}" in text  # 5 % more, or the pod is ended for a few bytes
+    assert "cache" not in launch(capsys, *words)[1].partition("volumeMounts:")[2]
+    on_a_disk = launch(capsys, *words, "--data.root", "/data/set", "--data.cache-dir", "/cache")[1]
+    assert "name: cache" not in on_a_disk and "claimName: data" in on_a_disk
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ("--data.cache-dir /cache", "--data.cache-bytes says how much it may take"),
+        ("--data.cache-dir /runs/cache --data.cache-bytes 1", "is to be a disk of each pod's node"),
+        ("--data.cache-dir cache --data.cache-bytes 1", "is to be a disk of each pod's node"),
+        ("--data.cache-dir / --data.cache-bytes 1", "is to be a disk of each pod's node"),
+    ],
+)
+def test_a_cache_that_pods_cannot_have(capsys, flags, says):
+    status, out, err = launch(capsys, *STORE, *flags.split(), "--dry-run")
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert says in err

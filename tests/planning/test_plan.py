@@ -174,3 +174,14 @@ def test_two_ranks_of_torchrun_measure_the_links_too(tmp_path):
     assert "400 = 200 epochs x 2" in done.stdout
     assert "not measured" not in done.stdout
     assert re.search(r"1: 100 %  2: \d+ %  4: \?", done.stdout)
+
+
+def test_what_is_kept_of_a_store(capsys, tmp_path):
+    store = ["--data.root", "s3://bucket/set", "--num-images", "640"]
+    assert "no: every epoch fetches all images anew" in plan(capsys, tmp_path, *store)[1]
+    cached = [*store, "--data.cache-dir", "c"]
+    assert "up to nine tenths of what is free of a host's disk" in plan(capsys, tmp_path, *cached)[1]
+    assert (
+        "up to 150.00 GB of a host's disk" in plan(capsys, tmp_path, *cached, "--data.cache-bytes", "150000000000")[1]
+    )
+    assert "images kept on disk" not in plan(capsys, tmp_path)[1]

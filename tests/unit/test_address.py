@@ -31,6 +31,13 @@ def test_a_path_stays_a_path():
     assert read_config(KnnConfig, None, ["--run-dir", "run", "--data.root", "null"]).data.root is None
 
 
+def test_an_address_that_has_become_a_path_is_told():
+    with pytest.raises(UserError, match=r"s3:/bucket/a: an address is given as text; a Path makes s3:/ of s3://"):
+        root_of(Path("s3://bucket/a"))
+    with pytest.raises(ValueError, match="an address is given as text"):
+        PretrainConfig.model_validate({"run": {"dir": "r"}, "data": {"root": Path("https://host/x.tar")}})
+
+
 def test_the_parts_of_an_address():
     url = pickle.loads(pickle.dumps(root_of("s3://bucket/a/set-0.tar")))
     assert (url.scheme, url.store, url.key, url.name, url.stem, url.suffix) == (

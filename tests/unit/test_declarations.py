@@ -16,12 +16,14 @@ from moco_dist.run.resume import facts_to_agree_on
 
 MAY_CHANGE = [
     "run.dir", "run.device", "run.stop_at_step", "run.resume", "run.peer_timeout_seconds", "data.loader",
-    "data.num_workers", "data.prefetch_batches", "data.dali.*", "data.root", "log.*", "checkpoint.*", "tracking.*",
-    "optim.grad_accum_steps", "engine.*", "shuffle.exchange",
+    "data.num_workers", "data.prefetch_batches", "data.cache_*", "data.dali.*", "data.root", "log.*", "checkpoint.*",
+    "tracking.*", "optim.grad_accum_steps", "engine.*", "shuffle.exchange",
 ]  # fmt: skip
 SHAPES = ["method", "model.arch", "model.stem", "model.head_hidden_dims", "model.embedding_dim", "moco.queue_size"]
 NOT_COMPARED = ["run.dir", "run.resume", "run.stop_at_step", "tracking.*", "log.*", "checkpoint.*"]
-PER_HOST = ["data.root", "data.num_workers", "run.dir", "run.device", "run.resume"]
+PER_HOST = [
+    "data.root", "data.num_workers", "data.cache_dir", "data.cache_bytes", "run.dir", "run.device", "run.resume",
+]  # fmt: skip
 STEP = [
     "method", "data.image_size", "augment.*", "model.arch", "model.stem", "model.head_hidden_dims",
     "model.embedding_dim", "model.bn_group_size", "moco.queue_size", "moco.symmetric", "optim.optimizer",
@@ -30,7 +32,7 @@ STEP = [
 LOADER = ["data.loader", "data.root", "data.image_size", "data.dali.*", "augment.crop_scale", "shuffle.*"]
 EVALUATION = [
     "run_dir", "encoders", "device", "tracking", "data.root", "data.num_workers", "data.prefetch_batches",
-    "data.dali.*", "data.batch_size",
+    "data.cache_*", "data.dali.*", "data.batch_size",
 ]  # fmt: skip
 DETECTION = ["run_dir", "weights", "device", "tracking", "data.root", "data.num_workers"]
 
@@ -66,8 +68,8 @@ def test_lists_that_follow_from_the_declarations(schema, test, patterns):
 
 def test_what_is_computed_is_told_in_sections():
     linear = LinearConfig(run_dir=Path("r"))
-    free = {"run_dir": True, "encoders": True, "device": True, "tracking": True,
-            "data": {"root", "num_workers", "prefetch_batches", "dali", "batch_size"}}  # fmt: skip
+    data = {"root", "num_workers", "prefetch_batches", "cache_dir", "cache_bytes", "dali", "batch_size"}
+    free = {"run_dir": True, "encoders": True, "device": True, "tracking": True, "data": data}
     assert what_is_computed(linear) == linear.model_dump(mode="json", exclude=free)
     detect = read_config(DetectConfig, None, ["--run-dir", "r", "--data.root", "d"])
     assert "test_sets" in what_is_computed(detect)["data"]

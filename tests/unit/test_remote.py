@@ -108,7 +108,7 @@ def test_what_lies_in_a_store_is_what_lies_on_a_disk(made, server, root, local):
     assert not store.is_used_here()
 
 
-def test_an_index_is_believed_as_long_as_the_store_says_the_same(made, server, tmp_path, monkeypatch):
+def test_an_index_is_believed_as_long_as_the_store_says_the_same(made, server, tmp_path, monkeypatch, capsys):
     server.put_folder(made / "flat", "set/index")
     root, index = Url("s3://set/index"), tmp_path / "index"
     first = find_images(root, "train", index_folder=index)
@@ -119,8 +119,27 @@ def test_an_index_is_believed_as_long_as_the_store_says_the_same(made, server, t
     # As large as before, and of other bytes: only the entity tag tells.
     shard = (made / "flat" / "x-train-0.tar").read_bytes()
     server.put("set/index/x-train-0.tar", shard.replace(b"ustar", b"USTAR", 1))
+    capsys.readouterr()
     with pytest.raises(UserError, match=r"x-train-0\.tar"):
         find_images(root, "train", index_folder=index)
+    assert capsys.readouterr().err == (
+        "warning: s3://set/index/x-train-0.tar has changed since this run was last started (1 of 3 shards have); its "
+        "images are listed anew\n"
+    )
+
+
+def test_a_packed_file_that_has_changed_between_runs_is_named(made, server, tmp_path, capsys):
+    packed, root = (made / "x.beton").read_bytes(), Url("s3://set/again.beton")
+    server.put("set/again.beton", packed)
+    first = find_images(root, "train", index_folder=tmp_path)
+    find_images(root, "val", index_folder=tmp_path)
+    assert capsys.readouterr().err == ""
+    server.put("set/again.beton", packed.replace(b"JFIF", b"JFIX", 1))  # the list of images stays
+    assert find_images(root, "train", index_folder=tmp_path).list_hash == first.list_hash
+    find_images(root, "val", index_folder=tmp_path)
+    assert capsys.readouterr().err == (
+        f"warning: {root} has changed since this run was last started; its images are listed anew\n"
+    )
 
 
 @pytest.mark.parametrize("made_of", ["disk", "store"])

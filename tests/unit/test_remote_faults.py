@@ -3,11 +3,16 @@
 import multiprocessing
 import threading
 
+import numpy as np
 import pytest
 
 from moco_dist.config.address import Url
+from moco_dist.config.pretrain import PretrainConfig
+from moco_dist.data.loaders import pretrain_batches
+from moco_dist.data.plan import Plan
 from moco_dist.data.remote import source
 from moco_dist.data.sources import bytes_reader, find_images
+from moco_dist.distributed.world import World
 from moco_dist.errors import InfrastructureError
 from tests.stores import running_store
 from tests.tars import files_of, write_tar
@@ -91,3 +96,21 @@ def test_a_server_that_stays_away_ends_it_with_a_line(stored):
     assert "\n" not in str(error)
     with pytest.raises(InfrastructureError, match=r"s3://set cannot be read: 503 Service Unavailable"):
         find_images(ROOT, "train")
+
+
+@pytest.mark.parametrize("stored", [0], indirect=True)
+def test_what_a_cache_holds_needs_no_store(folder, stored, tmp_path):
+    """An epoch by two workers, which fill it; then another one by two workers while the store is away."""
+    found, plan = find_images(ROOT, "train"), Plan(40, 8, 0)
+
+    def batches(images, start, **data):
+        config = PretrainConfig.model_validate(
+            {"run": {"dir": "unused"}, "optim": {"global_batch_size": 8}, "model": {"bn_group_size": 4},
+             "data": {"root": images.root, "image_size": 16, "num_workers": 2, **data}}
+        )  # fmt: skip
+        return [batch.view_q for batch in pretrain_batches(images, config, plan, World(), start, start + 5)]
+
+    local, cached = find_images(folder, "train"), {"cache_dir": tmp_path / "cache"}
+    assert all(map(np.array_equal, batches(found, 0, **cached), batches(local, 0)))
+    stored.away.touch()
+    assert all(map(np.array_equal, batches(found, 5, **cached), batches(local, 5)))

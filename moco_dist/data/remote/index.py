@@ -81,8 +81,10 @@ def write_index(root: Path | Url, out: Path) -> int:
 def _set_and_lists(root: Url, index_folder: Path | None) -> tuple[RemoteSet, Lists]:
     found = apart(lambda: find_remote_shards(root))
     place = index_folder and index_folder / f"{hash_of_list([root])[:16]}.tars"
-    if place is not None and (known := _fitting(place, found)):
-        return known
+    if place is not None:
+        if known := _fitting(place, found):
+            return known
+        _tell_what_has_changed(place, found)
     if found.index is not None and (known := _downloaded(found, place)):
         return known
     lists = _made(root, found)
@@ -119,6 +121,28 @@ def _fitting(path: Path, found: RemoteSet) -> tuple[RemoteSet, Lists] | None:
         return None
     shard_of = {row[0]: shard for row, shard in zip(now["shards"], found.shards, strict=True)}
     return found._replace(shards=[shard_of[name] for name in tags]), known[1]
+
+
+def _tell_what_has_changed(path: Path, found: RemoteSet) -> None:
+    """Name a shard whose bytes are others than when the index was made: the names in it may be the same as before."""
+    known = read_index(path)
+    try:
+        was = {name: facts for name, _, *facts in json.loads(known[0])["shards"]} if known else {}
+    except (ValueError, TypeError, KeyError):
+        return
+    now = {name: facts for name, _, *facts in _about(found)["shards"]}
+    if changed := [
+        name for name, (size, tag) in now.items() if name in was and was[name] not in ([size, tag], [size, ""])
+    ]:
+        tell_of_change(found.folder / changed[0], len(changed), len(now))
+
+
+def tell_of_change(url: Url, changed: int, total: int) -> None:
+    """That an object, one of `changed` of a set of `total`, is another one than when the run was last started."""
+    of = f" ({changed:,} of {total:,} shards have)" if total > 1 else ""
+    print(
+        f"warning: {url} has changed since this run was last started{of}; its images are listed anew", file=sys.stderr
+    )
 
 
 def _downloaded(found: RemoteSet, place: Path | None) -> tuple[RemoteSet, Lists] | None:

@@ -1,6 +1,9 @@
 """A packed file at an address: its tables are read at every start, and its images at their places."""
 
+import contextlib
+import json
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,17 +11,24 @@ from numpy.typing import NDArray
 from moco_dist.config.address import Url
 from moco_dist.data.beton import JPEG, Beton, parse_beton
 from moco_dist.data.images import ImageFolder, Places
+from moco_dist.data.names import hash_of_list
 from moco_dist.data.packed import images_of_split
+from moco_dist.data.remote.index import tell_of_change
 from moco_dist.data.remote.store import Object, apart, asked, look_at, read_range
 from moco_dist.errors import UserError
+from moco_dist.files import write_whole
 
 PART_BYTES = 2**23  # of one request
 READ_AT_ONCE = 8  # requests
 MOST_BYTES = 2**34  # of a table; more is a damaged header
 
 
-def remote_packed_splits(root: Url) -> dict[str, ImageFolder]:
+def remote_packed_splits(root: Url, index_folder: Path | None) -> dict[str, ImageFolder]:
     """The images of a packed file at an address, `train` and `val` where there is one; `root` of each is FILE/SPLIT.
+
+    Args:
+        root: the file's address.
+        index_folder: where it is noted which version of the file this was; None: it is not.
 
     Raises:
         UserError: there is none, it is damaged, or has images as pixels.
@@ -27,6 +37,8 @@ def remote_packed_splits(root: Url) -> dict[str, ImageFolder]:
     known, beton = apart(lambda: _tables(root))
     if (beton.mode != JPEG).any():
         raise UserError(f"{root} has images as pixels, which are read from disks alone; pack it without --raw-share")
+    if index_folder is not None:
+        _note(known, root, index_folder / f"{hash_of_list([root])[:16]}.object")
     size = np.where(beton.size > 0, beton.size, -1)
     row_of = {name: row for row, name in enumerate(beton.names)}
     splits = {}
@@ -41,6 +53,17 @@ def remote_packed_splits(root: Url) -> dict[str, ImageFolder]:
         )  # fmt: skip
         splits[split] = ImageFolder(root / split, found.paths, found.labels, found.classes, places)
     return splits
+
+
+def _note(known: Object, root: Url, path: Path) -> None:
+    """Note which version of the file was listed; tell if it is another one than was noted before."""
+    now = json.dumps(known)
+    with contextlib.suppress(OSError):
+        if path.is_file() and path.read_text() == now:
+            return
+        if path.is_file():
+            tell_of_change(root, 1, 1)
+        write_whole(path, now.encode())
 
 
 def _tables(root: Url) -> tuple[Object, Beton]:

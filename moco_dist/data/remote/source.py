@@ -19,6 +19,7 @@ from torch import Tensor
 from moco_dist.config.address import Url
 from moco_dist.data.decode import CropsFor, cut
 from moco_dist.data.images import ImageError, ImageFolder
+from moco_dist.data.remote.cache import BlockCache
 from moco_dist.data.remote.store import CHANGED, READ_WAITS_SECONDS, Object, read_range
 from moco_dist.data.storage import patiently
 from moco_dist.errors import InfrastructureError, UserError
@@ -39,11 +40,15 @@ class Range(NamedTuple):
 
 
 class RemoteImages:
-    """The images of `folder`, whose places are in remote files, as a source of the reference loader's workers."""
+    """The images of `folder`, whose places are in remote files, as a source of the reference loader's workers.
 
-    def __init__(self, folder: ImageFolder) -> None:
+    What `cache` holds of them is not asked for again.
+    """
+
+    def __init__(self, folder: ImageFolder, cache: BlockCache | None = None) -> None:
         assert folder.places is not None
         self.folder, self.places, self.root = folder, folder.places, folder.root
+        self._cache = cache
         self._lock = threading.Lock()
         self._forget()
 
@@ -109,8 +114,15 @@ class RemoteImages:
     def _fetch(self, part: Range) -> memoryview:
         places, url = self.places, self.places.files[part.file]
         assert isinstance(url, Url)
-        known = Object(places.facts[part.file][0], places.tags[part.file], 0)
-        return read_range(url, part.start, part.end - part.start, known)
+        size, changed_ns = places.facts[part.file]
+        known = Object(size, places.tags[part.file], changed_ns)
+
+        def fetch(start: int, end: int) -> memoryview:
+            return read_range(url, start, end - start, known)
+
+        if self._cache is None:
+            return fetch(part.start, part.end)
+        return self._cache.read(part.file, part.start, part.end, fetch)
 
     def _problem(self, sample: int) -> str:
         start, size = int(self.places.offset[sample]), int(self.places.size[sample])

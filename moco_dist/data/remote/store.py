@@ -45,6 +45,15 @@ _CREDENTIALS = {
     "gs": "GOOGLE_APPLICATION_CREDENTIALS, or GOOGLE_SKIP_SIGNATURE=true for a public bucket",
     "az": "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY",
 }
+# What a user or role has to be allowed.
+_RIGHTS = {
+    "s3": "s3:ListBucket and s3:GetObject are needed", "gs": "storage.objects.list and storage.objects.get are needed",
+    "az": "the role Storage Blob Data Reader is needed", "https": "no credentials are sent to a web server",
+    "http": "no credentials are sent to a web server",
+}  # fmt: skip
+# Codes of S3, by what is wrong.
+_OF_CREDENTIALS = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"}
+_OF_REGION = {"AuthorizationHeaderMalformed", "PermanentRedirect", "IllegalLocationConstraintException"}
 # A mistake, if a start finds it.
 _MISTAKES = {errno.EACCES, errno.ENOKEY, errno.EINVAL}
 
@@ -104,11 +113,11 @@ def read_range(url: Url, start: int, size: int, known: Object | None = None) -> 
         options["if_match"] = known.tag
     with _failures(url) as obstore:
         found = obstore.get(_store(url.store), _key(url), options=options)
-        if known is not None and found.meta["size"] != known.size:
+        if known is not None and _has_changed(known, _object(found.meta)):
             raise OSError(errno.EINVAL, CHANGED)
         data = memoryview(found.bytes())
-    if len(data) < size:
-        raise OSError(errno.EIO, "the object ends before it")
+    if size and len(data) != size:
+        raise OSError(errno.EIO, f"{len(data):,} bytes came, and {size:,} were asked for")
     return data
 
 
@@ -182,6 +191,13 @@ def _object(row: Any) -> Object:
     return Object(row["size"], row["e_tag"] or "", int(row["last_modified"].timestamp() * 1_000_000) * 1_000)
 
 
+def _has_changed(known: Object, now: Object) -> bool:
+    """Whether an object is another one than was listed. Not every web server minds the tag that is asked for."""
+    if known.tag and now.tag:
+        return (known.size, known.tag) != (now.size, now.tag)
+    return known.size != now.size or (not known.tag and known.changed_ns != now.changed_ns)
+
+
 @contextlib.contextmanager
 def _failures(url: Url) -> Iterator[Any]:
     """Gives obstore; within it, what that raises becomes an OSError with a reason in a few words."""
@@ -209,10 +225,18 @@ def _reason(text: str, url: Url, error: Exception) -> tuple[int, str]:
     said = " ".join(part for part in (status and status[1].strip(), code and f"({code[1]})") if part)
     if code and code[1] == "NoSuchBucket":
         return errno.ENOENT, f"there is no bucket {url.store}"
-    if isinstance(error, exceptions.PermissionDeniedError | exceptions.UnauthenticatedError):
-        return errno.EACCES, f"access is denied: {said}"
-    if "region" in text and ("redirect" in text or (status and status[1].startswith(("301", "400")))):
-        return errno.EACCES, f"the bucket is in another region than AWS_REGION says: {said or 'it was redirected'}"
+    if (code and code[1] in _OF_REGION) or "incorrectly configured region" in text:
+        right = re.search(r"expecting '([\w-]+)'", text)
+        where = f"in {right[1]}" if right else "in another region"
+        return errno.EACCES, f"the bucket is {where}, and AWS_REGION is {os.environ.get('AWS_REGION', 'not set')}"
+    if code and code[1] in _OF_CREDENTIALS:
+        return errno.EACCES, f"the store does not take the credentials: {said}; set {_CREDENTIALS[url.scheme]}"
+    if said.startswith(("401", "403")) or isinstance(
+        error, exceptions.PermissionDeniedError | exceptions.UnauthenticatedError
+    ):
+        return errno.EACCES, f"access is denied: {said}; {_RIGHTS[url.scheme]}"
+    if said.startswith("400") and url.scheme == "s3":
+        return errno.EACCES, f"{said}: AWS_REGION is wrong, or the credentials have expired"
     if "Range request not supported" in text:
         return errno.EINVAL, "the server gives no parts of a file, which images are; download it"
     if "error sending request" in text:

@@ -1,0 +1,130 @@
+"""knn, linear, finetune, features and the Python door on images at an address: the same as on the folder of them."""
+
+import json
+import multiprocessing
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import moco_dist
+from moco_dist.cli.main import main
+from moco_dist.datasets.pack import pack
+from moco_dist.errors import UserError
+from tests.faults.processes import TINY
+from tests.stores import running_store
+from tests.tars import files_of, write_tar
+
+pytestmark = pytest.mark.slow
+EVALUATION = ["--data.num-workers", "0", "--tracking", "none"]
+COMMANDS = {
+    "knn": ["--neighbours", "5"],
+    "linear": ["--epochs", "2", "--global-batch-size", "20"],
+    "finetune": ["--epochs", "1", "--global-batch-size", "20"],
+}
+
+
+@pytest.fixture(scope="module")
+def store():
+    with running_store() as running, pytest.MonkeyPatch.context() as patch:
+        for name, value in running.environment.items():
+            patch.setenv(name, value)
+        yield running
+
+
+@pytest.fixture(scope="module")
+def run_dir(tiny_data, tmp_path_factory, store):
+    """A run on a folder, whose images are in the store too, as shards and as a packed file."""
+    top = tmp_path_factory.mktemp("remote_evaluations")
+    store.put("set")
+    for split in ("train", "val"):
+        files = files_of(tiny_data / split)
+        for i in range(2):
+            shard = write_tar(top / f"{split}-{i}.tar", files[i::2])
+            store.put(f"set/shards/{shard.name}", shard.read_bytes())
+    store.put("set/x.beton", pack(tiny_data, top / "x.beton").read_bytes())
+    words = ["--data.root", str(tiny_data), "--run.dir", str(top / "run"), *TINY, "--optim.epochs", "1"]
+    assert main(["pretrain", *words]) == 0
+    return top / "run"
+
+
+def of_a_process(*words):
+    """Status and output of the command in a process of its own: this one may not use obstore, since it forks."""
+    done = subprocess.run([sys.executable, "-m", "moco_dist", *words], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("root", [["s3://set/shards"], ["s3://set/x.beton", "--data.loader", "ffcv"]])
+def test_an_evaluation_of_an_address_is_that_of_the_folder(run_dir, tmp_path, command, root):
+    results = []
+    for place in ([], ["--data.root", *root, "--data.cache-dir", str(tmp_path / "cache")]):
+        shutil.copytree(run_dir, tmp_path / "run")
+        of_a_process(command, "--run-dir", str(tmp_path / "run"), *EVALUATION, *COMMANDS[command], *place)
+        (file,) = (tmp_path / "run" / "eval").glob("*.json")
+        results.append(json.loads(file.read_text()))
+        shutil.rmtree(tmp_path / "run")
+    folder, address = results
+    assert address["accuracy"] == folder["accuracy"]
+    assert address.get("curve") == folder.get("curve")
+    assert address["config"]["data"]["root"] == root[0]
+    assert list((tmp_path / "cache").glob("*/*.blocks"))
+
+
+def test_an_evaluation_takes_the_cache_of_its_run(run_dir, tmp_path):
+    shutil.copytree(run_dir, tmp_path / "run")
+    settings = tmp_path / "run" / "config.yaml"
+    cached = settings.read_text().replace("cache_dir: null", f"cache_dir: {tmp_path / 'cache'}")
+    assert cached != settings.read_text()
+    settings.write_text(cached)
+    of_a_process("knn", "--run-dir", str(tmp_path / "run"), *EVALUATION, "--data.root", "s3://set/shards")
+    assert list((tmp_path / "cache").glob("*/*.blocks"))
+
+
+@pytest.mark.parametrize("root", ["s3://set/shards", "s3://set/x.beton"])
+def test_features_of_an_address_are_those_of_the_folder(run_dir, tiny_data, tmp_path, root):
+    written = []
+    for name, images in (("folder", str(tiny_data)), ("address", root)):
+        words = [str(run_dir), images, "--out", str(tmp_path / f"{name}.npz"), "--num-workers", "1"]
+        assert "wrote" in of_a_process("features", *words)
+        written.append(np.load(tmp_path / f"{name}.npz"))
+    folder, address = written
+    for name in ("paths", "features", "labels", "classes"):
+        assert np.array_equal(address[name], folder[name]), name
+    assert json.loads(str(address["model"]))["images"] == (root if root.endswith("shards") else f"{root}/train")
+
+
+def test_the_python_door_takes_an_address(run_dir, tiny_data):
+    here, there = multiprocessing.Pipe()
+
+    def work():
+        backbone = moco_dist.load_backbone(run_dir, device="cpu")
+        ours = [backbone.features(root, num_workers=1) for root in ("s3://set/shards", str(tiny_data))]
+        said = []
+        for ask in (lambda: backbone.transform("s3://set/shards/a.jpg"),
+                    lambda: backbone.features(run_dir.__class__("s3://set/shards"))):  # fmt: skip
+            with pytest.raises(UserError) as error:
+                ask()
+            said.append(str(error.value))
+        there.send((ours[0].paths == ours[1].paths, bool((ours[0].values == ours[1].values).all()), said))
+
+    child = multiprocessing.get_context("fork").Process(target=work)
+    child.start()
+    assert here.poll(100)
+    same_paths, same_values, said = here.recv()
+    child.join()
+    assert same_paths and same_values
+    assert said == [
+        "s3://set/shards/a.jpg: images one by one are not read from an address; features() reads tar shards there",
+        "s3:/set/shards: an address is given as text; a Path makes s3:/ of s3://",
+    ]
+
+
+def test_a_config_of_python_takes_an_address():
+    config = moco_dist.pretrain_config(run={"dir": "r"}, data={"root": "s3://set/shards"})
+    assert config.data.root == "s3://set/shards"
+    with pytest.raises(UserError, match="s3:/set is no address; did you mean s3://set"):
+        moco_dist.pretrain_config(run={"dir": "r"}, data={"root": "s3:/set"})

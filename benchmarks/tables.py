@@ -172,8 +172,8 @@ def sources(result: Result) -> str:
     facts = f"{result['images']:,} images of {' × '.join(map(str, result['image_size']))}, {result['rounds']} rounds"
     facts += f"; {peers}.\n" if peers else ".\n"
     if index := result.get("index"):
-        facts += f"Listing {index['images']:,} images of {index['image_bytes']:,} bytes in {index['shards']:,} shards of "
-        facts += f"the store by their headers: {index['requests']:,} requests, {index['seconds']:.1f} s.\n"
+        facts += f"Listing {index['images']:,} images of {index['image_bytes']:,} bytes in {index['shards']:,} shards "
+        facts += f"of the store by their headers: {index['requests']:,} requests, {index['seconds']:.1f} s.\n"
     columns = ["", "images/s", "× the folder's rate", "CPU ms an image", "× the folder's CPU"]
     return f"{markdown(columns, rows)}\n{facts}{origin(result)}"
 

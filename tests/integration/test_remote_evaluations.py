@@ -57,8 +57,12 @@ def of_a_process(*words):
     return done.stdout
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-@pytest.mark.parametrize("root", [["s3://set/shards"], ["s3://set/x.beton", "--data.loader", "ffcv"]])
+SHARDS, PACKED = ["s3://set/shards"], ["s3://set/x.beton", "--data.loader", "ffcv"]
+
+
+@pytest.mark.parametrize(
+    ("command", "root"), [("knn", SHARDS), ("linear", SHARDS), ("finetune", SHARDS), ("knn", PACKED)]
+)
 def test_an_evaluation_of_an_address_is_that_of_the_folder(run_dir, tmp_path, command, root):
     results = []
     for place in ([], ["--data.root", *root, "--data.cache-dir", str(tmp_path / "cache")]):

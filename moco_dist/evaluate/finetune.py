@@ -173,7 +173,7 @@ def _epoch(
     epoch: int,
 ) -> None:
     """Train for one epoch, or for what is left of it."""
-    world, labels = evaluation.world, torch.from_numpy(evaluation.train.labels).to(evaluation.world.device)
+    world, labels = evaluation.world, torch.tensor(evaluation.train.labels).to(evaluation.world.device)
     batches = global_batches(len(labels), batch_size, config.seed, epoch)
     batches = batches[training.step - epoch * len(batches) :]
     if not batches:

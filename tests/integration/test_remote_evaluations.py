@@ -3,11 +3,11 @@
 import json
 import multiprocessing
 import shutil
-import subprocess
-import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import moco_dist
 from moco_dist.cli.main import main
@@ -50,11 +50,19 @@ def run_dir(tiny_data, tmp_path_factory, store):
     return top / "run"
 
 
-def of_a_process(*words):
-    """Status and output of the command in a process of its own: this one may not use obstore, since it forks."""
-    done = subprocess.run([sys.executable, "-m", "moco_dist", *words], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def in_a_child(ask):
+    """`ask()` in a process of its own: this one forks others, and so may not use obstore itself."""
+
+    def work():
+        torch.set_num_threads(1)  # a child has none of its parent's threads
+        there.send(ask())
+
+    here, there = multiprocessing.Pipe()
+    child = multiprocessing.get_context("fork").Process(target=work)
+    child.start()
+    assert here.poll(100)
+    child.join()
+    return here.recv()
 
 
 SHARDS, PACKED = ["s3://set/shards"], ["s3://set/x.beton", "--data.loader", "ffcv"]
@@ -67,14 +75,13 @@ def test_an_evaluation_of_an_address_is_that_of_the_folder(run_dir, tmp_path, co
     results = []
     for place in ([], ["--data.root", *root, "--data.cache-dir", str(tmp_path / "cache")]):
         shutil.copytree(run_dir, tmp_path / "run")
-        of_a_process(command, "--run-dir", str(tmp_path / "run"), *EVALUATION, *COMMANDS[command], *place)
-        (file,) = (tmp_path / "run" / "eval").glob("*.json")
-        results.append(json.loads(file.read_text()))
+        words = [command, "--run-dir", str(tmp_path / "run"), *EVALUATION, *COMMANDS[command], *place]
+        assert in_a_child(lambda: main(words)) == 0  # noqa: B023
+        results.append(json.loads((tmp_path / "run" / "eval" / f"{command}_trained.json").read_text()))
         shutil.rmtree(tmp_path / "run")
     folder, address = results
     assert address["accuracy"] == folder["accuracy"]
     assert address.get("curve") == folder.get("curve")
-    assert address["config"]["data"]["root"] == root[0]
     assert list((tmp_path / "cache").glob("*/*.blocks"))
 
 
@@ -84,7 +91,8 @@ def test_an_evaluation_takes_the_cache_of_its_run(run_dir, tmp_path):
     cached = settings.read_text().replace("cache_dir: null", f"cache_dir: {tmp_path / 'cache'}")
     assert cached != settings.read_text()
     settings.write_text(cached)
-    of_a_process("knn", "--run-dir", str(tmp_path / "run"), *EVALUATION, "--data.root", "s3://set/shards")
+    words = ["knn", "--run-dir", str(tmp_path / "run"), *EVALUATION, *COMMANDS["knn"], "--data.root", "s3://set/shards"]
+    assert in_a_child(lambda: main(words)) == 0
     assert list((tmp_path / "cache").glob("*/*.blocks"))
 
 
@@ -92,8 +100,8 @@ def test_an_evaluation_takes_the_cache_of_its_run(run_dir, tmp_path):
 def test_features_of_an_address_are_those_of_the_folder(run_dir, tiny_data, tmp_path, root):
     written = []
     for name, images in (("folder", str(tiny_data)), ("address", root)):
-        words = [str(run_dir), images, "--out", str(tmp_path / f"{name}.npz"), "--num-workers", "1"]
-        assert "wrote" in of_a_process("features", *words)
+        words = ["features", str(run_dir), images, "--out", str(tmp_path / f"{name}.npz"), "--num-workers", "1"]
+        assert in_a_child(lambda: main(words)) == 0  # noqa: B023
         written.append(np.load(tmp_path / f"{name}.npz"))
     folder, address = written
     for name in ("paths", "features", "labels", "classes"):
@@ -102,24 +110,18 @@ def test_features_of_an_address_are_those_of_the_folder(run_dir, tiny_data, tmp_
 
 
 def test_the_python_door_takes_an_address(run_dir, tiny_data):
-    here, there = multiprocessing.Pipe()
-
-    def work():
+    def ask():
         backbone = moco_dist.load_backbone(run_dir, device="cpu")
         ours = [backbone.features(root, num_workers=1) for root in ("s3://set/shards", str(tiny_data))]
         said = []
         for ask in (lambda: backbone.transform("s3://set/shards/a.jpg"),
-                    lambda: backbone.features(run_dir.__class__("s3://set/shards"))):  # fmt: skip
+                    lambda: backbone.features(Path("s3://set/shards"))):  # fmt: skip
             with pytest.raises(UserError) as error:
                 ask()
             said.append(str(error.value))
-        there.send((ours[0].paths == ours[1].paths, bool((ours[0].values == ours[1].values).all()), said))
+        return ours[0].paths == ours[1].paths, bool((ours[0].values == ours[1].values).all()), said
 
-    child = multiprocessing.get_context("fork").Process(target=work)
-    child.start()
-    assert here.poll(100)
-    same_paths, same_values, said = here.recv()
-    child.join()
+    same_paths, same_values, said = in_a_child(ask)
     assert same_paths and same_values
     assert said == [
         "s3://set/shards/a.jpg: images one by one are not read from an address; features() reads tar shards there",

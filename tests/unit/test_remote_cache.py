@@ -21,9 +21,11 @@ CONTENTS = [random.Random(i).randbytes(size) for i, size in enumerate(SIZES)]
 FORK = multiprocessing.get_context("fork")
 
 
-def places(tag="a", root=ROOT):
+def places(tag="a", root=ROOT, changed_ns=5):
     urls, none = [root / f"{i}.tar" for i in range(len(SIZES))], np.zeros(0, np.int64)
-    return Places(urls, [[size, 5] for size in SIZES], none.astype(np.int32), none, none, tags=[tag] * len(SIZES))
+    return Places(
+        urls, [[size, changed_ns] for size in SIZES], none.astype(np.int32), none, none, tags=[tag] * len(SIZES)
+    )
 
 
 class Remote:
@@ -42,8 +44,8 @@ class Remote:
         return data
 
 
-def open_cache(folder, most_bytes=None, root=ROOT, tag="a"):
-    return BlockCache(folder, most_bytes, root, places(tag, root))
+def open_cache(folder, most_bytes=None, root=ROOT):
+    return BlockCache(folder, most_bytes, root, places(root=root))
 
 
 def test_what_was_read_is_not_fetched_again(tmp_path):
@@ -133,11 +135,12 @@ def test_a_block_that_does_not_fit_its_mark_is_fetched_again(tmp_path):
     assert len(remote.asked) == 2
 
 
-def test_a_file_that_has_changed_has_no_blocks_here(tmp_path):
-    remote = Remote()
-    remote.read(open_cache(tmp_path, tag="a"), 0, 100)
+@pytest.mark.parametrize("now", [{"tag": "b"}, {"changed_ns": 6}])
+def test_a_file_that_has_changed_has_no_blocks_here(tmp_path, now):
+    """By its tag, or on a server without tags by its time."""
+    Remote().read(open_cache(tmp_path), 0, 100)
     changed = Remote(contents=[bytes(SIZES[0])])
-    changed.read(open_cache(tmp_path, tag="b"), 0, 100)
+    changed.read(BlockCache(tmp_path, None, ROOT, places(**now)), 0, 100)
     assert len(changed.asked) == 1
     assert kept_bytes(tmp_path) == BLOCK_BYTES  # those of the old one are gone
 

@@ -132,7 +132,7 @@ def train_classifiers(
     ]
     sgd = torch.optim.SGD(groups, lr=config.lr, momentum=config.sgd_momentum)
     is_left_out = held_out(train_labels, config.sweep.held_out_share, config.seed)
-    labels = torch.from_numpy(train_labels).to(device)
+    labels = torch.tensor(train_labels, device=device)
     training = Training(progress, classifiers, sgd, stop, world)
     curve, per_epoch = training.curve, batches_in_epoch(len(labels), config.global_batch_size)
     accuracy = top_accuracies(classifiers.heads[0], val, world)

@@ -235,7 +235,7 @@ def _reason(text: str, url: Url, error: Exception) -> tuple[int, str]:
         error, exceptions.PermissionDeniedError | exceptions.UnauthenticatedError
     ):
         return errno.EACCES, f"access is denied: {said}; {_RIGHTS[url.scheme]}"
-    if said.startswith("400") and url.scheme == "s3":
+    if said.startswith("400") and not code and url.scheme == "s3":
         return errno.EACCES, f"{said}: AWS_REGION is wrong, or the credentials have expired"
     if "Range request not supported" in text:
         return errno.EINVAL, "the server gives no parts of a file, which images are; download it"

@@ -1,8 +1,9 @@
 """A run's step as one rank of a large world, on this machine: the program itself on tensors without memory or values.
 
 The real `build_method`, key exchange, colours, copies, `train_step` and log run, on a GPU that `fake_gpu` pretends.
-Nothing is timed. Not run are the loader's decoding, torch.compile and CUDA graphs (the step is counted as it is without
-them), and DeepSpeed, which looks for its GPU itself.
+Nothing is timed. What `engine.compile` compiles is traced beside it (`compiled`). Not run are the loader's decoding,
+what the compiler makes of a graph, CUDA graphs and DeepSpeed: the step is counted as it is without them, and
+`DryRun.not_traced` says so.
 """
 
 import contextlib
@@ -29,6 +30,7 @@ from moco_dist.distributed.world import World
 from moco_dist.errors import UserError
 from moco_dist.method.build import build_method
 from moco_dist.method.step import Method
+from moco_dist.planning.compiled import Traced, lines, traced
 from moco_dist.planning.fake_gpu import DEVICE, fake_rank, replaced
 from moco_dist.planning.table import megabytes
 from moco_dist.planning.watch import Count, HostWaitError, Memory, Watch, line_of_program
@@ -46,11 +48,15 @@ class DryRun:
             its libraries take for themselves.
         step: what a step asks for, from the crops on the host to the queue.
         log_step: the same of a step that is logged.
+        compiled: what torch.compile takes of the step, where the config asks for it.
+        not_traced: a line for each thing that the config asks for and that this cannot run.
     """
 
     memory: dict[str, int]
     step: Count
     log_step: Count
+    compiled: dict[str, Traced]
+    not_traced: list[str]
 
 
 def dry_run(config: PretrainConfig, num_nodes: int, gpus_per_node: int, rank: int = 0) -> DryRun:
@@ -59,14 +65,15 @@ def dry_run(config: PretrainConfig, num_nodes: int, gpus_per_node: int, rank: in
     Raises:
         UserError: the config cannot work so; one line that says where and why.
     """
-    if config.engine.kind == "deepspeed":
-        raise UserError("--dry-run does not run engine.kind deepspeed, which looks for its GPU itself; the plan "
-                        "without --dry-run counts its memory and bytes, or try engine.kind ddp")  # fmt: skip
-    config = _traceable(config)
+    asked, config = config, _traceable(config)
     world = World(rank, rank % gpus_per_node, num_nodes * gpus_per_node, gpus_per_node, str(DEVICE))
+    compiled: dict[str, Traced] = {}
     try:
         with fake_rank(world), Watch() as watch, tempfile.TemporaryDirectory() as folder:
-            return _steps(config, world, watch, Path(folder))
+            memory, step, log_step = _steps(config, world, watch, Path(folder))
+        if asked.engine.compile != "off":
+            compiled = traced(asked, config.optim.global_batch_size // world.world_size)
+        return DryRun(memory, step, log_step, compiled, _not_traced(asked))
     except UserError:
         raise
     except Exception as error:
@@ -78,12 +85,26 @@ def dry_run(config: PretrainConfig, num_nodes: int, gpus_per_node: int, rank: in
 
 def _traceable(config: PretrainConfig) -> PretrainConfig:
     values = config.model_dump(mode="json")
-    values["engine"] |= {"compile": "off", "cuda_graphs": False}
+    values["engine"] |= {"kind": "ddp", "zero_stage": 0, "compile": "off", "cuda_graphs": False}
     values["run"]["device"] = "cuda"
     return PretrainConfig.model_validate(values)
 
 
-def _steps(config: PretrainConfig, world: World, watch: Watch, folder: Path) -> DryRun:
+def _not_traced(config: PretrainConfig) -> list[str]:
+    engine = config.engine
+    found = []
+    if engine.kind == "deepspeed":
+        found.append("engine.kind deepspeed, which asks the driver for its GPU: the step above is that of ddp; the "
+                     "plan without --dry-run counts DeepSpeed's memory and bytes")  # fmt: skip
+    if engine.compile != "off":
+        graphs = ", nor recorded as CUDA graphs" if engine.cuda_graphs else ""
+        found.append(f"the kernels of engine.compile: its graphs are traced, and not made into kernels{graphs}; the "
+                     "step above is the eager one")  # fmt: skip
+    return found
+
+
+def _steps(config: PretrainConfig, world: World, watch: Watch, folder: Path) -> tuple[dict[str, int], Count, Count]:
+    """Memory by part at the peak, and what a plain step and a logged one ask for."""
     memory = watch.memory
     plan = plan_of(config, (STEPS + 2) * config.optim.global_batch_size)
     method = build_method(config, world)
@@ -120,7 +141,7 @@ def _steps(config: PretrainConfig, world: World, watch: Watch, folder: Path) -> 
                 count.host_reads += reading.host_reads
             counts.append(count)
     log_step, step = counts
-    return DryRun(memory.at_peak(parts, rest="activations, temporary tensors"), step, log_step)
+    return memory.at_peak(parts, rest="activations, temporary tensors"), step, log_step
 
 
 def _parts(method: Method, memory: Memory) -> dict[str, set[int]]:
@@ -178,5 +199,7 @@ def text(found: DryRun) -> str:
         ("host waits for the GPU, a step", f"{len(step.host_reads)} times"),
         ("  and a step that is logged", f"{len(found.log_step.host_reads)} times"),
         *[("", place) for place in found.log_step.host_reads],
+        *lines(found.compiled),
+        *[("not traced", line) for line in found.not_traced],
     ]
     return "\n".join(f"{name:<32} {value}" for name, value in rows)

@@ -65,9 +65,7 @@ def fake_rank(world: World) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # by copy.deepcopy
-        for cached in _CACHES:
-            cached.cache_clear()
-            stack.callback(cached.cache_clear)
+        stack.enter_context(fresh_caches())
         mode = _GPU(allow_non_fake_inputs=True, allow_fallback_kernels=False)
         for owner, name, stand_in in _stand_ins():
             stack.enter_context(replaced(owner, name, stand_in))
@@ -78,6 +76,18 @@ def fake_rank(world: World) -> Iterator[None]:
         stack.enter_context(mode)
         stack.enter_context(_Autocast())
         yield
+
+
+@contextlib.contextmanager
+def fresh_caches() -> Iterator[None]:
+    """What the program keeps on the GPU is made anew within it, and again after it."""
+    for cached in _CACHES:
+        cached.cache_clear()
+    try:
+        yield
+    finally:
+        for cached in _CACHES:
+            cached.cache_clear()
 
 
 class _GPU(FakeTensorMode):

@@ -207,7 +207,8 @@ def load_trained(encoder: nn.Module, run_dir: Path, world: World | None = None) 
 
     if name := from_rank_0(newest, world):
         return checkpoint.load_query_encoder(encoder, run.checkpoints / name, world)
-    tensors = {f"backbone.{name}": value for name, value in _read(imported).items()}
+    content = from_rank_0(lambda: _read(imported), world)
+    tensors = {f"backbone.{name}": value for name, value in content.items()}
     wanted = {name: value for name, value in encoder.state_dict().items() if name.startswith("backbone.")}
     if problem := _problem(tensors, wanted):
         raise UserError(f"{imported} does not fit the model of {RunFolder(run_dir).config}: {problem}")

@@ -3,12 +3,15 @@
 import pytest
 import torch
 
+from moco_dist.config.pretrain import ModelConfig
 from moco_dist.data.plan import Plan
 from moco_dist.distributed.collectives import process_group
 from moco_dist.errors import UserError
 from moco_dist.method.backbone import build_resnet
 from moco_dist.method.build import build_method
+from moco_dist.method.encoder import build_encoder
 from moco_dist.run.start import begin_with_weights
+from moco_dist.run.weights import import_backbone, load_trained
 from tests.distributed.program import NUM_SAMPLES, images, small_config, views_at
 from tests.world import run
 
@@ -85,3 +88,16 @@ def test_a_mistake_is_one_of_all_ranks(release):
     path, _ = release
     with pytest.raises(UserError, match=r"model\.init .* holds no resnet18: .*; with --model\.arch resnet10 it fits"):
         run(begin, 2, path, "moco", "ddp", "resnet18")
+
+
+def imported(world, run_dir):
+    encoder = build_encoder(ModelConfig(arch="resnet10"), 1)
+    assert load_trained(encoder, run_dir if world.is_main else run_dir / "not here", world) == 0
+    return {name: value.clone() for name, value in encoder.backbone.state_dict().items()}
+
+
+def test_an_imported_backbone_is_read_by_one_rank(release, tmp_path):
+    path, expected = release
+    import_backbone(path, "resnet10", tmp_path / "data", tmp_path / "run")
+    for state in run(imported, 2, tmp_path / "run"):
+        assert all(torch.equal(state[name], value) for name, value in expected.items())

@@ -1,5 +1,6 @@
 """`moco-dist detect` on a few generated images: a tiny backbone, a result, and no claim about accuracy."""
 
+import functools
 import json
 import os
 import signal
@@ -20,6 +21,7 @@ from moco_dist.evaluate.detection.run import learning_rate, run_detection
 from moco_dist.evaluate.detection.voc import Pictures, read_sets
 from moco_dist.method.encoder import build_encoder
 from moco_dist.run.weights import read_backbone
+from tests.distributed.test_once import on_two_hosts
 from tests.voc import CLASSES, make_voc
 from tests.world import run
 
@@ -109,6 +111,32 @@ def test_the_backbone_of_a_run(folder, tmp_path, capsys):
     assert main([*words[:i], "--run-dir", str(run_dir), *words[i + 2 :]]) == 0
     assert "on 5 images" in capsys.readouterr().out
     assert json.loads((run_dir / "eval" / "detection.json").read_text())["config"]["steps"] == 1
+
+
+def counted(found, name, read, *args):
+    found.append(name)
+    return read(*args)
+
+
+def reads(world, folder):
+    """What this rank of two hosts has read before the training begins."""
+    found = []
+    for name in ("read_sets", "_backbone"):
+        setattr(detection_run, name, functools.partial(counted, found, name, getattr(detection_run, name)))
+
+    def begins(backbone, *_):
+        assert len(backbone.tensors) > 50
+        raise Preempted("enough")
+
+    detection_run.build_detector = begins
+    with pytest.raises(Preempted):
+        run_detection(config_of(folder, global_batch_size=4), on_two_hosts(world))
+    return found
+
+
+def test_lists_are_read_once_a_host_and_weights_once(folder):
+    sets = ["read_sets"] * 2
+    assert run(reads, 4, folder) == [["_backbone", *sets], [], sets, []]
 
 
 @pytest.fixture

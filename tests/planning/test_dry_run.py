@@ -3,6 +3,8 @@
 What must not happen is done on purpose: each mistake is found, and named with its line.
 """
 
+import re
+
 import pytest
 import torch
 
@@ -14,8 +16,9 @@ from moco_dist.distributed.world import World
 from moco_dist.errors import UserError
 from moco_dist.method import moco
 from moco_dist.method.build import build_method
-from moco_dist.planning import arithmetic
-from moco_dist.planning.dry_run import dry_run
+from moco_dist.method.encoder import Encoder
+from moco_dist.planning import arithmetic, compiled
+from moco_dist.planning.dry_run import dry_run, text
 from moco_dist.planning.fake_gpu import DEVICE, fake_rank
 from moco_dist.planning.watch import HostWaitError, Watch
 from tests.planning.config import config_of
@@ -71,13 +74,55 @@ OPTIONS = {
     "LARS, keys decoded where needed": {"optim": {"optimizer": "lars"}, "shuffle": {"exchange": "loader"}},
     "fp64, v1's colours": {"optim": {"precision": "fp64"}, "augment": {"recipe": "v1"}},
     "SimCLR, bf16, LARS": {"method": "simclr", "optim": {"precision": "bf16", "optimizer": "lars"}},
-    "compiled": {"engine": {"compile": "step", "cuda_graphs": True}},
 }
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_options(options):
     assert nothing_waits(run(8, 5, **options))
+
+
+@pytest.mark.slow
+def test_what_is_compiled_is_one_graph_on_the_gpu():
+    """In each world alike; LARS and the colours too."""
+    found = run(8, engine={"compile": "step", "cuda_graphs": True}, optim={"optimizer": "lars"})
+    assert nothing_waits(found)
+    assert list(found.compiled) == ["encoder", "colours", "LARS"]
+    for traced in found.compiled.values():
+        assert (traced.graphs, traced.off_gpu, traced.breaks) == (1, [], [])
+        assert traced.operations > 50
+    (line,) = found.not_traced
+    assert "nor recorded as CUDA graphs; the step above is the eager one" in line
+    assert "encoder, compiled" in text(found)
+
+
+def an_index_on_the_cpu(x):
+    return x[torch.arange(len(x) - 1, -1, -1)]
+
+
+def a_break(x):
+    torch._dynamo.graph_break()
+    return x * 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("mistake", "told"), [
+    (an_index_on_the_cpu, r"test_dry_run.py:\d+: lies on the CPU, and so in no CUDA graph"),
+    (a_break, r"2 graphs of .*\n *broken by: .*graph_break"),
+])  # fmt: skip
+def test_what_no_graph_can_hold_is_told(monkeypatch, mistake, told):
+    forward = Encoder.forward
+    monkeypatch.setattr(Encoder, "forward", lambda self, images: mistake(forward(self, images)))
+    rows = compiled.lines(compiled.traced(small(1, engine={"compile": "model"}), 16))
+    assert re.search(told, "\n".join(map(" ".join, rows)))
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_an_engine_that_is_not_traced_is_told_in_a_line_and_the_rest_is(stage):
+    found = run(8, engine={"kind": "deepspeed", "zero_stage": stage})
+    assert nothing_waits(found)
+    assert [line.partition(",")[0] for line in found.not_traced] == ["engine.kind deepspeed"]
+    assert "not traced" in text(found)
 
 
 def test_the_numbers_are_those_of_the_plan():
@@ -233,9 +278,9 @@ def test_the_command(capsys):
 
 
 def test_the_command_says_in_one_line_why_not(capsys):
-    assert main(["plan", *FLAGS, "--engine.kind", "deepspeed"]) == 2
-    assert "--dry-run does not run engine.kind deepspeed" in capsys.readouterr().err
     assert main(["plan", *FLAGS, "--gpus-per-node", "3"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "optim.global_batch_size" in line
 
 
 @pytest.mark.slow

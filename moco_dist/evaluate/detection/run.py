@@ -28,6 +28,7 @@ from moco_dist.data.names import hash_of_list
 from moco_dist.data.plan import Plan
 from moco_dist.data.processes import made_by_processes
 from moco_dist.distributed.collectives import all_reduce_sum, gather_uneven
+from moco_dist.distributed.once import from_rank_0, once_a_host
 from moco_dist.distributed.stop import StopRequest
 from moco_dist.distributed.told import Told
 from moco_dist.distributed.world import World
@@ -67,14 +68,14 @@ def run_detection(config: DetectConfig, world: World) -> dict[str, Any]:
     if config.global_batch_size % world.world_size:
         ranks = world.world_size
         raise UserError(not_a_multiple("global_batch_size", config.global_batch_size, ranks, f"{ranks} ranks"))
-    backbone, pixels = _backbone(config)
+    backbone, pixels = from_rank_0(lambda: _backbone(config), world)
     data = config.data
     out = RunFolder(config.run_dir).detection if config.run_dir else _beside(config.weights)
     record = RunFolder(config.run_dir).data_roots if config.run_dir else out.with_name(f".{out.name}.data_roots")
-    lists = [data.root / name for name in {*data.train_sets, *data.test_sets}]  # each by itself: its name may be wrong
-    with missed_if_gone(data.root, all(has_evaluated_on(of_set, record) for of_set in lists), out.parent):
-        train, test = (read_sets(data.root, sets, data.classes) for sets in (data.train_sets, data.test_sets))
-    for of_set in sorted(lists):
+    lists = sorted(data.root / name for name in {*data.train_sets, *data.test_sets})
+    about = f"{data.root} {data.train_sets} {data.test_sets} {data.classes}"
+    train, test = once_a_host(lambda: _annotated(config, lists, record, out.parent), about, world)
+    for of_set in lists:
         remember(of_set, record, world)
     if len(train) < config.global_batch_size:
         sets, batch = ", ".join(data.train_sets), config.global_batch_size
@@ -113,6 +114,16 @@ def _backbone(config: DetectConfig) -> tuple[Backbone, AugmentConfig]:
         return read_backbone(config.weights, config.arch), AugmentConfig()
     backbone = backbone_of_run(config.run_dir)
     return backbone, RunFolder(config.run_dir).settings().augment
+
+
+def _annotated(
+    config: DetectConfig, lists: list[Path], record: Path, where: Path
+) -> tuple[list[Annotated], list[Annotated]]:
+    """Training and test images; `lists` are all their sets, each by itself in `record`, since its name may be wrong."""
+    data = config.data
+    with missed_if_gone(data.root, all(has_evaluated_on(of_set, record) for of_set in lists), where):
+        train, test = (read_sets(data.root, sets, data.classes) for sets in (data.train_sets, data.test_sets))
+    return train, test
 
 
 def _beside(weights: Path | None) -> Path:

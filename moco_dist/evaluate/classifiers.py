@@ -235,7 +235,7 @@ def per_class_accuracy(classifier: nn.Module, val: Features, num_classes: int, w
     """Top-1 accuracy in percent of each class, over all ranks' samples; nan where a class has none."""
     counts = torch.zeros(2, num_classes, dtype=torch.int64, device=val.values.device)
     for values, labels in zip(val.values.split(4096), val.labels.split(4096), strict=True):
-        right = labels[classifier(values).argmax(1) == labels]
-        counts += torch.stack([right.bincount(minlength=num_classes), labels.bincount(minlength=num_classes)])
+        is_right = classifier(values).argmax(1) == labels
+        counts.index_add_(1, labels, torch.stack([is_right, torch.ones_like(is_right)]).long())
     right, total = all_reduce_sum(counts, world).double()
     return (100 * right / total).tolist()

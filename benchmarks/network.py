@@ -14,13 +14,12 @@ import argparse
 import statistics
 import time
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks import results
-from benchmarks.hosts import Hosts, hosts, why_not
+from benchmarks.hosts import Hosts, hosts, received_bytes, why_not
 from benchmarks.ranks import run_ranks
 from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.data import counter_rng
@@ -40,18 +39,20 @@ CASES = {
     2: [("auto", True), ("auto", False), ("all_to_all", False)],
 }
 LOCAL_BATCH = 32
-# The bytes of images and features do not depend on the architecture.
-FULL = {"arch": "resnet18", "image_size": 224}
-QUICK = {"arch": "resnet10", "image_size": 64}
+# The bytes of images and features do not depend on the architecture and the queue.
+FULL = {"arch": "resnet18", "image_size": 224, "queue_size": 65536}
+QUICK = {"arch": "resnet10", "image_size": 48, "queue_size": 512}
 
 
-def config_of(exchange: str, block: int, world_size: int, arch: str, image_size: int) -> PretrainConfig:
+def config_of(
+    exchange: str, block: int, world_size: int, arch: str, image_size: int, queue_size: int
+) -> PretrainConfig:
     """32 images a rank."""
     return PretrainConfig.model_validate({
         "run": {"dir": "unused"},
         "data": {"root": "unused", "image_size": image_size},
         "model": {"arch": arch, "head_hidden_dims": [512]},
-        "moco": {"queue_size": 65536},
+        "moco": {"queue_size": queue_size},
         "optim": {"global_batch_size": LOCAL_BATCH * world_size},
         "shuffle": {"exchange": exchange, "block_size": block},
     })  # fmt: skip
@@ -76,25 +77,24 @@ def predicted_bytes(run: "Run", step: int) -> tuple[int, int]:
     return images, queries_and_keys + sums
 
 
-def readings_of_rank(world: World, steps: int, arch: str, image_size: int) -> list[dict[str, Any]]:
+def readings_of_rank(world: World, steps: int, **sizes: Any) -> list[dict[str, Any]]:
     """One rank's readings: each way in turn, `steps` times, with and without the gradients' all-reduce."""
-    counter = Path("/sys/class/net/eth0/statistics/rx_bytes")
     runs = {}
     for exchange, fits in CASES[world.local_world_size]:
         block = LOCAL_BATCH * (world.local_world_size if fits else world.world_size)
-        runs[exchange, block] = Run(config_of(exchange, block, world.world_size, arch, image_size), world)
+        runs[exchange, block] = Run(config_of(exchange, block, world.world_size, **sizes), world)
     rows = []
     for step in range(-1, steps):  # the first is not counted
         for (exchange, block), run in runs.items():
             for gradients in (False, True):
                 barrier(world)
-                before = int(counter.read_text())
+                before = received_bytes()
                 barrier(world)  # no rank sends before all have read
                 started = time.perf_counter()
                 exchange_seconds = run.step(max(step, 0), gradients)
                 seconds = time.perf_counter() - started
                 barrier(world)
-                received = int(counter.read_text()) - before
+                received = received_bytes() - before
                 if step >= 0:
                     images, features = predicted_bytes(run, step)
                     parameters = sum(p.nbytes for p in run.method.query_encoder.parameters())
@@ -151,13 +151,10 @@ class _WithoutAllReduce:
         return getattr(self._engine, name)
 
 
-def measure(
-    made: Hosts, rate: float, steps: int, arch: str, image_size: int, ranks_a_host: int = 1
-) -> list[dict[str, Any]]:
+def measure(made: Hosts, rate: float, steps: int, ranks_a_host: int = 1, **sizes: Any) -> list[dict[str, Any]]:
     """A row for each way, on hosts whose links have `rate` Gb/s."""
     made.shape(rate)
     world_size = made.count * ranks_a_host
-    sizes = {"arch": arch, "image_size": image_size}
     of_ranks = run_ranks(readings_of_rank, world_size, made, ranks_a_host, steps=steps, **sizes)
     readings = [reading for rank in of_ranks for reading in rank]
     ways = dict.fromkeys((r["exchange"], r["block_size"]) for r in readings)

@@ -8,72 +8,68 @@ link's rate as a user would give it, and then takes real steps with the real loa
 """
 
 import argparse
-import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from benchmarks import results
-from benchmarks.hosts import hosts, why_not
+from benchmarks.hosts import hosts, received_bytes, why_not
+from benchmarks.ranks import run_ranks
 from moco_dist.config.pretrain import PretrainConfig, shuffle_block
 from moco_dist.data.plan import Plan
 from moco_dist.data.sources import find_images
 from moco_dist.data.views import views_of_steps
 from moco_dist.datasets.shapes import ShapeSettings, draw_image
-from moco_dist.distributed.collectives import barrier, process_group
-from moco_dist.distributed.world import World, world_from_env
+from moco_dist.distributed.collectives import barrier
+from moco_dist.distributed.world import World
 from moco_dist.method.build import build_method
 from moco_dist.planning import calibrate
 from moco_dist.planning.arithmetic import sizes
 from moco_dist.planning.forecast import Forecast
 
 CALIBRATION_STEPS = 10
-PORT = 29477
-COUNTER = Path("/sys/class/net/eth0/statistics/rx_bytes")
+PRECISION = "bf16"
 
 
-def config_of(root: str, world_size: int, exchange: str) -> PretrainConfig:
+def config_of(root: str, world_size: int, exchange: str, precision: str) -> PretrainConfig:
     """A small ResNet at 48 px, 32 images a rank, loaded in the training process."""
     return PretrainConfig.model_validate({
         "run": {"dir": "unused", "device": "cpu"},
         "data": {"root": root, "image_size": 48, "num_workers": 0},
         "model": {"arch": "resnet10", "head_hidden_dims": [512]},
         "moco": {"queue_size": 4096},
-        "optim": {"global_batch_size": 32 * world_size, "precision": "bf16"},
+        "optim": {"global_batch_size": 32 * world_size, "precision": precision},
         "shuffle": {"exchange": exchange},
     })  # fmt: skip
 
 
-def rank_main(root: str, exchange: str, rate: float, steps: int, rounds: int) -> None:
-    """One rank: calibrate and plan, then run, `rounds` times in turn; rank 0 prints the readings."""
+def readings_of_rank(
+    world: World, root: str, exchange: str, precision: str, rate: float, steps: int, rounds: int
+) -> list[dict]:
+    """One rank's readings: calibrates and plans, then runs, `rounds` times in turn."""
     torch.set_num_threads(1)
-    world = world_from_env("cpu")
     calibrate.MAX_STEPS = min(CALIBRATION_STEPS, steps)
-    config = config_of(root, world.world_size, exchange)
+    config = config_of(root, world.world_size, exchange, precision)
     planned = sizes(config, world.world_size, 1)
-    with process_group(world):
-        readings = []
-        for number in range(rounds):
-            measured = calibrate.calibrate(config, world.world_size, world)
-            forecast = Forecast(planned, measured, rate * 1e9 / 8, measured.latency_seconds,
-                                measured.loader_core_seconds, config.data.num_workers)  # fmt: skip
-            seconds, received = take_steps(config, world, number, steps)
-            readings.append({
-                "predicted_seconds": forecast.step_seconds(), "measured_seconds": seconds,
-                "predicted_bytes": sum(planned.received().values()), "measured_bytes": received,
-                "parts": {"computing": forecast.compute_seconds, "network": forecast.waited_for_network(),
-                          "loading": forecast.loading_seconds},
-            })  # fmt: skip
-        barrier(world)
-        if world.is_main:
-            print(json.dumps(readings))
+    readings = []
+    for number in range(rounds):
+        measured = calibrate.calibrate(config, world.world_size, world)
+        forecast = Forecast(planned, measured, rate * 1e9 / 8, measured.latency_seconds,
+                            measured.loader_core_seconds, config.data.num_workers)  # fmt: skip
+        seconds, received = take_steps(config, world, number, steps)
+        readings.append({
+            "predicted_seconds": forecast.step_seconds(), "measured_seconds": seconds,
+            "predicted_bytes": sum(planned.received().values()), "measured_bytes": received,
+            "parts": {"computing": forecast.compute_seconds, "network": forecast.waited_for_network(),
+                      "loading": forecast.loading_seconds},
+        })  # fmt: skip
+    barrier(world)
+    return readings
 
 
 def take_steps(config: PretrainConfig, world: World, number: int, steps: int) -> tuple[float, float]:
@@ -82,7 +78,7 @@ def take_steps(config: PretrainConfig, world: World, number: int, steps: int) ->
     plan = Plan(len(folder.paths), config.optim.global_batch_size, number, shuffle_block(config))
     method = build_method(config, world)
     started, before = 0.0, 0
-    feed = views_of_steps(folder, config, plan, world, 0, steps + 2, torch.bfloat16)
+    feed = views_of_steps(folder, config, plan, world, 0, steps + 2, method.dtype)
     for step in range(steps + 2):
         if step == 2:
             barrier(world)
@@ -103,28 +99,14 @@ def make_images(root: Path, count: int = 1000) -> None:
         draw_image(number % 10, np.random.default_rng(number), ShapeSettings()).save(folder / f"{number:04d}.jpg")
 
 
-def received_bytes() -> int:
-    """By this host's interface, headers included; 0 on a host without one."""
-    return int(COUNTER.read_text()) if COUNTER.exists() else 0
-
-
-def measure(root: str, num_hosts: int, exchange: str, rate: float, steps: int, rounds: int) -> dict:
+def measure(
+    root: str, num_hosts: int, exchange: str, rate: float, precision: str, steps: int, rounds: int
+) -> dict[str, Any]:
     """A row: one case on fresh hosts."""
-    with hosts(num_hosts) as made, tempfile.TemporaryFile("w+") as out:
+    case = {"root": root, "exchange": exchange, "precision": precision, "rate": rate, "steps": steps, "rounds": rounds}
+    with hosts(num_hosts) as made:
         made.shape(rate)
-        ranks = []
-        for host in range(num_hosts):
-            env = {**os.environ, "RANK": str(host), "WORLD_SIZE": str(num_hosts), "LOCAL_RANK": "0",
-                   "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": made.address(0), "MASTER_PORT": str(PORT),
-                   "GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1"}  # fmt: skip
-            words = [sys.executable, "-m", "benchmarks.plan_validation", "--rank", root, exchange, str(rate),
-                     "--steps", str(steps), "--rounds", str(rounds)]  # fmt: skip
-            stdout = out if host == 0 else subprocess.DEVNULL
-            ranks.append(subprocess.Popen(made.command(host, words), env=env, stdout=stdout))
-        if any(rank.wait() for rank in ranks):
-            raise SystemExit("a rank failed")
-        out.seek(0)
-        readings = json.loads(out.read().splitlines()[-1])
+        readings = run_ranks(readings_of_rank, num_hosts, made, **case)[0]
     ratios = [r["predicted_seconds"] / r["measured_seconds"] for r in readings]
     middle = sorted(readings, key=lambda r: r["predicted_seconds"] / r["measured_seconds"])[len(readings) // 2]
     row = {
@@ -148,12 +130,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rates", default="1,0.1", help="link rates in Gb/s")
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--rank", nargs=3, help=argparse.SUPPRESS)
     parser.add_argument("--rounds", type=int, default=3)
     args = results.parse(parser, rates="1", steps=2, rounds=1)
-    if args.rank:
-        rank_main(args.rank[0], args.rank[1], float(args.rank[2]), args.steps, args.rounds)
-        return
     if reason := why_not():
         raise SystemExit(reason)
     first, *_ = rates = [float(rate) for rate in args.rates.split(",")]
@@ -161,8 +139,9 @@ def main() -> None:
         make_images(Path(root))
         cases = [(1, "loader", first), *((2, "loader", rate) for rate in rates), (2, "all_gather", rates[-1])]
         cases = cases[1:2] if args.quick else cases
-        rows = [measure(root, *case, steps=args.steps, rounds=args.rounds) for case in cases]
-    results.write("plan_validation", rows, arch="resnet10", image_size=48, local_batch_size=32, precision="bf16")
+        precision = "fp32" if args.quick else PRECISION  # which every CPU is quick at
+        rows = [measure(root, *case, precision, args.steps, args.rounds) for case in cases]
+    results.write("plan_validation", rows, arch="resnet10", image_size=48, local_batch_size=32, precision=PRECISION)
 
 
 if __name__ == "__main__":

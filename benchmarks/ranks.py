@@ -1,20 +1,23 @@
-"""Ranks for a benchmark: processes of this machine, all on loopback, or one on each namespace host."""
+"""Ranks for a benchmark: processes of this machine, all on loopback, or some on each namespace host.
+
+They are forked from a server that has imported what they need, and else done nothing: an import takes ten seconds of a
+core, and more than some measurements.
+"""
 
 import importlib
-import json
+import multiprocessing
 import os
 import socket
-import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Callable
-from pathlib import Path
+from multiprocessing.connection import Connection, wait
+from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import torch
 
-from benchmarks.hosts import Hosts
+from benchmarks.hosts import INTERFACE, Hosts
 from moco_dist.distributed.collectives import process_group
 from moco_dist.distributed.world import world_from_env
 
@@ -32,7 +35,7 @@ def run_ranks(
         arguments: plain values.
 
     Returns:
-        what the ranks returned, in rank order, through JSON.
+        what the ranks returned, in rank order.
 
     Raises:
         SystemExit: a rank failed; the others were ended.
@@ -40,39 +43,43 @@ def run_ranks(
     module = function.__module__
     if module == "__main__":
         module = sys.modules["__main__"].__spec__.name  # type: ignore[union-attr]
-    threads = max(1, len(os.sched_getaffinity(0)) // world_size)
+    os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # gloo cannot look up names of hosts that have none
+    forked = multiprocessing.get_context("forkserver")
+    forked.set_forkserver_preload(["benchmarks.ranks", module])  # of the first call
     common = {
-        **os.environ,
         "WORLD_SIZE": str(world_size),
         "LOCAL_WORLD_SIZE": str(ranks_a_host if made else world_size),
         "MASTER_ADDR": made.address(0) if made else "127.0.0.1",
         "MASTER_PORT": "29400" if made else str(_free_port()),
-        "OMP_NUM_THREADS": str(threads),
-        "TORCH_CPP_LOG_LEVEL": "ERROR",  # gloo cannot look up names of hosts that have none
+        "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // world_size)),
     }
     if made:
         # NCCL must not see through the namespaces and send over PCIe or shared memory.
-        common |= {"GLOO_SOCKET_IFNAME": "eth0", "NCCL_SOCKET_IFNAME": "eth0", "NCCL_P2P_DISABLE": "1",
+        common |= {"GLOO_SOCKET_IFNAME": INTERFACE, "NCCL_SOCKET_IFNAME": INTERFACE, "NCCL_P2P_DISABLE": "1",
                    "NCCL_SHM_DISABLE": "1"}  # fmt: skip
-    with tempfile.TemporaryDirectory() as folder:
-        results = [Path(folder) / f"{rank}.json" for rank in range(world_size)]
-        ranks: list[subprocess.Popen] = []
-        try:
-            for rank, path in enumerate(results):
-                words = [sys.executable, "-m", "benchmarks.ranks", module, function.__name__, json.dumps(arguments),
-                         str(path)]  # fmt: skip
-                env = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank % ranks_a_host if made else rank)}
-                words = made.command(rank // ranks_a_host, words) if made else words
-                ranks.append(subprocess.Popen(words, env=env))
-            while any(rank.poll() is None for rank in ranks):
-                if any(rank.poll() for rank in ranks):
-                    raise SystemExit("a rank failed")
-                time.sleep(0.05)
-        finally:
-            for rank in ranks:
-                rank.kill()
-                rank.wait()
-        return [json.loads(path.read_text()) for path in results]
+    processes, pipes, results = [], {}, {}
+    try:
+        for rank in range(world_size):
+            here, there = forked.Pipe()
+            env = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank % ranks_a_host if made else rank)}
+            job = (made, rank // ranks_a_host, env, module, function.__name__, arguments, there)
+            processes.append(forked.Process(target=_rank, args=job))
+            with mock.patch.dict(sys.modules, {"__main__": ModuleType("__main__")}):  # which is not to run again there
+                processes[-1].start()
+            there.close()
+            pipes[here] = rank
+        while len(results) < world_size:
+            for pipe in wait([pipe for pipe, rank in pipes.items() if rank not in results]):
+                results[pipes[pipe]] = pipe.recv()  # type: ignore[union-attr, index]
+        for process in processes:
+            process.join()
+    except EOFError:
+        raise SystemExit("a rank failed") from None
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+    return [results[rank] for rank in range(world_size)]
 
 
 def _free_port() -> int:
@@ -81,15 +88,17 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _main(module: str, name: str, arguments: str, path: str) -> None:
+def _rank(
+    made: Hosts | None, host: int, env: dict[str, str], module: str, name: str, arguments: dict[str, Any],
+    pipe: Connection,
+) -> None:  # fmt: skip
     """One rank's process."""
-    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    values = json.loads(arguments)
+    if made:
+        made.enter(host)
+    os.environ.update(env)
+    torch.set_num_threads(int(env["OMP_NUM_THREADS"]))
+    values = dict(arguments)
     world = world_from_env(values.pop("device", "cpu"))
     with process_group(world):
         result = getattr(importlib.import_module(module), name)(world, **values)
-    Path(path).write_text(json.dumps(result))
-
-
-if __name__ == "__main__":
-    _main(*sys.argv[1:])
+    pipe.send(result)

@@ -4,6 +4,7 @@ They are forked from a server that has imported torch already, so two ranks take
 that a rank does to its modules reaches another test.
 """
 
+import dataclasses
 import multiprocessing
 import pickle
 import tempfile
@@ -75,6 +76,12 @@ def run(function, world_size, *args):
                 process.close()
                 pipe.close()
     return [results[rank] for rank in range(world_size)]
+
+
+def on_two_hosts(world):
+    """The place of a rank of two hosts with half of the ranks each."""
+    half = world.world_size // 2
+    return dataclasses.replace(world, local_rank=world.rank % half, local_world_size=half)
 
 
 def _receive(pipe: Connection, rank: int):

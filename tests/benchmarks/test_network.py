@@ -28,7 +28,7 @@ def rows(measured):
 
 
 def test_no_image_crosses_the_network(rows):
-    """In `loader` what arrives is the features, headers included: not one image (3 S² = 12,288 bytes) beside them."""
+    """In `loader` what arrives is the features, headers included: not one image (3 S² = 6,912 bytes) beside them."""
     row = rows["loader"]
     assert row["predicted_image_bytes"] == 0
     assert row["predicted_feature_bytes"] < row["received_bytes"] < 1.1 * row["predicted_feature_bytes"]

@@ -1,6 +1,5 @@
 """One rank of each host lists the images; the others have the same list, and the same error, without a look."""
 
-import dataclasses
 import os
 import time
 
@@ -14,7 +13,7 @@ from moco_dist.errors import EXIT_IO, InfrastructureError, SaidElsewhere, UserEr
 from moco_dist.evaluate.subject import labelled_images
 from moco_dist.run.resume import training_images
 from tests.distributed.program import small_config
-from tests.world import run
+from tests.world import on_two_hosts, run
 
 
 @pytest.fixture
@@ -29,12 +28,6 @@ def root(tmp_path):
         if path.is_dir():
             os.utime(path, (time.time() - 60, time.time() - 60))
     return tmp_path / "data"
-
-
-def on_two_hosts(world):
-    """The place of a rank of two hosts with half of the ranks each."""
-    half = world.world_size // 2
-    return dataclasses.replace(world, local_rank=world.rank % half, local_world_size=half)
 
 
 def look(world, roots, run_dir):

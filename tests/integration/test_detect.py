@@ -21,9 +21,8 @@ from moco_dist.evaluate.detection.run import learning_rate, run_detection
 from moco_dist.evaluate.detection.voc import Pictures, read_sets
 from moco_dist.method.encoder import build_encoder
 from moco_dist.run.weights import read_backbone
-from tests.distributed.test_once import on_two_hosts
 from tests.voc import CLASSES, make_voc
-from tests.world import run
+from tests.world import on_two_hosts, run
 
 STEPS = 4
 

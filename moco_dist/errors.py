@@ -30,6 +30,9 @@ OF_A_PATH = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIS
              errno.ELOOP, errno.EROFS, errno.EINVAL}  # fmt: skip
 
 
+LONGEST_LINE = 2000  # letters
+
+
 class UserError(ValueError):
     """A mistake in what the user gave. Its text says what is wrong, what is allowed and the nearest choice.
 
@@ -103,6 +106,12 @@ def cause(statuses: Iterable[int]) -> int:
     lost = {EXIT_ABORTED, EXIT_KILLED}
     failed = [EXIT_UNREACHABLE if status in lost else status for status in statuses if status]
     return min(failed, key=lambda s: CAUSES.index(s if s in CAUSES else EXIT_FAILURE), default=0)
+
+
+def in_a_line(text: str) -> str:
+    """A text as a terminal may show it: names in files of others may hold its control codes, or millions of letters."""
+    shown = text if len(text) <= LONGEST_LINE else f"{text[:LONGEST_LINE]} ..."
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in shown)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

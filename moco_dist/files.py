@@ -17,6 +17,18 @@ def key_of(facts: Any) -> str:
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
+def parsed_json(text: str | bytes) -> Any:
+    """The value of a text in JSON.
+
+    Raises:
+        ValueError: it is none, or is nested deeper than anybody writes, for which `json` has a RecursionError.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
 def write_whole(path: Path, content: bytes | Sequence[bytes | memoryview]) -> None:
     """Write a file that is complete whenever it is there; makes its folder. `content` may be in parts."""
     with whole_file(path) as partial:
@@ -46,8 +58,8 @@ def whole_file(path: Path) -> Iterator[Path]:
 def read_record(line: bytes) -> dict[str, Any] | None:
     """A line of a file of JSON objects; None where it is damaged: nothing depends on a whole log or journal."""
     try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
+        record = parsed_json(line)
+    except ValueError:
         return None
     return record if isinstance(record, dict) else None
 

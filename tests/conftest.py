@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 
+import hypothesis
 import psutil
 import pytest
 import torch
@@ -11,6 +12,9 @@ import torch
 from moco_dist.datasets.prepare import prepare_shapes
 from tests.faults.processes import command
 
+# An example may take any time: others use the machine too.
+hypothesis.settings.register_profile("busy", deadline=None)
+hypothesis.settings.load_profile("busy")
 # A shell starts what it puts into the background with SIGINT ignored, and tests of Ctrl-C would pass that on.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 # The same of nohup and a closed terminal's signal.

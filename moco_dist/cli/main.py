@@ -18,6 +18,7 @@ from moco_dist.errors import (
     Preempted,
     SaidElsewhere,
     UserError,
+    in_a_line,
     nearest,
 )
 from moco_dist.provenance import __version__
@@ -100,7 +101,7 @@ def _run(argv: list[str]) -> int:
         if debug:
             traceback.print_exc()
         for line in str(error).splitlines():
-            print(f"{who}error: {line}", file=sys.stderr)
+            print(f"{who}error: {in_a_line(line)}", file=sys.stderr)
         return error.exit_status
     except OSError as error:  # no space, no permission, an input that is gone
         if debug or error.strerror is None:

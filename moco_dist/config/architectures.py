@@ -1,5 +1,6 @@
 """The networks that an encoder's backbone can be: four by a line each, all others by who builds them. No torch here."""
 
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import AfterValidator
@@ -17,6 +18,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 # Who builds a network that has no line above, and what follows the colon. Whether torchvision or timm has such a
 # network, only they know: method/backbone.py asks them.
 FAMILIES = {"torchvision": "NAME", "timm": "NAME", "module": "PACKAGE.MODULE:FUNCTION"}
+TIMM = "timm:"  # before the name of a network whose weights timm has
 KNOWN = ", ".join([*ARCHITECTURES, *(f"{family}:{name}" for family, name in FAMILIES.items())])
 
 
@@ -39,6 +41,13 @@ def family_of(arch: str) -> tuple[str, str]:
 def is_known_without_torch(arch: str) -> bool:
     """Whether it is one of ARCHITECTURES: a ResNet, whose BatchNorm and stages nobody needs to build it for."""
     return arch in ARCHITECTURES
+
+
+def missing_start(init: Path) -> str:
+    """That `model.init` is not there, in a line; "" where it is, or where only timm can tell."""
+    if str(init).startswith(TIMM) or init.exists():
+        return ""
+    return f"{init} does not exist; a file of weights, the folder of a run and {TIMM}NAME can be given"
 
 
 def _checked(arch: str) -> str:

@@ -141,6 +141,12 @@ class _Loader(yaml.SafeLoader):
             seen.add(key.value)
         return node
 
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Take in what `<<` names, each key once: PyYAML keeps all, and nine lines of `<<` would be millions."""
+        super().flatten_mapping(node)
+        last = {key.value if isinstance(key, yaml.ScalarNode) else id(key): (key, value) for key, value in node.value}
+        node.value = list(last.values())
+
 
 def _over(values: dict[str, Any], overlay: dict[str, Any]) -> dict[str, Any]:
     """`overlay` over `values`, section by section."""

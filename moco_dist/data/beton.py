@@ -93,8 +93,8 @@ def read_beton(path: Path) -> Beton:
         raise file_error(f"{path} cannot be read: {(error.strerror or str(error)).lower()}", error) from error
     except UserError:
         raise
-    except ValueError as error:  # of an empty file
-        raise _not_whole(path, error) from error
+    except ValueError as error:  # numpy's for an empty file
+        raise _not_whole(path, "it is empty") from error
 
 
 def parse_beton(content: Content, path: Path | Url) -> Beton:
@@ -104,21 +104,26 @@ def parse_beton(content: Content, path: Path | Url) -> Beton:
         UserError: it is no .beton file, incomplete, or without images and labels.
     """
     try:
-        header = content[: _HEADER.itemsize].view(_HEADER)[0]
+        header = _rows(content, 0, 1, _HEADER, "header")[0]
         if header["version"] != VERSION:
-            raise ValueError(f"version {header['version']}, not {VERSION}")
+            raise _Problem(f"version {header['version']}, not {VERSION}")
         at, count = _HEADER.itemsize, int(header["num_fields"])
-        fields = content[at : at + count * _FIELD.itemsize].view(_FIELD)
+        fields = _rows(content, at, count, _FIELD, "fields")
         kinds = [int(field["type_id"]) for field in fields]
-        names = [field["name"].tobytes().rstrip(b"\0").decode() for field in fields]
+        names = [field["name"].tobytes().rstrip(b"\0").decode("utf-8", "replace") for field in fields]
+        if other := next((name for name, kind in zip(names, kinds, strict=True) if kind not in _RECORDS), None):
+            raise _Problem(f"its field {other!r} is of a kind that is not read here")
+        if _IMAGE_ID not in kinds or _INT_ID not in kinds:
+            raise _Problem(f"its fields are {', '.join(names) or 'none'}")
         record = np.dtype([("", _RECORDS[kind]) for kind in kinds], align=True)
         at += count * _FIELD.itemsize
-        rows, table_at = int(header["num_samples"]), int(header["table_at"])
-        table_bytes = len(content) - table_at
-        if not rows or at + rows * record.itemsize > len(content) or table_bytes <= 0 or table_bytes % _TABLE.itemsize:
-            raise ValueError("incomplete")
-        records = content[at : at + rows * record.itemsize].view(record)
-        table = content[table_at:].view(_TABLE)
+        records = _rows(content, at, int(header["num_samples"]), record, "records")
+        at = int(header["table_at"])
+        table = _rows(content, at, max(0, len(content) - at) // _TABLE.itemsize, _TABLE, "table")
+        if (len(content) - at) % _TABLE.itemsize:
+            raise _Problem("it ends within its table")
+        if not len(records) or not len(table):
+            raise _Problem(f"it has no {'table' if len(records) else 'image'}")
         columns = {name: records[f"f{i}"] for i, name in enumerate(names)}
         images = columns[names[kinds.index(_IMAGE_ID)]]
         order = np.argsort(table["at"], kind="stable")
@@ -130,23 +135,43 @@ def parse_beton(content: Content, path: Path | Url) -> Beton:
         if texts is None:
             paths = [f"train/{label}/{i:08d}" for i, label in enumerate(labels.tolist())]
         else:
-            if texts["size"].max() > len(content) or texts["size"].sum() > len(content):
-                raise ValueError("names beyond its end")
-            first, end = int(texts["at"].min()), int((texts["at"] + texts["size"]).max())
+            ends = texts["at"] + texts["size"]  # may be too large for a number: so each part is looked at too
+            if max(part.max() for part in (texts["at"], texts["size"], ends)) > len(content):
+                raise _Problem("it ends before its names")
+            if texts["size"].sum() > len(content):
+                raise _Problem("its names are longer than it is")
+            first, end = int(texts["at"].min()), int(ends.max())
             view = content[first:end].data
             places = zip((texts["at"] - first).tolist(), texts["size"].tolist(), strict=True)
             paths = [bytes(view[a : a + n]).decode("utf-8", "surrogateescape") for a, n in places]
+    except _Problem as error:
+        raise _not_whole(path, str(error)) from error
     except UserError:  # of what reads the content
         raise
-    except (ValueError, KeyError, IndexError) as error:
-        raise _not_whole(path, error) from error
+    except (ValueError, KeyError, IndexError) as error:  # numpy's, of numbers that do not fit each other
+        raise _not_whole(path, "its header is damaged") from error
     width, height, start = (images[name].astype(np.int64) for name in ("width", "height", "at"))
     return Beton(content, np.array(images["mode"]), width, height, start, size, labels, paths)
 
 
-def _not_whole(path: Path | Url, error: Exception) -> UserError:
+class _Problem(ValueError):
+    """What is wrong with a file, in a few words."""
+
+
+def _rows(content: Content, at: int, count: int, kind: np.dtype, what: str) -> NDArray:
+    """`count` rows of a table at a place of the file.
+
+    Raises:
+        _Problem: the file ends before the last of them.
+    """
+    if at + count * kind.itemsize > len(content):
+        raise _Problem(f"it ends before its {what}")
+    return content[at : at + count * kind.itemsize].view(kind)
+
+
+def _not_whole(path: Path | Url, problem: str) -> UserError:
     return UserError(
-        f"{path} is not a whole file of images and labels ({error}); moco-dist data pack SOURCE OUT.beton writes one"
+        f"{path} is not a whole file of images and labels: {problem}; moco-dist data pack SOURCE OUT.beton writes one"
     )
 
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from moco_dist.data.images import NO_CLASS, hash_of_contents
 from moco_dist.data.layout import is_image, is_left_out
-from moco_dist.data.mapped import file_of, map_arrays
+from moco_dist.data.mapped import are_names, are_within, file_of, map_arrays
 from moco_dist.data.names import Names, hash_of_list, in_arrays
 from moco_dist.errors import UserError
 from moco_dist.files import write_whole
@@ -123,7 +123,8 @@ def _read(index: Path, folder: Path, asked: dict[str, Any]) -> Indexed | None:
         is_right = asked == {name: facts[name] for name in asked} and all(
             _mtime_ns(folder / name) == mtime_ns for name, mtime_ns in facts["folders"].items()
         )
-        if not is_right or len(arrays["ends"]) != len(arrays["labels"]):
+        is_sound = are_names(arrays["content"], arrays["ends"]) and are_within(arrays["labels"], NO_CLASS, len(asked["classes"]))
+        if not is_right or not is_sound or len(arrays["ends"]) != len(arrays["labels"]):
             return None
         return Indexed(Names(arrays["content"], arrays["ends"]), arrays["labels"], facts["content_hash"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moco_dist.files import parsed_json
+
 MAGIC = b"moco_dist arrays 1\n"
 _ALIGNED = 64  # bytes
 
@@ -43,12 +45,12 @@ def map_arrays(path: Path) -> tuple[dict[str, Any], dict[str, MappedArray]]:
 
     Raises:
         OSError: it cannot be read.
-        ValueError, KeyError, TypeError: it is damaged, or another file.
+        ValueError, KeyError, TypeError, AttributeError: it is damaged, or another file.
     """
     with path.open("rb") as file:
         if file.readline(len(MAGIC)) != MAGIC:
             raise ValueError("not a file of arrays")
-        facts = json.loads(file.readline())
+        facts = parsed_json(file.readline())
         at = file.tell()
     arrays = {}
     for name, (dtype, length) in facts.pop("arrays").items():
@@ -60,9 +62,21 @@ def map_arrays(path: Path) -> tuple[dict[str, Any], dict[str, MappedArray]]:
     return facts, arrays
 
 
+def are_within(array: NDArray[Any], low: int, end: int) -> bool:
+    """Whether an array of a file that others may have made has integers from `low` to `end` - 1 and nothing else."""
+    return array.dtype.kind == "i" and (not len(array) or bool(low <= array.min() and array.max() < end))
+
+
+def are_names(content: NDArray[Any], ends: NDArray[Any]) -> bool:
+    """The same of the arrays of `Names`: each ends in `content`, after the one before it."""
+    return content.dtype == np.uint8 and are_within(ends, 0, len(content) + 1) and bool((ends[1:] > ends[:-1]).all())
+
+
 def _map(path: Path, dtype: str, at: int, length: int) -> MappedArray:
     if not length:
         return np.zeros(0, dtype).view(MappedArray)
+    if not 0 < length * np.dtype(dtype).itemsize <= path.stat().st_size - at:
+        raise ValueError("it is incomplete")
     array = np.memmap(path, dtype, "r", at, (length,)).view(MappedArray)
     array.place = (path, dtype, at, length)
     return array

@@ -89,9 +89,11 @@ class PlacedFile:
         Raises:
             OSError: they cannot be read, or the file has changed.
         """
-        data = bytearray(size)
         try:
-            if os.preadv(self._open(), [data], start) < size:
+            descriptor = self._open()
+            is_there = 0 <= size <= os.fstat(descriptor).st_size - start  # seen before memory is asked for
+            data = bytearray(size if is_there else 0)
+            if not is_there or os.preadv(descriptor, [data], start) < size:
                 raise OSError(errno.EIO, "the file ends before it")
         except OSError:
             self._descriptor = None  # a file server may have forgotten it: the next try opens the file anew

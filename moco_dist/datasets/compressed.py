@@ -6,6 +6,7 @@ import gzip
 import lzma
 import shutil
 import tempfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from moco_dist.data.layout import is_left_out
 from moco_dist.data.tar.layout import COMPRESSED, SPLIT_FOLDERS, TAR_SUFFIX
 from moco_dist.distributed.told import Told
 from moco_dist.distributed.world import World
-from moco_dist.errors import UserError
+from moco_dist.errors import UserError, file_error
 
 _OPENERS = {".gz": gzip.open, ".tgz": gzip.open, ".xz": lzma.open, ".txz": lzma.open, ".bz2": bz2.open,
             ".tbz2": bz2.open, ".tbz": bz2.open}  # fmt: skip
@@ -55,7 +56,10 @@ def decompressed(source: Path, archives: list[Path], out: Path) -> Iterator[Path
             try:
                 with _OPENERS[archive.suffix.lower()](archive) as packed, plain.open("wb") as file:
                     shutil.copyfileobj(packed, file, 2**20)
-            except (OSError, EOFError, lzma.LZMAError) as error:
+            except OSError as error:
+                why = (error.strerror or str(error)).lower()
+                raise file_error(f"{archive} cannot be decompressed: {why}", error) from error
+            except (EOFError, lzma.LZMAError, zlib.error) as error:
                 raise UserError(f"{archive} cannot be decompressed: {error}") from error
             told.add()
         yield Path(scratch) if source.is_dir() else next(Path(scratch).iterdir())

@@ -34,6 +34,7 @@ from moco_dist.datasets.measured import (
 )
 from moco_dist.datasets.shapes import SHAPES, ShapeSettings, draw_image
 from moco_dist.errors import UserError, file_error
+from moco_dist.files import parsed_json
 
 MARKER = "dataset.json"
 UNREADABLE = "unreadable.txt"
@@ -258,11 +259,10 @@ def verify(root: Path | Url) -> list[str]:
         if not wrong and found.places is None:  # of tar shards, the index knows whether they have changed
             write_measured(found.disk_root / SIZES, readable(sizes))
         problems += wrong
-    if isinstance(root, Path) and (root / MARKER).is_file():
-        written = json.loads((root / MARKER).read_text())["images"]
+    if isinstance(root, Path) and (marked := _marked(root)):
         problems += [
             f"{root / split} has {len(splits[split].paths) if split in splits else 0:,} images; {count:,} were prepared"
-            for split, count in written.items() if split not in splits or len(splits[split].paths) != count
+            for split, count in marked[1].items() if split not in splits or len(splits[split].paths) != count
         ]  # fmt: skip
     if not problems:
         print(f"{root}: {_described({split: len(found.paths) for split, found in splits.items()})}, all can be read")
@@ -285,17 +285,12 @@ def _is_there(out: Path, recipe: dict[str, Any]) -> bool:
     Raises:
         UserError: it holds something else.
     """
-    marker = out / MARKER
-    if not marker.is_file():
+    if (marked := _marked(out)) is None:
         if out.exists() and not (out.is_dir() and not any(out.iterdir())):
             raise UserError(f"{out} exists and is not a prepared data set; remove it or choose another folder")
         return False
-    try:
-        holds = json.loads(marker.read_text())
-        images = holds.pop("images")
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{marker} is not what was written there; remove {out} or choose another folder") from None
-    recipe = json.loads(json.dumps(recipe))
+    holds, images = marked
+    recipe = parsed_json(json.dumps(recipe))
     if differing := [f"{key} {holds.get(key)!r}" for key in recipe | holds if holds.get(key) != recipe.get(key)]:
         what = f"as {holds['name']}" if holds.get("name") != recipe["name"] else f"with {', '.join(differing)}"
         raise UserError(f"{out} was prepared {what}; remove it or choose another folder")
@@ -305,6 +300,16 @@ def _is_there(out: Path, recipe: dict[str, Any]) -> bool:
         )
     print(f"{out} is already there: {recipe['name']}, {_described(images)}")
     return True
+
+
+def _marked(out: Path) -> tuple[dict[str, Any], dict[str, int]] | None:
+    """What `_finish` wrote: the recipe, and how many images each split has; None where it is another's file."""
+    try:
+        holds = parsed_json((out / MARKER).read_text())
+        images = holds.pop("images")
+        return (holds, images) if all(isinstance(count, int) for count in images.values()) and holds["name"] else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from moco_dist.errors import InfrastructureError, InUseError
-from moco_dist.files import LineFile
+from moco_dist.files import LineFile, parsed_json
 
 KEEP_EVERY_BYTES = 256 * 2**20  # of images, between two times that they are put on the disk and into the journal
 
@@ -130,7 +130,7 @@ def _chunks(lines: list[bytes], file_bytes: int) -> Iterator[Chunk]:
     """The chunks of these lines, up to one that is damaged, or whose images the file has not."""
     for line in lines:
         try:
-            chunk = Chunk(*json.loads(line))
+            chunk = Chunk(*parsed_json(line))
             is_there = chunk.end <= file_bytes
         except (ValueError, TypeError, LookupError):
             return

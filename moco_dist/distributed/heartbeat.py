@@ -25,7 +25,7 @@ from torch.distributed import distributed_c10d
 
 from moco_dist.distributed.collectives import gather_texts
 from moco_dist.distributed.world import World
-from moco_dist.errors import EXIT_ABORTED, EXIT_UNREACHABLE
+from moco_dist.errors import EXIT_ABORTED, EXIT_UNREACHABLE, in_a_line
 
 BEATS_A_TIMEOUT = 6
 LISTEN_EVERY_SECONDS = 0.5
@@ -81,7 +81,7 @@ class Heartbeat:
         hold_aborts(self._before_aborts)
         with contextlib.suppress(RuntimeError):
             if error is not None:
-                reason = (str(error) or type(error).__name__).splitlines()[0]
+                reason = in_a_line((str(error) or type(error).__name__).splitlines()[0])
                 self._tell(f"{self._own_name} ended: {reason}", self._timeout)
             elif not self._has_heard.is_set():
                 self._beat(_DONE)

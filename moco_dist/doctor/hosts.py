@@ -34,6 +34,7 @@ def findings(
     found += [*machine.packages(config), *network.interfaces(), network.host_name()]
     found.append(network.mlflow_server(config.tracking))
     if world.is_main:
+        found += machine.start(config)
         found += settings.pretraining(config, world_size, ranks, num_images)
     if world.world_size == 1:
         return found

@@ -8,11 +8,12 @@ import shutil
 from pathlib import Path
 
 from moco_dist.config.address import Url
-from moco_dist.config.architectures import blocks_in
+from moco_dist.config.architectures import blocks_in, missing_start
 from moco_dist.config.loading import worker_count
 from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.data.remote.cache import kept_bytes
 from moco_dist.doctor.finding import Finding, fine, problem, warning
+from moco_dist.run.folder import RunFolder
 from moco_dist.run.size import checkpoint_bytes
 
 MEMORY = Path("/proc/meminfo")
@@ -94,6 +95,14 @@ def cores(config: PretrainConfig, ranks: int) -> Finding:
     return fine("cores", f"{have} for {ranks} rank(s) with {workers} workers")
 
 
+def start(config: PretrainConfig) -> list[Finding]:
+    """Whether the weights that a new run begins with are there; rank 0 alone reads them."""
+    init, has_begun = config.model.init, any(RunFolder(config.run.dir).checkpoints.glob("step_*"))
+    if init is None or has_begun or not (missing := missing_start(init)):
+        return []
+    return [problem("model.init", missing)]
+
+
 def packages(config: PretrainConfig) -> list[Finding]:
     """Whether the optional packages that this config asks for are there."""
     wanted = ["dali"] if config.data.loader == "dali" else []
@@ -144,7 +153,8 @@ def gpus(config: PretrainConfig, ranks: int) -> Finding:
         small = (blocks_in(config.model.arch) or 99) <= 8 and config.data.image_size <= 64
         if small and level == "warning":
             return fine("GPUs", "none; a CPU trains this small network")
-        return Finding(level, "GPUs", "none, and a ResNet-50 takes months on a CPU; configs/demo.yaml is for CPUs")
+        network = f"{config.model.arch} at {config.data.image_size} px"
+        return Finding(level, "GPUs", f"none, and {network} is much work for a CPU; configs/demo.yaml is for CPUs")
     import torch
 
     from moco_dist.distributed.world import each_sees_its_own_gpu

@@ -20,7 +20,7 @@ from moco_dist.distributed.stop import STOP, StopRequest
 from moco_dist.distributed.world import World
 from moco_dist.errors import Preempted
 from moco_dist.evaluate.subject import Evaluation, FrozenEncoder, digest
-from moco_dist.files import key_of, write_whole
+from moco_dist.files import key_of, parsed_json, write_whole
 from moco_dist.run.folder import RunFolder
 
 SAVE_SECONDS = 300.0  # what a power cut may cost
@@ -128,19 +128,24 @@ def save_progress(path: Path, module: nn.Module, sgd: torch.optim.SGD, facts: di
 
 
 def load_progress(path: Path, module: nn.Module, sgd: torch.optim.SGD) -> dict[str, Any]:
-    """Fill module and SGD; returns the facts, none if the file is missing, cut off or of an older version."""
+    """Fill module and SGD; returns the facts, none if the file is missing, damaged or of an older version."""
     try:
-        file = safetensors.safe_open(path, "pt", device=str(next(module.parameters()).device))
-    except (FileNotFoundError, safetensors.SafetensorError):
+        with safetensors.safe_open(path, "pt", device=str(next(module.parameters()).device)) as file:
+            facts = parsed_json((file.metadata() or {}).get("progress", "{}"))
+            names = list(file.keys()) if facts else []
+            tensors = {name: file.get_tensor(name) for name in names}
+    except (FileNotFoundError, ValueError, safetensors.SafetensorError):
         return {}
-    with file:
-        if "progress" not in (metadata := file.metadata()):
-            return {}
-        keys = set(file.keys())
-        module.load_state_dict({name: file.get_tensor(name) for name in module.state_dict()})
-        for name, parameter in module.named_parameters():
-            if (key := f"{name}.momentum_buffer") in keys:
-                # In the parameter's memory layout, as SGD makes it.
-                buffer = torch.empty_like(parameter, requires_grad=False)
-                sgd.state[parameter]["momentum_buffer"] = buffer.copy_(file.get_tensor(key))
-        return json.loads(metadata["progress"])
+    wanted = module.state_dict()
+    momenta = {name: f"{name}.momentum_buffer" for name, _ in module.named_parameters()}
+    shapes = {name: value.shape for name, value in wanted.items()}
+    shapes |= {key: wanted[name].shape for name, key in momenta.items() if key in tensors}
+    if any(name not in tensors or tensors[name].shape != shape for name, shape in shapes.items()):
+        return {}  # nothing is filled in part
+    module.load_state_dict({name: tensors[name] for name in wanted})
+    for name, parameter in module.named_parameters():
+        if momenta[name] in tensors:
+            # In the parameter's memory layout, as SGD makes it.
+            buffer = torch.empty_like(parameter, requires_grad=False)
+            sgd.state[parameter]["momentum_buffer"] = buffer.copy_(tensors[momenta[name]])
+    return facts

@@ -14,6 +14,7 @@ from typing import Any
 from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.config.source import declarations, flatten
 from moco_dist.errors import UserError, nearest
+from moco_dist.files import parsed_json
 
 THEME = "calibration"
 
@@ -107,7 +108,7 @@ def read(where: list[Path]) -> list[Measurement]:
     found = []
     for path in sorted(path for folder in where for path in folder.glob(f"{THEME}_*.json")):
         try:
-            result = json.loads(path.read_text(encoding="utf-8"))
+            result = parsed_json(path.read_text(encoding="utf-8"))
             found += [
                 Measurement(
                     hardware=result["hardware"],
@@ -136,7 +137,7 @@ def benchmark_of_loader(where: list[Path], config: PretrainConfig) -> CoreSecond
     }[data.loader]
     for path in sorted(path for folder in where for path in folder.glob("loader_*.json")):
         try:
-            result = json.loads(path.read_text(encoding="utf-8"))
+            result = parsed_json(path.read_text(encoding="utf-8"))
             if result.get("theme", "loader") != "loader":  # a benchmark whose name only begins so
                 continue
             milliseconds = {row["name"]: row["cpu_ms_per_image"] for row in result["rows"]}.get(row_name)

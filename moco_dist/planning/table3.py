@@ -24,7 +24,7 @@ from moco_dist.config.source import read_config
 from moco_dist.distributed.told import Told
 from moco_dist.distributed.world import World, world_from_env
 from moco_dist.errors import Preempted
-from moco_dist.files import key_of, write_whole
+from moco_dist.files import key_of, parsed_json, write_whole
 from moco_dist.planning.arithmetic import sizes
 from moco_dist.planning.random_step import RandomStep
 from moco_dist.provenance import hardware, package_versions, source_hash
@@ -132,7 +132,7 @@ def _key(configs: dict[str, PretrainConfig], cases: list[tuple[str, int]], devic
 def _read(kept: Path, key: str) -> list[Reading]:
     """What the same measurements have left; nothing where that is missing or damaged."""
     try:
-        content = json.loads(kept.read_bytes())
+        content = parsed_json(kept.read_bytes())
         return [tuple(reading) if reading else None for reading in content["found"]] if content["key"] == key else []
     except (OSError, ValueError, TypeError, KeyError):
         return []

@@ -12,20 +12,21 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from moco_dist.config.credentials import without_credentials
 from moco_dist.config.pretrain import DataConfig, PretrainConfig
 from moco_dist.config.run import RunConfig
 from moco_dist.config.source import flatten, leaf_fields
+from moco_dist.data.decode import decode_image
+from moco_dist.data.folder import read_bytes
 from moco_dist.files import write_whole
 from moco_dist.provenance import package_versions
 from moco_dist.report.charts import Picture, chart, png_uri
 from moco_dist.report.html import rendered
 from moco_dist.run.folder import RunFolder
 from moco_dist.run.logbook import read_log
-from moco_dist.run.results import NeighbourRow, read_json
+from moco_dist.run.results import NeighbourRow, Result, read_json
 from moco_dist.run.weights import imported_from
 
 ROWS = {"pixels": "raw pixels", "untrained": "untrained", "trained": "pre-trained"}
@@ -96,20 +97,21 @@ def write_report(run_dir: Path, view_pairs: Tensor | None = None, neighbours: li
     return path
 
 
-def evaluations(run_dir: Path) -> dict[tuple[str, str], dict[str, Any]]:
+def evaluations(run_dir: Path) -> dict[tuple[str, str], Result]:
     """What RUN/eval has, by (`knn`, `linear` or `finetune`, encoder).
 
     Where a part of the labels or of the head was used, the first says so: `finetune_labels0.01`.
     """
-    name = re.compile(rf"({'|'.join(EVALUATIONS)})_({'|'.join(ROWS)})((?:_labels[^_]+)?(?:_head\d+)?)")
+    part = r"(?:_labels\d*\.?\d+(?:e-\d+)?)?(?:_head\d+)?"
+    name = re.compile(rf"({'|'.join(EVALUATIONS)})_({'|'.join(ROWS)})({part})")
     found = {}
     for path in RunFolder(run_dir).results():
         if match := name.fullmatch(path.stem):
-            found[match[1] + match[3], match[2]] = read_json(path, dict, "remove it, and evaluate again")
+            found[match[1] + match[3], match[2]] = read_json(path, Result, "remove it, and evaluate again")
     return found
 
 
-def _kinds(found: dict[tuple[str, str], dict[str, Any]]) -> list[str]:
+def _kinds(found: dict[tuple[str, str], Result]) -> list[str]:
     """The columns as `evaluations` calls them: first the ones that are always there, then those that have a result."""
     return list(dict.fromkeys([*ALWAYS_SHOWN, *(kind for kind, _ in found)]))
 
@@ -152,7 +154,7 @@ def _k(name: str) -> int:
     return int(re.sub(r"\D", "", name.rpartition("_k")[2]) or 0)
 
 
-def _notes(found: dict[tuple[str, str], dict[str, Any]], imported: str) -> list[str]:
+def _notes(found: dict[tuple[str, str], Result], imported: str) -> list[str]:
     """How many images and which step the numbers stand for, and what spoils the comparison."""
     notes = []
     for kind in _kinds(found):
@@ -194,9 +196,7 @@ def _goes_on(run_dir: Path, rows: list[dict[str, Any]]) -> bool:
     return left[-1] > 0 if left else not RunFolder(run_dir).backbone.exists()
 
 
-def _curves(
-    rows: list[dict[str, Any]], found: dict[tuple[str, str], dict[str, Any]], config: PretrainConfig
-) -> list[Picture]:
+def _curves(rows: list[dict[str, Any]], found: dict[tuple[str, str], Result], config: PretrainConfig) -> list[Picture]:
     """The charts of what was logged, and of the linear classifiers' training; what was not logged has none."""
 
     def logged(key: str) -> tuple[list[float], list[float]]:
@@ -249,16 +249,15 @@ def _neighbour_pictures(row: NeighbourRow) -> tuple[Picture, list[tuple[Picture,
     query = Picture(_thumbnail(row.query), f"test image: {row.query_label}", row.query_label)
     neighbours = [
         (Picture(_thumbnail(path), f"neighbour {i}: {label}", label), label == row.query_label)
-        for i, (path, label) in enumerate(zip(row.neighbours, row.neighbour_labels, strict=True), start=1)
+        for i, (path, label) in enumerate(zip(row.neighbours, row.neighbour_labels, strict=False), start=1)
     ]
     return query, neighbours
 
 
 def _thumbnail(path: Path) -> str | None:
     try:
-        with Image.open(path) as image:
-            small = image.convert("RGB")
-    except OSError:
+        small = decode_image(read_bytes(path), str(path))
+    except ValueError:
         return None  # moved since the evaluation: the labels still say something
     small.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
     return png_uri(np.asarray(small))

@@ -23,7 +23,7 @@ from moco_dist.launchers.options import OPTIONS
 from moco_dist.reproduce import tables as reproduce
 from moco_dist.run.results import read_json
 
-LAUNCHERS = ("slurm", "kubernetes", "torchrun")
+LAUNCHERS = tuple(name for name in OPTIONS if name != "local")  # where jobs are given to others
 
 
 class Step(NamedTuple):
@@ -79,7 +79,7 @@ def submit(trials: list[reproduce.Trial], launcher: str, words: list[str], out: 
 def submitted(out: Path) -> dict[str, list[str]]:
     """What OUT/submitted.json says: folder of the run, by its name, to the launcher and its jobs."""
     path = out / "submitted.json"
-    return read_json(path, dict, "remove it when none of its jobs is queued") if path.is_file() else {}
+    return read_json(path, dict[str, list[str]], "remove it when none of its jobs is queued") if path.is_file() else {}
 
 
 def _note(out: Path, step: Step, launcher: str, jobs: list[str]) -> None:

@@ -17,7 +17,7 @@ from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.config.source import read_config
 from moco_dist.errors import UserError
 from moco_dist.run.folder import RunFolder
-from moco_dist.run.results import read_json
+from moco_dist.run.results import Result, read_json
 from moco_dist.tracking import page_of
 
 SMALL_EPOCHS = 6  # for a row of 200 at `--scale small`
@@ -97,7 +97,7 @@ class Trial:
         path = RunFolder(self.run_dir).result("linear", "trained")
         if not path.is_file():
             return None
-        return read_json(path, dict, "remove it, and run this again")["accuracy"]["linear_top1"]
+        return read_json(path, Result, "remove it, and run this again")["accuracy"].get("linear_top1")
 
     @property
     def is_pretrained(self) -> bool:

@@ -1,6 +1,7 @@
 """The images that a run goes over. Their list is kept, so that another list is seen before a step is done over it."""
 
 import gzip
+import zlib
 from collections.abc import Sequence
 from typing import NotRequired  # pydantic needs this one before Python 3.12
 
@@ -81,7 +82,7 @@ def _kept(before: ImageList, run: RunFolder) -> list[str] | None:
     """The paths of `keep_list`; None where they were lost or damaged: nothing depends on them."""
     try:
         return gzip.decompress(run.images(before["hash"]).read_bytes()).decode("utf-8", "surrogateescape").split("\n")
-    except (OSError, EOFError, ValueError):
+    except (OSError, EOFError, ValueError, zlib.error):
         return None
 
 

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.distributed.collectives import all_reduce_sum
 from moco_dist.distributed.world import World
+from moco_dist.errors import in_a_line
 from moco_dist.files import LineFile, read_record
 from moco_dist.run.folder import RunFolder
 
@@ -76,7 +77,7 @@ class Logbook:
         self._wait_seconds += wait_seconds
         self._bar.update()
         for file in replaced:
-            self.say_of_rank(f"replaced by its successor: {file}")
+            self.say_of_rank(f"replaced by its successor: {in_a_line(file)}")
 
     def pending_losses(self) -> list[float]:
         """Losses since the last `write`, means over ranks, equal on all of them. Called by all ranks.
@@ -184,7 +185,9 @@ def _end_of_step(log: Path, step: int) -> int:
 
 def _row(line: bytes) -> dict[str, Any] | None:
     row = read_record(line)
-    return row if row is not None and type(row.get("step")) is int else None
+    if row is None or type(row.get("step")) is not int:
+        return None
+    return row if all(type(value) in (int, float) or key == "not_finite" for key, value in row.items()) else None
 
 
 def _as_line(row: dict[str, Any], stop: int) -> str:

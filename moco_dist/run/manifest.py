@@ -1,6 +1,5 @@
 """checkpoint.json: what a checkpoint says of itself, as it is written, and read as any version may have written it."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from moco_dist.config.source import mistakes
 from moco_dist.data.images import ImageFolder
 from moco_dist.distributed.world import World
 from moco_dist.errors import UserError
+from moco_dist.files import parsed_json
 from moco_dist.method.step import Method
 from moco_dist.provenance import __version__, git_state, package_versions
 from moco_dist.run.image_list import ImageList, listed
@@ -82,16 +82,21 @@ def read_manifest(folder: Path) -> Manifest:
         UserError: it is missing or damaged.
     """
     try:
-        content = json.loads((folder / MANIFEST).read_bytes())
+        content = parsed_json((folder / MANIFEST).read_bytes())
         return _MANIFEST.validate_python({**NOT_WRITTEN_BEFORE, **content})
     except FileNotFoundError as error:
         raise UserError(f"{folder} is not a complete checkpoint: it has no {MANIFEST}") from error
     except ValidationError as error:
-        problem = error.errors()[0]
-        name = ".".join(map(str, problem["loc"]))
-        raise UserError(f"{folder / MANIFEST} is damaged: {name}: {problem['msg'].lower()}") from error
-    except (ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{folder / MANIFEST} is damaged: {first_problem(error)}") from error
+    except (ValueError, TypeError) as error:
         raise UserError(f"{folder / MANIFEST} is damaged: {error}") from error
+
+
+def first_problem(error: ValidationError) -> str:
+    """What is wrong with a file of JSON, by its first entry that is not as it was written."""
+    problem = error.errors()[0]
+    name = ".".join(map(str, problem["loc"]))
+    return f"{name}: {problem['msg'].lower()}" if name else problem["msg"].lower()
 
 
 def saved_config(folder: Path) -> PretrainConfig:

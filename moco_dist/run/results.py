@@ -1,15 +1,40 @@
 """What evaluations, and other commands, left on disk, read again."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NotRequired, TypeVar
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
 from moco_dist.config.address import Url
 from moco_dist.errors import UserError
+from moco_dist.files import parsed_json
 from moco_dist.run.folder import RunFolder
+from moco_dist.run.manifest import first_problem
 
 T = TypeVar("T")
+
+
+class Result(TypedDict):
+    """What the file of an evaluation has at least."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # pyright: ignore[reportGeneralTypeIssues]
+
+    step: int
+    num_train: int
+    num_val: int
+    accuracy: dict[str, float]
+    curve: NotRequired[list[dict[str, float]]]
+
+
+class _Neighbours(TypedDict):
+    """A row of the file that `knn` writes."""
+
+    query: str
+    query_label: str
+    neighbours: list[str]
+    neighbour_labels: list[str]
 
 
 @dataclass(frozen=True)
@@ -34,19 +59,18 @@ def read_json(path: Path, kind: type[T], remedy: str) -> T:
 
     Args:
         path: the file.
-        kind: dict or list.
+        kind: dict, or a TypedDict or a list of them that says more.
         remedy: what a person can do where it is damaged.
 
     Raises:
         UserError: it is damaged.
     """
     try:
-        content = json.loads(path.read_bytes())
-        if not isinstance(content, kind):
-            raise ValueError(f"it holds a {type(content).__name__} instead of a {kind.__name__}")
-    except (ValueError, RecursionError) as error:
+        return TypeAdapter(kind).validate_python(parsed_json(path.read_bytes()))
+    except ValidationError as error:
+        raise UserError(f"{path} is damaged: {first_problem(error)}; {remedy}") from error
+    except ValueError as error:
         raise UserError(f"{path} is damaged: {error}; {remedy}") from error
-    return content
 
 
 def nearest_examples(run_dir: Path, before: Path | Url, now: Path | Url) -> list[NeighbourRow]:
@@ -58,7 +82,8 @@ def nearest_examples(run_dir: Path, before: Path | Url, now: Path | Url) -> list
         now: where they are.
     """
     path = RunFolder(run_dir).neighbours
-    rows = read_json(path, list, "remove it, and run moco-dist knn again") if path.is_file() else []
+    remedy = "remove it, and run moco-dist knn again"
+    rows = read_json(path, list[_Neighbours], remedy) if path.is_file() else []
 
     def found(file: str) -> Path:
         if isinstance(before, Url) or isinstance(now, Url):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from moco_dist.config.architectures import TIMM, missing_start
 from moco_dist.config.pretrain import ModelConfig, PretrainConfig
 from moco_dist.distributed.collectives import broadcast_in_place
 from moco_dist.distributed.once import from_rank_0
@@ -14,8 +15,6 @@ from moco_dist.errors import UnreachableError, UserError
 from moco_dist.method.backbone import of_timm
 from moco_dist.method.step import Method
 from moco_dist.run.weights import COUNTER, Backbone, backbone_among, backbone_of_run, read_backbone
-
-TIMM = "timm:"
 
 
 def begin_with_weights(method: Method, config: PretrainConfig, world: World) -> list[str]:
@@ -91,10 +90,10 @@ def _read(source: Path, model: ModelConfig) -> Backbone:
     elif source.is_dir():
         found = backbone_of_run(source)
         found = replace(found, left_out=("head",) if found.step else ())
-    elif source.exists():
-        return read_backbone(source, model.arch, model.stem)
+    elif missing := missing_start(source):
+        raise UserError(missing)
     else:
-        raise UserError(f"{source} does not exist; a file of weights, the folder of a run and timm:NAME can be given")
+        return read_backbone(source, model.arch, model.stem)
     its = backbone_among(found.tensors, source, model.arch, model.stem)
     return replace(its, step=found.step, left_out=found.left_out)
 

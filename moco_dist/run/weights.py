@@ -179,7 +179,7 @@ def imported_from(run_dir: Path) -> str:
     """The name of the file that `import_backbone` took; "" for a run that was trained here."""
     try:
         with safetensors.safe_open(RunFolder(run_dir).backbone, "pt") as file:
-            return file.metadata().get("imported_from", "")
+            return (file.metadata() or {}).get("imported_from", "")
     except (OSError, safetensors.SafetensorError):
         return ""
 

@@ -1,6 +1,5 @@
 """Where MLflow is, and what a run's folder says about it."""
 
-import json
 import logging
 import os
 import shlex
@@ -14,6 +13,7 @@ from tqdm import tqdm
 from moco_dist.config.credentials import without_credentials
 from moco_dist.config.run import TrackingConfig
 from moco_dist.errors import UserError, nearest
+from moco_dist.files import parsed_json
 from moco_dist.tracking.database import SQLITE, file_of, has_run, open_alone
 from moco_dist.tracking.failure import reason
 
@@ -174,7 +174,7 @@ def read_saved(path: Path) -> dict[str, str] | None:
     if not path.is_file():
         return None
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
+        saved = parsed_json(path.read_text(encoding="utf-8"))
         known = {name: str(saved[name]) for name in ("tracking_uri", "experiment_id", "run_id")}
         return {**known, "folder": saved.get("folder", ""), "sent_bytes": str(int(saved.get("sent_bytes", 0)))}
     except (ValueError, KeyError, TypeError) as error:

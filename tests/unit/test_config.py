@@ -97,9 +97,15 @@ LAUGHS = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
 )
 
 
+MERGES = "a0: &a0 {name: 1}\n" + "".join(
+    f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 9)}]}}\n" for i in range(1, 12)
+)
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
+        (MERGES, "unknown setting a11"),
         ("a: " + "[" * 100_000, "nested more than 20 deep"),
         ("{a: " * 5_000, "nested more than 20 deep"),
         ("optim: &a {epochs: *a}", "*a is inside of &a"),
@@ -110,7 +116,7 @@ LAUGHS = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("".join(f"name{i}: 1\n" for i in range(1_000)), "and 950 more"),
         (f"model: {{head_hidden_dims: {'x' * 10_000}}}", "head_hidden_dims: 'xxx"),
     ],
-    ids=["lists", "mappings", "itself", "aliases", "digits", "tag", "long key", "many keys", "long value"],
+    ids=["merges", "lists", "mappings", "itself", "aliases", "digits", "tag", "long key", "many keys", "long value"],
 )  # fmt: skip
 def test_messages_about_crafted_files_have_a_length(tmp_path, text, expected):
     file = tmp_path / "c.yaml"

@@ -211,7 +211,7 @@ def test_a_data_set_that_lost_images_is_named(tmp_path):
 def test_somebody_else_s_dataset_json_is_left_alone(tmp_path, text):
     (tmp_path / "s").mkdir()
     (tmp_path / "s" / "dataset.json").write_text(text)
-    with pytest.raises(UserError, match=r"dataset.json is not what was written there"):
+    with pytest.raises(UserError, match="s exists and is not a prepared data set; remove it"):
         prepare_shapes(tmp_path / "s")
 
 

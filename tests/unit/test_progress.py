@@ -1,5 +1,9 @@
 """The file that a linear evaluation, a fine-tuning or a detector goes on from."""
 
+import json
+
+import pytest
+import safetensors.torch
 import torch
 from torch import nn
 
@@ -39,3 +43,20 @@ def test_what_a_power_cut_left_of_it_is_not_gone_on_from(tmp_path):
         assert load_progress(path, module, sgd) == {}
         assert torch.equal(module.weight, trained(0)[0].weight)
     assert load_progress(tmp_path / "none", module, sgd) == {}
+
+
+@pytest.mark.parametrize("harm", ["no facts", "facts that are none", "another shape", "a tensor is missing"])
+def test_what_is_crafted_is_not_gone_on_from_in_part(tmp_path, harm):
+    path = tmp_path / "progress.safetensors"
+    save_progress(path, *trained(2), FACTS)
+    tensors, facts = safetensors.torch.load_file(path), {"progress": json.dumps(FACTS)}
+    if harm == "another shape":
+        tensors["bias"] = torch.zeros(3)
+    if harm == "a tensor is missing":
+        del tensors["bias"]
+    if harm == "facts that are none":
+        facts = {"progress": "[" * 100_000}
+    safetensors.torch.save_file(tensors, path, None if harm == "no facts" else facts)
+    module, sgd = trained(0)
+    assert load_progress(path, module, sgd) == {}
+    assert torch.equal(module.weight, trained(0)[0].weight)

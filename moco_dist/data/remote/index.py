@@ -27,7 +27,7 @@ from moco_dist.data.tar.listing import CLASS_NAMES, Lists, list_images
 from moco_dist.distributed.told import Told
 from moco_dist.distributed.world import World
 from moco_dist.errors import UserError
-from moco_dist.files import write_whole
+from moco_dist.files import parsed_json, write_whole
 
 VERSION = 1
 MOST_READERS = 32  # processes that read headers: they wait for the store
@@ -110,7 +110,7 @@ def _fitting(path: Path, found: RemoteSet) -> tuple[RemoteSet, Lists] | None:
     if known is None:
         return None
     try:
-        was, now = json.loads(known[0]), _about(found)
+        was, now = parsed_json(known[0]), _about(found)
         tags = {name: tag for name, _, _, tag in was["shards"]}
         same = was | {"shards": []} == now | {"shards": []} and sorted(row[:3] for row in was["shards"]) == sorted(
             row[:3] for row in now["shards"]

@@ -3,7 +3,6 @@
 Headers are read by Python's `tarfile`, so GNU's and POSIX's long names are too. Of the content only labels are read.
 """
 
-import json
 import re
 import tarfile
 from pathlib import Path
@@ -17,6 +16,7 @@ from moco_dist.data.layout import is_image, is_left_out
 from moco_dist.data.storage import open_file
 from moco_dist.data.tar.layout import TAR_SUFFIX
 from moco_dist.errors import UserError
+from moco_dist.files import parsed_json
 
 LABEL_SUFFIXES = (".cls", ".json")  # the first that is there counts
 MOST_LABEL_BYTES = 2**20
@@ -159,8 +159,8 @@ class _Reader:
         content = self._file.read(member.size)
         if suffix == "json":
             try:
-                value = json.loads(content)
-            except (ValueError, RecursionError):
+                value = parsed_json(content)
+            except ValueError:
                 raise UserError(f"{name} in {self._shard} is not JSON") from None
             label = value.get("label") if isinstance(value, dict) else None
             if isinstance(label, bool) or not isinstance(label, int | str):

@@ -14,10 +14,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from numpy.typing import NDArray
 
+from moco_dist.data.images import NO_CLASS
 from moco_dist.data.index import MIN_IMAGES, SETTLED_SECONDS
-from moco_dist.data.mapped import file_of, map_arrays
+from moco_dist.data.mapped import are_names, are_within, file_of, map_arrays
 from moco_dist.data.names import hash_of_list
 from moco_dist.data.processes import made_by_processes
 from moco_dist.data.tar.headers import read_shard
@@ -26,7 +28,7 @@ from moco_dist.data.tar.listing import CLASS_NAMES, Listed, Lists, list_images, 
 from moco_dist.distributed.told import Told
 from moco_dist.distributed.world import World
 from moco_dist.errors import UserError
-from moco_dist.files import write_whole
+from moco_dist.files import parsed_json, write_whole
 
 NAME = ".moco_dist_tars"
 VERSION = 1
@@ -88,8 +90,8 @@ def _known_or_made(
 ) -> TarIndex:
     started_ns = time.time_ns()
     folder = common_folder(shards)
-    names = [name for name, *_ in json.loads(asked)["shards"]]
-    facts = [row[2:] for row in json.loads(asked)["shards"]]
+    names = [name for name, *_ in parsed_json(asked)["shards"]]
+    facts = [row[2:] for row in parsed_json(asked)["shards"]]
     places = [place_of(root, folder)]
     if elsewhere is not None:
         places.append(elsewhere / f"{hash_of_list([str(folder.resolve()), root.name])[:16]}.tars")
@@ -151,8 +153,24 @@ def read_index(path: Path) -> tuple[str, Lists] | None:
         for name, array in arrays.items():
             split, _, column = name.partition(".")
             columns.setdefault(split, {})[column] = array
-        splits = {split: Listed(**values) for split, values in columns.items()}
-        is_whole = all(len(set(map(len, listed[1:]))) == 1 for listed in splits.values())
-        return (facts["asked"], Lists(**{**facts["lists"], "splits": splits})) if is_whole else None
+        lists = Lists(**{**facts["lists"], "splits": {split: Listed(**own) for split, own in columns.items()}})
+        return (facts["asked"], lists) if _is_sound(lists, len(parsed_json(facts["asked"])["shards"])) else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+
+
+def _is_sound(lists: Lists, num_shards: int) -> bool:
+    """Whether every number of an image is one that there can be; where it lies is seen when it is read."""
+    return (
+        "train" in lists.splits
+        and lists.content_hashes.keys() == lists.splits.keys()
+        and all(isinstance(name, str) for name in lists.classes)
+        and all(
+            len(set(map(len, listed[1:]))) == 1
+            and are_names(listed.content, listed.ends)
+            and are_within(listed.shard, 0, num_shards)
+            and listed.offset.dtype == listed.size.dtype == np.int64
+            and are_within(listed.label, NO_CLASS, len(lists.classes))
+            for listed in lists.splits.values()
+        )
+    )

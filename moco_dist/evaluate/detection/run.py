@@ -235,9 +235,9 @@ def _detections(
     detector.eval()
     try:
         before = safetensors.torch.load_file(kept)
-    except (FileNotFoundError, safetensors.SafetensorError):
-        before = {"found": torch.zeros(0, 7, dtype=torch.float64), "images": torch.tensor(0)}
-    found, done = [before["found"].to(world.device)], int(before["images"])
+        found, done = [before["found"].reshape(-1, 7).to(world.device)], int(before["images"])
+    except (FileNotFoundError, KeyError, RuntimeError, safetensors.SafetensorError):  # damaged, or nothing is kept
+        found, done = [torch.zeros(0, 7, dtype=torch.float64, device=world.device)], 0
     batches = _batches(test, [own[i : i + size] for i in range(done, len(own), size)], config, world)
     with Told("test images", len(own), "images", world, done) as told, contextlib.closing(batches):
         for batch in batches:

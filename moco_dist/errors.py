@@ -110,7 +110,8 @@ def cause(statuses: Iterable[int]) -> int:
 
 def in_a_line(text: str) -> str:
     """A text as a terminal may show it: names in files of others may hold its control codes, or millions of letters."""
-    shown = text if len(text) <= LONGEST_LINE else f"{text[:LONGEST_LINE]} ..."
+    half = LONGEST_LINE // 2  # what to do about it stands at the end
+    shown = text if len(text) <= LONGEST_LINE else f"{text[:half]} ... {text[-half:]}"
     return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in shown)
 
 

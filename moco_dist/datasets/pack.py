@@ -33,6 +33,7 @@ from moco_dist.files import key_of
 from moco_dist.provenance import __version__
 
 CHUNK = 256  # images read and encoded at a time; a stop waits for them
+MOST_PIXELS = 65_500  # a side: of a JPEG that libjpeg writes
 
 
 class Source(NamedTuple):
@@ -256,6 +257,10 @@ def _encode(
     if max_side and max(image.size) > max_side:
         scale = max_side / max(image.size)
         image = image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.LANCZOS)  # type: ignore[arg-type]
+    if max(image.size) > MOST_PIXELS:
+        sides = " x ".join(f"{side:,}" for side in image.size)
+        problem = f"cannot pack image {name}: {sides} pixels, and {MOST_PIXELS:,} a side are the most; give --max-side"
+        return Packed(JPEG, 0, 0, b"", problem)
     if as_raw:
         return Packed(RAW, *image.size, image.tobytes())
     file = io.BytesIO()

@@ -261,10 +261,14 @@ def backbone_among(found: dict[str, Tensor], path: Path, arch: str, stem: str) -
     tensors = under[prefix]
     if problem := _problem(tensors, wanted):
         raise UserError(f"{path} holds no {arch}: {problem}; {_advice(tensors, arch, stem)}")
-    kept = {name: tensors[name].to(value.dtype).contiguous() for name, value in wanted.items()}  # maybe channels-last
-    for name, value in kept.items():
-        if wanted[name].is_floating_point() and not (tensors[name].is_floating_point() and value.isfinite().all()):
+    kept = {}
+    for name, value in wanted.items():
+        given = tensors[name]
+        if given.layout != torch.strided or given.is_quantized or given.is_meta:
+            raise UserError(f"{path} cannot be used: {name} is sparse, quantised or without values; save plain tensors")
+        if value.is_floating_point() and not (given.is_floating_point() and given.float().isfinite().all()):
             raise UserError(f"{path} cannot be used: {name} has values that are not finite numbers of floating point")
+        kept[name] = given.to(value.dtype).contiguous()  # it may be channels-last
     kept |= {f"{name[:-12]}num_batches_tracked": torch.tensor(0) for name in wanted if "running_mean" in name}
     model = ModelConfig.model_validate({"arch": arch, "stem": stem})
     return Backbone(kept, model, 0, _beside(prefix, found, wanted))

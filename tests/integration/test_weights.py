@@ -173,6 +173,14 @@ def not_a_number(net):
     net.layer2[0].conv2.weight.data[3, 2, 1, 0] = float("nan")
 
 
+def sparse(net):
+    net.conv1.weight = nn.Parameter(net.conv1.weight.detach().to_sparse())
+
+
+def without_values(net):
+    net.conv1.to("meta")
+
+
 def one_channel(net):
     net.conv1 = nn.Conv2d(1, 64, 7, bias=False)
 
@@ -193,6 +201,8 @@ NOT_WHAT_WAS_ASKED_FOR = [
     ("resnext50_32x4d", None, "resnet50", "has the shape (128, 64, 1, 1) instead of (64, 64, 1, 1); no --arch of"),
     ("resnet18", squeeze_and_excite, "resnet18", "layer2.0.se.0.weight has no place in it; no --arch of"),
     ("resnet18", not_a_number, "resnet18", "layer2.0.conv2.weight has values that are not finite numbers"),
+    ("resnet18", sparse, "resnet18", "conv1.weight is sparse, quantised or without values; save plain tensors"),
+    ("resnet18", without_values, "resnet18", "conv1.weight is sparse, quantised or without values"),
     ("resnet18", one_channel, "resnet18", '(64, 1, 7, 7) instead of (64, 3, 7, 7); images here have 3 channels; state["'
                                           'conv1.weight"].repeat(1, 3, 1, 1) / 3 in its place computes the same'),
     ("resnet18", one_small_channel, "resnet18", "computes the same on gray ones; then with --stem cifar it fits"),

@@ -56,6 +56,15 @@ def test_images_are_copied_as_they_are_and_found_as_in_the_folder(images, tmp_pa
     assert NO_CLASS in find_images(out, "train").labels
 
 
+@pytest.mark.parametrize("raw_share", [0.0, 1.0])
+def test_a_side_that_no_field_of_the_file_can_hold_costs_that_image_alone(images, tmp_path, raw_share):
+    picture(1, 70_000, 1).save(images / "train/bee/long.png")
+    assert len(read_beton(pack(images, tmp_path / "x.beton", raw_share=raw_share)).names) == 6
+    listed = (tmp_path / "x.beton.unreadable.txt").read_text()
+    assert f"cannot pack image {images}/train/bee/long.png: 70,000 x 1 pixels, and 65,500 a side are the most" in listed
+    assert len(read_beton(pack(images, tmp_path / "y.beton", 64, raw_share=raw_share)).names) == 7
+
+
 def test_what_is_larger_or_no_jpeg_is_encoded_anew(images, tmp_path):
     beton = read_beton(pack(images, tmp_path / "x.beton", max_side=36, quality=100))
     row = beton.names.index("train/cow/ä.png")

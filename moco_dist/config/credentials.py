@@ -7,13 +7,11 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-# What MLflow, its stores and those of images take from the environment; a value is left out wherever it stands.
-SECRET_VARIABLES = (
-    "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "DATABRICKS_TOKEN", "DATABRICKS_PASSWORD",
-    "DATABRICKS_CLIENT_SECRET", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AZURE_STORAGE_ACCESS_KEY",
-    "AZURE_STORAGE_CONNECTION_STRING", "AZURE_STORAGE_ACCOUNT_KEY", "AZURE_CLIENT_SECRET", "GOOGLE_SERVICE_ACCOUNT_KEY",
-    "PGPASSWORD", "MYSQL_PWD",
-)  # fmt: skip
+# What servers, stores and schedulers take from the environment; a value is left out wherever it stands.
+_SECRET_VARIABLE = re.compile(
+    r"(?i)(?:passw(?:or)?d|passphrase|mysql_pwd|token|secret|jwt|connection_string|"
+    r"(?:secret|access|account|api|auth|master|private|sas|shared)_?key)$"
+)
 SHORTEST_SECRET = 6  # letters; what is shorter may be any word or number
 _NAMES = (r"[\w.-]*(?:passw(?:or)?d|passphrase|pwd|token|secret|signature|credentials?|"
           r"(?:api|access|account|private)[_-]?key)")  # fmt: skip
@@ -42,9 +40,9 @@ def without_credentials(text: str) -> str:
     """
     for form, instead in _FORMS:
         text = form.sub(instead, text)
-    for name in SECRET_VARIABLES:
+    for name in filter(_SECRET_VARIABLE.search, os.environ):
         # A line break in it may have become \\n, and what follows may be cut off: each of its words is a secret.
-        for word in re.split(r"\s+", os.environ.get(name, "")):
+        for word in re.split(r"\s+", os.environ[name]):
             if len(word) >= SHORTEST_SECRET and word in text:
                 text = text.replace(word, "***")
     return text

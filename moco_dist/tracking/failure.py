@@ -65,7 +65,8 @@ def proxy_of(uri: str) -> str:
     if name is None:
         return ""
     variable = f"{name}_proxy" if os.environ.get(f"{name}_proxy") else f"{name}_proxy".upper()
-    return f"{without_credentials(proxies[name])} of {variable}; NO_PROXY={host} leaves it out"
+    proxy = proxies[name] if "://" in proxies[name] else f"http://{proxies[name]}"  # USER:PASSWORD@HOST is taken too
+    return f"{without_credentials(proxy)} of {variable}; NO_PROXY={host} leaves it out"
 
 
 def _in_one_line(text: str) -> str:

@@ -1,6 +1,8 @@
 """Passwords and tokens: whatever is printed or written goes without them, and nothing else changes."""
 
 import logging
+import os
+import subprocess
 import sys
 import traceback
 
@@ -57,6 +59,45 @@ def test_what_the_environment_keeps_is_left_out_by_lines_too(text, monkeypatch):
     said = without_credentials(text)
     assert "tok3n" not in said
     assert "second" not in said
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AZURE_STORAGE_ACCOUNT_KEY", "AZURE_STORAGE_SAS_TOKEN",
+     "AZURE_STORAGE_SAS_KEY", "AZURE_STORAGE_CLIENT_SECRET", "AZURE_STORAGE_CONNECTION_STRING", "HF_TOKEN",
+     "PGPASSWORD", "GOOGLE_SERVICE_ACCOUNT_KEY", "MLFLOW_FLASK_SERVER_SECRET_KEY", "MYSQL_PWD", "SLURM_JWT", "databricks_token"],
+)  # fmt: skip
+def test_what_is_secret_in_the_environment_is_known_by_its_name(name, monkeypatch):
+    monkeypatch.setenv(name, "c0nf1dential")
+    assert without_credentials("the store said: c0nf1dential is no key") == "the store said: *** is no key"
+
+
+@pytest.mark.parametrize(
+    "name", ["PWD", "OLDPWD", "KEYBOARD", "MLFLOW_TRACKING_USERNAME", "AWS_WEB_IDENTITY_TOKEN_FILE"]
+)
+def test_what_is_no_secret_in_the_environment_is_shown(name, monkeypatch):
+    monkeypatch.setenv(name, "/home/somebody")
+    assert without_credentials("in /home/somebody/runs") == "in /home/somebody/runs"
+
+
+TRACEBACK = """
+import sys
+from moco_dist.cli import main as command
+def fail(argv):
+    raise RuntimeError("GET http://someone:hunter2@host:5000/api, PGPASSWORD c0nf1dential")
+command._dispatch = fail
+sys.exit(command.main([]))
+"""
+
+
+def test_a_traceback_that_the_interpreter_prints_goes_through_too():
+    """Of a world of one, where nobody catches what nobody has foreseen."""
+    environment = {**os.environ, "PGPASSWORD": "c0nf1dential"}
+    words = [sys.executable, "-c", TRACEBACK]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert "RuntimeError: GET http://host:5000/api, PGPASSWORD ***" in done.stderr
+    assert "someone" not in done.stderr
 
 
 def test_whatever_a_library_prints_goes_through(capsys, monkeypatch):

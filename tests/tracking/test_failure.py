@@ -65,8 +65,9 @@ def test_something_else_that_answers(refusing):
     assert why(f"http://{refusing}") == "it answers 502 Bad Gateway"
 
 
-def test_a_proxy_is_named(refusing, monkeypatch):
-    monkeypatch.setenv("HTTP_PROXY", f"http://me:hunter2@{refusing}")
+@pytest.mark.parametrize("scheme", ["http://", ""])  # requests takes an address without one too
+def test_a_proxy_is_named(refusing, monkeypatch, scheme):
+    monkeypatch.setenv("HTTP_PROXY", f"{scheme}me:hunter2@{refusing}")
     for uri in ("http://127.0.0.1:1", "http://localhost:1"):
         said = why(uri)
         host = uri.split("/")[2].split(":")[0]

@@ -65,7 +65,8 @@ def test_what_the_environment_keeps_is_left_out_by_lines_too(text, monkeypatch):
     "name",
     ["AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AZURE_STORAGE_ACCOUNT_KEY", "AZURE_STORAGE_SAS_TOKEN",
      "AZURE_STORAGE_SAS_KEY", "AZURE_STORAGE_CLIENT_SECRET", "AZURE_STORAGE_CONNECTION_STRING", "HF_TOKEN",
-     "PGPASSWORD", "GOOGLE_SERVICE_ACCOUNT_KEY", "MLFLOW_FLASK_SERVER_SECRET_KEY", "MYSQL_PWD", "SLURM_JWT", "databricks_token"],
+     "PGPASSWORD", "GOOGLE_SERVICE_ACCOUNT_KEY", "MLFLOW_FLASK_SERVER_SECRET_KEY", "MYSQL_PWD", "SLURM_JWT",
+     "databricks_token"],
 )  # fmt: skip
 def test_what_is_secret_in_the_environment_is_known_by_its_name(name, monkeypatch):
     monkeypatch.setenv(name, "c0nf1dential")

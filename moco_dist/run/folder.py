@@ -30,8 +30,11 @@ class RunFolder:
         return self.root / ".lock"
 
     def token(self, name: str) -> Path:
-        """A file for a moment at the start: rank 0 writes it, and every rank looks whether it sees the same folder."""
-        return self.root / f".start_{name}"
+        """A file for a moment at the start: rank 0 writes it, and every rank looks whether it sees the same folder.
+
+        It lies where all ranks write, which may be a link to a disk that RUN itself is not on.
+        """
+        return self.checkpoints / f".start_{name}"
 
     @property
     def log(self) -> Path:

@@ -79,7 +79,8 @@ def require_shared(run_dir: Path, world: World) -> None:
     run, token = RunFolder(run_dir), ""
     if world.is_main:
         with contextlib.suppress(OSError):  # the disk is full: then nothing is known
-            for left_over in run.root.glob(run.token("*").name):
+            run.checkpoints.mkdir(exist_ok=True)
+            for left_over in run.checkpoints.glob(run.token("*").name):
                 left_over.unlink()
             name = secrets.token_hex(8)
             run.token(name).touch()

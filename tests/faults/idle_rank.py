@@ -7,12 +7,7 @@ import threading
 import time
 from pathlib import Path
 
-import torch.distributed as dist
-
 from moco_dist.cli import main as command
-from moco_dist.distributed.collectives import barrier, process_group
-from moco_dist.distributed.heartbeat import Heartbeat
-from moco_dist.distributed.world import world_from_env
 from moco_dist.errors import InUseError
 
 TIMEOUT_SECONDS = 3.0
@@ -31,7 +26,13 @@ def happen(what: str, folder: Path) -> None:
 
 
 def stay(what: str, folder: Path) -> int:
-    """The length of a command."""
+    """The length of a command, which loads torch when it has begun."""
+    import torch.distributed as dist
+
+    from moco_dist.distributed.collectives import barrier, process_group
+    from moco_dist.distributed.heartbeat import Heartbeat
+    from moco_dist.distributed.world import world_from_env
+
     if what.startswith("in use") or what == "bug":
         dist.destroy_process_group = lambda: time.sleep(3600)  # NCCL's, while the others sit in a collective
     world = world_from_env("cpu")

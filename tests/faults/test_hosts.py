@@ -145,10 +145,12 @@ def test_without_the_host_of_the_rendezvous_the_rest_ends_and_can_be_started_aga
     assert re.search(r"goes on at step \d+", again.stdout)
 
 
-def test_a_run_folder_on_each_hosts_own_disk_is_refused(tiny_data, tmp_path):
+@pytest.mark.parametrize("which", ["run", "run/checkpoints"])
+def test_a_run_folder_on_each_hosts_own_disk_is_refused(tiny_data, tmp_path, which):
     """Or every checkpoint would have one of two parts, and look complete."""
-    (run_dir := tmp_path / "run").mkdir()
-    own_disk = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs tmpfs "$0" && exec "$@"', str(run_dir)]
+    (tmp_path / which).mkdir(parents=True)
+    run_dir = tmp_path / "run"
+    own_disk = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs tmpfs "$0" && exec "$@"', str(tmp_path / which)]
     with hosts(2) as network:
         ranks = []
         for host in range(2):

@@ -66,6 +66,31 @@ def test_little_memory(tmp_path, monkeypatch):
     assert "500 MiB free, loaders may fill 1,250 MiB: fewer data.num_workers" in found.text
 
 
+def test_weights_that_a_run_would_begin_with_are_there(tmp_path):
+    """A run that has a checkpoint goes on from that."""
+    flags = ["--run.dir", str(tmp_path / "r"), "--model.init"]
+    (found,) = machine.start(config_of(*flags, str(tmp_path / "w.pth")))
+    assert (found.level, found.about) == ("error", "model.init")
+    assert found.text.startswith(
+        f"{tmp_path}/w.pth does not exist; a file of weights, the folder of a run and timm:NAME"
+    )
+    (tmp_path / "w.pth").touch()
+    assert machine.start(config_of(*flags, str(tmp_path / "w.pth"))) == []
+    assert machine.start(config_of(*flags, "timm:resnet18")) == machine.start(config_of()) == []
+    (tmp_path / "r" / "checkpoints" / "step_00000010").mkdir(parents=True)
+    assert machine.start(config_of(*flags, str(tmp_path / "gone.pth"))) == []
+
+
+def test_a_network_that_is_much_work_for_a_cpu_is_called_by_its_name(monkeypatch):
+    monkeypatch.setattr(machine, "num_gpus", lambda: 0)
+    monkeypatch.setattr(machine, "_has_nvidia_driver", lambda: False)
+    found = machine.gpus(config_of("--model.arch", "resnet18"), 1)
+    assert (found.level, found.text.partition(";")[0]) == (
+        "warning",
+        "none, and resnet18 at 224 px is much work for a CPU",
+    )
+
+
 @pytest.mark.slow
 def test_only_errors_make_the_exit_status(tmp_path):
     done = doctor(tmp_path, "--data.num-workers", "0")

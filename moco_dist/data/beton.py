@@ -113,7 +113,7 @@ def parse_beton(content: Content, path: Path | Url) -> Beton:
         names = [field["name"].tobytes().rstrip(b"\0").decode("utf-8", "replace") for field in fields]
         if other := next((name for name, kind in zip(names, kinds, strict=True) if kind not in _RECORDS), None):
             raise _Problem(f"its field {other!r} is of a kind that is not read here")
-        if _IMAGE_ID not in kinds or _INT_ID not in kinds:
+        if _IMAGE_ID not in kinds or not ("label" in names or _INT_ID in kinds):
             raise _Problem(f"its fields are {', '.join(names) or 'none'}")
         record = np.dtype([("", _RECORDS[kind]) for kind in kinds], align=True)
         at += count * _FIELD.itemsize

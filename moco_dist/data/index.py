@@ -123,7 +123,9 @@ def _read(index: Path, folder: Path, asked: dict[str, Any]) -> Indexed | None:
         is_right = asked == {name: facts[name] for name in asked} and all(
             _mtime_ns(folder / name) == mtime_ns for name, mtime_ns in facts["folders"].items()
         )
-        is_sound = are_names(arrays["content"], arrays["ends"]) and are_within(arrays["labels"], NO_CLASS, len(asked["classes"]))
+        is_sound = are_names(arrays["content"], arrays["ends"]) and are_within(
+            arrays["labels"], NO_CLASS, len(asked["classes"])
+        )
         if not is_right or not is_sound or len(arrays["ends"]) != len(arrays["labels"]):
             return None
         return Indexed(Names(arrays["content"], arrays["ends"]), arrays["labels"], facts["content_hash"])

@@ -1,6 +1,5 @@
 """Which columns of a parquet file are images and labels: by their types, and by what the hub's schema says of them."""
 
-import json
 import re
 from collections import Counter
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any, NamedTuple
 
 from moco_dist.config.address import Url
 from moco_dist.errors import UserError, nearest
+from moco_dist.files import parsed_json
 
 LABEL = "label"  # the column that is one where no schema says which has classes
 
@@ -168,7 +168,7 @@ def _is_label(kind: Any) -> bool:
 def _features(schema: Any) -> dict[str, Any]:
     """What the hub's library has written about the columns."""
     try:
-        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        features = parsed_json((schema.metadata or {})[b"huggingface"])["info"]["features"]
         return features if isinstance(features, dict) else {}
     except (KeyError, ValueError, TypeError):
         return {}

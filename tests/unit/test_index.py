@@ -4,13 +4,14 @@ import os
 import pickle
 import time
 
+import numpy as np
 import pytest
 
 from moco_dist.data import index
 from moco_dist.data.images import hash_of_contents, subset
 from moco_dist.data.index import NAME, indexed_images
 from moco_dist.data.layout import IMAGE_SUFFIXES, folder_names
-from moco_dist.data.mapped import MappedArray
+from moco_dist.data.mapped import MappedArray, file_of, map_arrays
 from moco_dist.data.sources import find_images
 from moco_dist.errors import UserError
 
@@ -36,6 +37,12 @@ def settle(folder):
 def image_paths(folder):
     """As `find_images` asks for them."""
     return list(indexed_images(folder, folder_names(folder)).paths)
+
+
+def recrafted(folder, **changes):
+    """The index with other arrays."""
+    facts, arrays = map_arrays(folder / NAME)
+    (folder / NAME).write_bytes(b"".join(file_of(facts, {**arrays, **changes})))
 
 
 def test_is_written_and_used(folder, monkeypatch):
@@ -71,6 +78,10 @@ def test_a_part_of_the_images_has_a_hash_of_its_own(folder):
 
 
 CHANGES = {
+    "its labels are of no class": lambda f: recrafted(f, labels=np.array([0, 9] * 6)),
+    "its labels are no integers": lambda f: recrafted(f, labels=np.zeros(12)),
+    "its names end before they begin": lambda f: recrafted(f, ends=np.arange(12)[::-1].copy()),
+    "its names end beyond their end": lambda f: recrafted(f, ends=np.arange(12) * 1000),
     "a file came": lambda f: (f / "a" / "new.jpg").touch(),
     "a file went": lambda f: (f / "b" / "deep" / "0.jpg").unlink(),
     "a folder came": lambda f: ((f / "d").mkdir(), (f / "d" / "0.jpg").touch()),

@@ -62,8 +62,9 @@ def main(argv: list[str] | None = None) -> int:
     others, and they sit in a collective that this one will never join.
     """
     argv = sys.argv[1:] if argv is None else argv
-    # Read when torch is loaded. Its warnings are of sockets, and have a trace of 30 lines for each one that closes.
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        # Read when torch is loaded. Its warnings are of sockets, with a trace of 30 lines for each one that closes.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     open_closed_descriptors()
     let_lines_be_lost("stderr")
     if {" ".join(argv[:count]) for count in (1, 2)} & RESULTS_ARE_FILES and not {"-h", "--help", "--dry-run"} & {*argv}:

@@ -59,7 +59,7 @@ def torchrun(words: list[str]) -> int:
     from torch.distributed.run import get_args_parser
 
     if level is None:
-        del os.environ["TORCH_CPP_LOG_LEVEL"]  # the ranks' warnings are worth reading
+        del os.environ["TORCH_CPP_LOG_LEVEL"]  # the ranks have a level of their own
     # Where a worker shares torchrun's own store, a host that comes back after a failure can never join again.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     os.environ.setdefault("OMP_NUM_THREADS", "1")

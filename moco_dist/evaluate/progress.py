@@ -132,7 +132,7 @@ def load_progress(path: Path, module: nn.Module, sgd: torch.optim.SGD) -> dict[s
     try:
         with safetensors.safe_open(path, "pt", device=str(next(module.parameters()).device)) as file:
             facts = parsed_json((file.metadata() or {}).get("progress", "{}"))
-            names = list(file.keys()) if facts else []
+            names = list(file.keys()) if facts and isinstance(facts, dict) else []
             tensors = {name: file.get_tensor(name) for name in names}
     except (FileNotFoundError, ValueError, safetensors.SafetensorError):
         return {}

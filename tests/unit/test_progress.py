@@ -45,7 +45,9 @@ def test_what_a_power_cut_left_of_it_is_not_gone_on_from(tmp_path):
     assert load_progress(tmp_path / "none", module, sgd) == {}
 
 
-@pytest.mark.parametrize("harm", ["no facts", "facts that are none", "another shape", "a tensor is missing"])
+@pytest.mark.parametrize(
+    "harm", ["no facts", "facts that are none", "facts of another kind", "another shape", "a tensor is missing"]
+)
 def test_what_is_crafted_is_not_gone_on_from_in_part(tmp_path, harm):
     path = tmp_path / "progress.safetensors"
     save_progress(path, *trained(2), FACTS)
@@ -54,8 +56,8 @@ def test_what_is_crafted_is_not_gone_on_from_in_part(tmp_path, harm):
         tensors["bias"] = torch.zeros(3)
     if harm == "a tensor is missing":
         del tensors["bias"]
-    if harm == "facts that are none":
-        facts = {"progress": "[" * 100_000}
+    if harm.startswith("facts"):
+        facts = {"progress": "[1]" if harm == "facts of another kind" else "[" * 100_000}
     safetensors.torch.save_file(tensors, path, None if harm == "no facts" else facts)
     module, sgd = trained(0)
     assert load_progress(path, module, sgd) == {}

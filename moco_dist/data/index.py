@@ -20,6 +20,8 @@ from moco_dist.data.images import NO_CLASS, hash_of_contents
 from moco_dist.data.layout import is_image, is_left_out
 from moco_dist.data.mapped import are_names, are_within, file_of, map_arrays
 from moco_dist.data.names import Names, hash_of_list, in_arrays
+from moco_dist.distributed.told import Told
+from moco_dist.distributed.world import World
 from moco_dist.errors import UserError
 from moco_dist.files import write_whole
 
@@ -64,7 +66,8 @@ def indexed_images(
         if (known := _read(index, folder, asked)) is not None:
             return known
     folders: dict[str, int] = {}
-    paths = sorted(_scan(folder, "", folders))
+    with Told(f"listing {folder}", None, "images", World()) as told:
+        paths = sorted(_scan(folder, "", folders, told))
     label_of = {name: label for label, name in enumerate(classes)}
     firsts = (path.partition("/") for path in paths)
     labels = np.fromiter((label_of[first] if below else NO_CLASS for first, below, _ in firsts), np.int64, len(paths))
@@ -84,7 +87,7 @@ def indexed_images(
     return Indexed(Names.of(paths), labels, "")
 
 
-def _scan(folder: Path, prefix: str, folders: dict[str, int]) -> list[str]:
+def _scan(folder: Path, prefix: str, folders: dict[str, int], told: Told) -> list[str]:
     """Paths of all images below; an image is known by its name, without asking the file system for it.
 
     Fills `folders` with the modification times of the folders below, taken before they are listed.
@@ -92,7 +95,7 @@ def _scan(folder: Path, prefix: str, folders: dict[str, int]) -> list[str]:
     Raises:
         UserError: a link leads back to a folder above it.
     """
-    found: list[str] = []
+    found, below = list[str](), list[str]()
     if prefix:
         folders[prefix] = _mtime_ns(folder / prefix)
     with os.scandir(folder / prefix) as entries:
@@ -105,8 +108,9 @@ def _scan(folder: Path, prefix: str, folders: dict[str, int]) -> list[str]:
                 target = Path(entry).resolve() if entry.is_symlink() else None
                 if target and (folder / prefix).resolve().is_relative_to(target):
                     raise UserError(f"{entry.path} is a link to {target}, which it lies in; remove it")
-                found += _scan(folder, f"{prefix}{entry.name}/", folders)
-    return found
+                below += _scan(folder, f"{prefix}{entry.name}/", folders, told)
+    told.add(len(found))
+    return found + below
 
 
 def _mtime_ns(path: Path) -> int:

@@ -19,12 +19,12 @@ class Told:
     A thread writes the lines, so that one step which takes minutes is told of too.
     """
 
-    def __init__(self, what: str, total: int, unit: str, world: World, done: int = 0) -> None:
+    def __init__(self, what: str, total: int | None, unit: str, world: World, done: int = 0) -> None:
         """Begin.
 
         Args:
             what: what the work is, as a line begins.
-            total: how much there is.
+            total: how much there is; None: nobody knows yet.
             unit: what is counted, in the plural.
             world: this process.
             done: how much an earlier process did.
@@ -60,11 +60,12 @@ class Told:
 
     def line(self) -> str:
         """How far it is, and how long the rest takes at the rate so far."""
-        parts = [f"{self._what}: {self._done:,} of {self._total:,} {self._unit}"]
+        of = "" if self._total is None else f" of {self._total:,}"
+        parts = [f"{self._what}: {self._done:,}{of} {self._unit}"]
         seconds, done = time.monotonic() - self._started, self._done - self._first
         if self._note:
             parts.append(self._note)
-        if done:
+        if done and self._total is not None:
             left = timedelta(seconds=round(seconds / done * (self._total - self._done)))
             parts.append(f"{left} left")
         else:

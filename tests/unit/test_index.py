@@ -13,6 +13,7 @@ from moco_dist.data.index import NAME, indexed_images
 from moco_dist.data.layout import IMAGE_SUFFIXES, folder_names
 from moco_dist.data.mapped import MappedArray, file_of, map_arrays
 from moco_dist.data.sources import find_images
+from moco_dist.distributed.told import Told
 from moco_dist.errors import UserError
 
 
@@ -62,6 +63,19 @@ def test_its_arrays_are_mapped_and_not_of_this_process(folder):
     other = pickle.loads(pickle.dumps(found))  # what another rank of the host is told
     assert isinstance(other.labels, MappedArray) and other.paths == found.paths
     assert len(pickle.dumps(found)) < 2000
+
+
+def test_a_long_listing_says_how_far_it_is(folder, monkeypatch):
+    lines = []
+
+    class Heard(Told):
+        def __exit__(self, *error):
+            lines.append(self.line())
+            super().__exit__(*error)
+
+    monkeypatch.setattr(index, "Told", Heard)
+    image_paths(folder)
+    assert lines == [f"listing {folder}: 12 images  begun 0:00:00 ago"]
 
 
 def test_other_classes_have_other_labels(folder):

@@ -5,7 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from moco_dist.distributed.told import Told
 from moco_dist.errors import UserError
+from moco_dist.evaluate.detection import voc as voc_module
 from moco_dist.evaluate.detection.average_precision import average_precision
 from moco_dist.evaluate.detection.voc import Annotated, Pictures, read_sets
 from tests.voc import CLASSES, annotation, make_voc
@@ -14,6 +16,20 @@ from tests.voc import CLASSES, annotation, make_voc
 @pytest.fixture
 def voc(tmp_path):
     return make_voc(tmp_path / "VOC2007")
+
+
+def test_reading_many_annotations_says_how_far_it_is(voc, monkeypatch):
+    lines = []
+
+    class Heard(Told):
+        def __exit__(self, *error):
+            lines.append(self.line().partition("  ")[0])
+            super().__exit__(*error)
+
+    monkeypatch.setattr(voc_module, "Told", Heard)
+    read_sets(voc, ["trainval", "test"], CLASSES)
+    assert lines == [f"reading the annotations of {name}: {count} of {count} images"
+                     for name, count in (("trainval", 8), ("test", 5))]  # fmt: skip
 
 
 def test_boxes_are_read(voc):

@@ -13,6 +13,8 @@ from torch import Tensor
 from moco_dist.data.decode import decode_image
 from moco_dist.data.folder import read_bytes
 from moco_dist.data.images import MissingDataError
+from moco_dist.distributed.told import Told
+from moco_dist.distributed.world import World
 from moco_dist.errors import UserError, nearest
 
 
@@ -60,12 +62,14 @@ def read_sets(root: Path, names: Sequence[str], classes: Sequence[str]) -> list[
         numbers = [line.split()[0] for line in lines if line.strip()]
         if not numbers:
             raise UserError(f"set {name}: {path} names no image")
-        for number in numbers:
-            image, annotation = folder / "JPEGImages" / f"{number}.jpg", folder / "Annotations" / f"{number}.xml"
-            for file in (image, annotation):
-                if not file.is_file():
-                    raise MissingDataError(f"{path} names {number}, but {file} does not exist")
-            found.append(read_annotation(annotation, image, classes))
+        with Told(f"reading the annotations of {name}", len(numbers), "images", World()) as told:
+            for number in numbers:
+                image, annotation = folder / "JPEGImages" / f"{number}.jpg", folder / "Annotations" / f"{number}.xml"
+                for file in (image, annotation):
+                    if not file.is_file():
+                        raise MissingDataError(f"{path} names {number}, but {file} does not exist")
+                found.append(read_annotation(annotation, image, classes))
+                told.add()
     return found
 
 

@@ -127,7 +127,7 @@ def _tell_what_has_changed(path: Path, found: RemoteSet) -> None:
     """Name a shard whose bytes are others than when the index was made: the names in it may be the same as before."""
     known = read_index(path)
     try:
-        was = {name: facts for name, _, *facts in json.loads(known[0])["shards"]} if known else {}
+        was = {name: facts for name, _, *facts in parsed_json(known[0])["shards"]} if known else {}
     except (ValueError, TypeError, KeyError):
         return
     now = {name: facts for name, _, *facts in _about(found)["shards"]}

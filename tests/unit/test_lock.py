@@ -84,7 +84,7 @@ def look(world, folders):
     except UserError as error:
         return str(error)
     barrier(world)
-    return list(folders[world.rank].iterdir())
+    return [path for path in folders[world.rank].rglob("*") if path.is_file()]
 
 
 def test_all_ranks_refuse_a_folder_that_one_does_not_see(tmp_path):

@@ -61,7 +61,7 @@ def script(jobs: list[Job], options: SlurmOptions) -> str:
         UserError: a word of a job has a password that everybody could read.
     """
     for one in jobs:
-        refuse_credentials(one.words, "a job script that others can read; export MLFLOW_TRACKING_URI instead: sbatch "
+        refuse_credentials([*one.words, *options.sbatch], "a job script that others can read; export MLFLOW_TRACKING_URI instead: sbatch "
                            "hands your environment on")  # fmt: skip
     job = jobs[0]
     lines = [*options.sbatch]

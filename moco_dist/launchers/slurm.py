@@ -58,11 +58,11 @@ def script(jobs: list[Job], options: SlurmOptions) -> str:
     """The job script of one job, or of an array of them, one a task.
 
     Raises:
-        UserError: a word of a job has a password that everybody could read.
+        UserError: a word of a job, or an option of sbatch, has a password that everybody could read.
     """
-    for one in jobs:
-        refuse_credentials([*one.words, *options.sbatch], "a job script that others can read; export MLFLOW_TRACKING_URI instead: sbatch "
-                           "hands your environment on")  # fmt: skip
+    where = "a job script that others can read; export MLFLOW_TRACKING_URI instead: sbatch hands your environment on"
+    for words in (options.sbatch, *(one.words for one in jobs)):
+        refuse_credentials(words, where)
     job = jobs[0]
     lines = [*options.sbatch]
     for name, value in (("partition", options.partition), ("account", options.account)):

@@ -209,6 +209,8 @@ SECRETS = [
         (["slurm", "configs/nothing.yaml"], "config file configs/nothing.yaml does not exist"),
         (["slurm", CONFIG, "--nodes", "3", "--gpus-per-node", "8"], "global_batch_size 256 is not a multiple of 768"),
         (["slurm", CONFIG, "--nodes", "0"], "nodes: 0"),
+        (["slurm", CONFIG, "--dry-run", "--sbatch=--export=MLFLOW_TRACKING_URI=http://me:hunter2@mlflow"],
+         "export has a password or token, which would stand in a job script that others can read"),
         (["slurm", CONFIG, "--partitoin", "gpu"], "unknown flag --partitoin; did you mean --partition?"),
         (["slurm", CONFIG, "--optim.epohcs", "3"], "unknown flag --optim.epohcs; did you mean --optim.epochs?"),
         (["slurm", CONFIG, "--data.root", "no/such"], "data.root no/such does not exist"),

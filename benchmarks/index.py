@@ -197,6 +197,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--listed", type=int, default=1_281_167, help="files that are made to list them")
     parser.add_argument("--repeats", type=int, default=3, help="openings, each by a process of its own")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="what an index is of (default all)")
+    results.add_earlier(parser)
     args = results.parse(parser, sizes=((2_000, 10, 4),), listed=2_000, repeats=1)
     sizes = getattr(args, "sizes", SIZES)
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
@@ -207,7 +209,7 @@ def main() -> None:
         make_files(Path(scratch) / "files", args.listed, sizes[0][1])
         listing = [listing_seconds(Path(scratch) / "files") for _ in range(args.repeats)]
         for images, classes, shards in sizes:
-            for name, write in WAYS.items():
+            for name, write in ((name, WAYS[name]) for name in args.ways):
                 top = Path(scratch) / f"{name} {images}"
                 top.mkdir()
                 root = write(top, images, classes, shards)
@@ -218,10 +220,15 @@ def main() -> None:
                 print(rows[-1])
             columns.cache_clear()
     server.stop()
+    facts = {"workers": WORKERS, "asked_of_each": ASKED, "repeats": args.repeats}
+    if args.earlier == "replace":
+        is_new = {(row["name"], row["images"]) for row in rows}
+        earlier = results.earlier_rows("index", "cpu", **facts)
+        rows = [*rows, *(row for row in earlier if (row["name"], row["images"]) not in is_new)]
+        rows.sort(key=lambda row: (row["images"], list(WAYS).index(row["name"])))
     listed = {"images": args.listed, "seconds": statistics.median(listing)}
-    results.write("index", rows, repeats=args.repeats, listing=listed,
-                  workers=WORKERS, asked_of_each=ASKED,
-                  file_system="local disk, its names in memory: a network's listing takes longer")  # fmt: skip
+    about = "local disk, its names in memory: a network's listing takes longer"
+    results.write("index", rows, listing=listed, **facts, file_system=about, load_average=os.getloadavg()[0])
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from moco_dist.data.names import hash_of_list
 from moco_dist.data.processes import made_by_processes
 from moco_dist.data.remote import index as remote_index
 from moco_dist.data.remote.shards import find_remote_shards
+from moco_dist.data.remote.store import apart
 from moco_dist.data.sources import find_images
 from moco_dist.data.tar.index import asked_of, index_content, place_of
 from moco_dist.data.tar.layout import find_shards
@@ -154,8 +155,11 @@ def open_once(root: Path | Url, index_folder: Path) -> dict[str, float]:
     before, started = memory("Anonymous"), time.perf_counter()
     found = find_images(root, "train", index_folder=index_folder)
     opened = time.perf_counter() - started
+    if isinstance(root, Url):  # what the store takes to say which shards there are, once more
+        apart(lambda: find_remote_shards(root))
+    store = time.perf_counter() - started - opened
     _ = found.list_hash, found.content_hash
-    hashed, own = time.perf_counter() - started - opened, memory("Anonymous") - before
+    hashed, own = time.perf_counter() - started - opened - store, memory("Anonymous") - before
 
     def asks(number: int) -> dict[str, int]:
         rows = np.random.default_rng(number).integers(0, len(found.paths), ASKED)
@@ -169,7 +173,8 @@ def open_once(root: Path | Url, index_folder: Path) -> dict[str, float]:
 
     workers = forked(asks)
     return {
-        "images": len(found.paths), "open_seconds": opened, "hash_seconds": hashed, "own_bytes": own,
+        "images": len(found.paths), "open_seconds": opened, "store_seconds": store, "hash_seconds": hashed,
+        "own_bytes": own,
         "worker_grown_bytes": max(worker["grown"] for worker in workers),
         "worker_shared_bytes": max(worker["shared"] for worker in workers),
     }  # fmt: skip

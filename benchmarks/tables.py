@@ -194,15 +194,16 @@ def index(result: Result) -> str:
     """Opening an index."""
     rows = [
         [r["name"] if r["shards"] is None else f"{r['shards']:,} {r['name']}", f"{r['images']:,}",
-         f"{r['index_bytes'] / 1e6:,.0f}", f"{r['open_seconds']:.2f}", f"{r['hash_seconds']:.2f}",
+         f"{r['index_bytes'] / 1e6:,.0f}", f"{r['open_seconds']:.2f}",
+         f"{r['store_seconds']:.2f}" if r.get("store_seconds", 0) > 1e-3 else "–", f"{r['hash_seconds']:.2f}",
          f"{r['own_bytes'] / 1e6:.0f}", f"{r['worker_grown_bytes'] / 1e6:.1f}"]
         for r in result["rows"]
     ]  # fmt: skip
     listing = result["listing"]
     facts = (f"Listing the folder of {listing['images']:,} images anew: {listing['seconds']:.1f} s "
-             f"({result['file_system']}).\n")  # fmt: skip
-    columns = ["index of", "images", "MB, mapped", "opens in, s", "then hashed in, s", "process's own memory, MB",
-               f"a worker's after {result['asked_of_each']:,} images, MB"]  # fmt: skip
+             f"({result['file_system']}). Load average at the end: {result['load_average']:.0f}.\n")  # fmt: skip
+    columns = ["index of", "images", "MB, mapped", "opens in, s", "of it the store's listing", "then hashed in, s",
+               "process's own memory, MB", f"a worker's after {result['asked_of_each']:,} images, MB"]  # fmt: skip
     return f"{markdown(columns, rows)}\n{facts}{origin(result)}"
 
 

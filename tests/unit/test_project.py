@@ -5,6 +5,9 @@ import tomllib
 from pathlib import Path
 
 import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
 
 import moco_dist
 
@@ -44,3 +47,23 @@ def test_a_report_of_a_fault_brings_the_doctor_s_findings():
     fields = {field["id"]: field for field in read(".github/ISSUE_TEMPLATE/bug.yml")["body"]}
     assert "moco-dist doctor" in fields["doctor"]["attributes"]["label"]
     assert fields["doctor"]["validations"]["required"]
+
+
+def test_uv_lock_is_of_the_project_s_requirements():
+    """Offline; that the versions in it fit them, `uv lock --check` looks in a workflow."""
+    (own,) = (package for package in tomllib.loads(Path("uv.lock").read_text())["package"]
+              if package["name"] == canonicalize_name(PROJECT["name"]))  # fmt: skip
+    locked = {
+        (row["name"], *sorted(row.get("extras", ())), SpecifierSet(row.get("specifier", "")), *extra_of(row))
+        for row in own["metadata"]["requires-dist"]
+    }
+    groups = {None: PROJECT["dependencies"], **PROJECT["optional-dependencies"]}
+    asked = {
+        (canonicalize_name(found.name), *sorted(found.extras), found.specifier, *([extra] if extra else []))
+        for extra, lines in groups.items() for found in map(Requirement, lines)
+    }  # fmt: skip
+    assert locked == asked
+
+
+def extra_of(row):
+    return re.findall(r"extra == '([^']+)'", row.get("marker", ""))

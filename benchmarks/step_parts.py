@@ -22,6 +22,7 @@ On a GPU all local batches 32, 64, 128, 256 and all ways; on a CPU batch 32, eag
 """
 
 import argparse
+import gc
 import os
 import statistics
 import tempfile
@@ -92,12 +93,15 @@ class Supervised:
         model = nn.Sequential(self._encoder.backbone, self._encoder.head).to(world.device)
         dtype = compute_dtype(config.optim.precision, world.device)
         self._engine = DDPEngine(model, build_optimizer(model, config.optim), dtype, config.engine, world)
+        self._has_graphs = config.engine.cuda_graphs
         batch, side = config.optim.global_batch_size, config.data.image_size
         self._images = torch.randn(batch, 3, side, side, device=world.device).to(memory_format=torch.channels_last)
         self._labels = torch.randint(CLASSES, (batch,), device=world.device)
 
     def step(self) -> None:
         """One."""
+        if self._has_graphs:
+            torch.compiler.cudagraph_mark_step_begin()  # a step of its own, not the rest of the one before
         self._engine.backward(F.cross_entropy(self._engine(self._images).float(), self._labels))
         self._engine.step(0.0)
 
@@ -206,6 +210,9 @@ def main() -> None:
             if (way, batch) in [(row["way"], row["local_batch"]) for row in rows]:
                 continue
             torch.compiler.reset()
+            gc.collect()
+            if on_gpu:
+                torch.cuda.empty_cache()  # CUDA graphs keep memory of their own, which the next case needs
             row = measure(settings(args.arch, args.image_size, batch, way, scratch), way, args.repeats, world)
             rows.append(row)
             print(row, flush=True)

@@ -1,9 +1,11 @@
 """Memory and time of MoCo against the end-to-end method, at several batch sizes: Table 3 of MoCo v2.
 
-    python -m benchmarks.table3 [--arch resnet50] [--image-size 224] [--batches 32 128 512] [--quick]
+    python -m benchmarks.table3 [--arch resnet50] [--image-size 224] [--batches 32 128 512]
+        [--earlier drop|keep|replace] [--quick]
 
 The same measurement as `moco-dist reproduce table3` (moco_dist/planning/table3.py): one rank with its share of the
 batch of 8, each method and batch in a process of its own, in turn. On a CPU smaller images and batches by default.
+With `--earlier keep` it goes on where it was cut, by runs/table3.json.
 """
 
 import argparse
@@ -27,10 +29,16 @@ def main() -> None:
     parser.add_argument("--arch", choices=ARCHITECTURES, default="resnet50")
     parser.add_argument("--image-size", type=int, default=CPU_SIDE if is_cpu else 224)
     parser.add_argument("--batches", type=int, nargs="+", default=CPU_BATCHES if is_cpu else LOCAL_BATCHES)
+    results.add_earlier(parser)
     args = results.parse(parser, arch="resnet10", image_size=32, batches=[32])
+    kept = None if args.quick or args.earlier == "drop" else results.FOLDER.parents[1] / "runs" / "table3.json"
+    if kept is not None:
+        kept.parent.mkdir(exist_ok=True)
+        if args.earlier == "replace":
+            kept.unlink(missing_ok=True)
     flags = ["--model.arch", args.arch, "--data.image-size", str(args.image_size), "--run.device", device]
     configs = configs_of(Path("configs"), flags=flags)
-    rows = measure(configs, args.batches, device, 1 if args.quick else STEPS, 1 if args.quick else ROUNDS)
+    rows = measure(configs, args.batches, device, 1 if args.quick else STEPS, 1 if args.quick else ROUNDS, kept)
     print(as_markdown(rows))
     dtype = str(compute_dtype(configs["MoCo"].optim.precision, device)).removeprefix("torch.")
     queue_size = configs["MoCo"].moco.queue_size

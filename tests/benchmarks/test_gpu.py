@@ -33,7 +33,8 @@ from importlib.machinery import PathFinder
 class WithoutOptional(PathFinder):
     @classmethod
     def find_spec(cls, name, path=None, target=None):
-        optional = ("mlflow", "nvidia.dali", "deepspeed", "ffcv", "cv2", "timm", "pycocotools")
+        optional = ("mlflow", "nvidia.dali", "deepspeed", "ffcv", "cv2", "timm", "pycocotools", "matplotlib", "jinja2",
+                    "pyarrow", "obstore", "kornia", "pandas", "sklearn")
         return None if name.startswith(optional) else super().find_spec(name, path, target)
 
 sys.meta_path[sys.meta_path.index(PathFinder)] = WithoutOptional

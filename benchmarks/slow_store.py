@@ -25,7 +25,7 @@ print(server.get_host_and_port()[1], flush=True)
 sys.stdin.read()
 """
 
-_PROXY = """
+_PROXY = r"""
 import asyncio, os, sys
 
 port, seconds, requests, counted = int(sys.argv[1]), float(sys.argv[2]), 0, os.open(sys.argv[3], os.O_WRONLY)

@@ -70,12 +70,22 @@ def environment(server, monkeypatch):
 
 def in_a_child(ask):
     """`ask()` in a process of its own: this one starts others that use obstore, so it may not use it itself."""
+
+    def work():
+        try:
+            there.send((ask(), None))
+        except BaseException as error:
+            there.send((None, error))
+
     here, there = multiprocessing.Pipe()
-    child = multiprocessing.get_context("fork").Process(target=lambda: there.send(ask()))
+    child = multiprocessing.get_context("fork").Process(target=work)
     child.start()
     assert here.poll(60)
     child.join()
-    return here.recv()
+    found, error = here.recv()
+    if error is not None:
+        raise error
+    return found
 
 
 def never(*_):

@@ -102,6 +102,7 @@ def main() -> None:
     parser.add_argument("--index-shards", type=int, default=1_000)
     args = results.parse(parser, images=64, rounds=1, index_shards=8)
     torch.set_num_threads(1)
+    load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as name, slow_store(DELAY_SECONDS) as store:
         scratch = Path(name)
         make_folder(scratch / "folder", args.images)
@@ -122,7 +123,7 @@ def main() -> None:
         print(row)
     results.write("sources", rows, images=args.images, rounds=args.rounds, image_size=[WIDTH, HEIGHT],
                   crop_size=SIZE, crops_per_image=2, shards=SHARDS, delay_seconds=DELAY_SECONDS,
-                  index=index, peers=stream_readers.versions())  # fmt: skip
+                  load_average_before=round(load, 1), index=index, peers=stream_readers.versions())  # fmt: skip
 
 
 def index_of(folder: Path, store: SlowStore, shards: int) -> dict[str, Any]:

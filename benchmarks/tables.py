@@ -171,6 +171,8 @@ def sources(result: Result) -> str:
     peers = ", ".join(f"{name} {version}" for name, version in result["peers"].items())
     facts = f"{result['images']:,} images of {' × '.join(map(str, result['image_size']))}, {result['rounds']} rounds"
     facts += f"; {peers}.\n" if peers else ".\n"
+    if (load := result["load_average_before"]) > 0.5:
+        facts += f"Other work ran on the cores (load average {load:g} before): the CPU time says more than the rates.\n"
     if index := result.get("index"):
         facts += f"Listing {index['images']:,} images of {index['image_bytes']:,} bytes in {index['shards']:,} shards "
         facts += f"of the store by their headers: {index['requests']:,} requests, {index['seconds']:.1f} s.\n"

@@ -174,6 +174,15 @@ def test_an_index_beside_the_shards_saves_the_headers(made, server, tmp_path, mo
     assert "moco_dist.idx is of other shards than lie beside it" in capsys.readouterr().err
 
 
+def test_an_index_fits_its_shards_in_whatever_order_they_are_named(made, server, tmp_path, monkeypatch):
+    server.put_folder(made / "flat", "set/order")
+    assert main(["data", "index", str(made / "flat"), "--out", str(tmp_path / "x.idx")]) == 0
+    server.put("set/order/moco_dist.idx", (tmp_path / "x.idx").read_bytes())
+    monkeypatch.setattr("moco_dist.data.remote.index.read_open_shard", never)
+    found = find_images(Url("s3://set/order/{x-train-1,x-train-0,x-val-0}.tar"), "train")
+    assert in_a_child(lambda: contents(found)) == contents(find_images(made / "flat", "train"))
+
+
 def test_ranges_of_a_batch_are_joined():
     file = np.array([0, 0, 0, 1, 0, 0], np.int32)
     offset = np.array([1000, 0, 500, 0, 10_000_000, 10_000_000 + source.MOST_JOINED_BYTES - 100], np.int64)

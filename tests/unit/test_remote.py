@@ -189,7 +189,8 @@ def test_ranges_of_a_batch_are_joined():
     size = np.array([100, 100, 100, 100, 100, 200], np.int64)
     parts = joined_ranges([5, 0, 1, 2, 3, 4], file, offset, size)
     assert [part.samples for part in parts] == [[5], [1, 2, 0], [3], [4]]  # in the order in which they are needed
-    assert parts[1][:3] == (0, 0, 1100)
+    far = 10_000_000 + source.MOST_JOINED_BYTES - 100
+    assert [part[:3] for part in parts] == [(0, far, far + 200), (0, 0, 1100), (1, 0, 100), (0, 10_000_000, 10_000_100)]
 
 
 def test_announced_images_take_few_requests(made, monkeypatch):

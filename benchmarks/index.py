@@ -9,6 +9,7 @@ forked, and each asks for names, labels and places of images at random.
 """
 
 import argparse
+import contextlib
 import functools
 import json
 import os
@@ -18,7 +19,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,18 @@ def write_store(top: Path, images: int, classes: int, shards: int) -> Url:
     return root
 
 
+@contextlib.contextmanager
+def store() -> Iterator[None]:
+    """A server of S3's protocol, which the environment leads to, for the length of a `with`."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    os.environ |= {**CREDENTIALS, "AWS_ENDPOINT_URL": "http://{}:{}".format(*server.get_host_and_port())}
+    yield
+    server.stop()
+
+
 WAYS: dict[str, Callable[[Path, int, int, int], Path | Url]] = {
     "folder": write_folder, "tar shards": write_tars, "shards in a store": write_store,
 }  # fmt: skip
@@ -196,8 +209,6 @@ def main() -> None:
         root = sys.argv[2]
         print(json.dumps(open_once(Url(root) if "://" in root else Path(root), Path(sys.argv[3]))))
         return
-    from moto.server import ThreadedMotoServer
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--listed", type=int, default=1_281_167, help="files that are made to list them")
@@ -206,11 +217,11 @@ def main() -> None:
     results.add_earlier(parser)
     args = results.parse(parser, sizes=((2_000, 10, 4),), listed=2_000, repeats=1)
     sizes = getattr(args, "sizes", SIZES)
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    os.environ |= {**CREDENTIALS, "AWS_ENDPOINT_URL": "http://{}:{}".format(*server.get_host_and_port())}
     rows = []
-    with tempfile.TemporaryDirectory(dir=args.folder) as scratch:
+    with contextlib.ExitStack() as stack:
+        if "shards in a store" in args.ways:
+            stack.enter_context(store())
+        scratch = stack.enter_context(tempfile.TemporaryDirectory(dir=args.folder))
         make_files(Path(scratch) / "files", args.listed, sizes[0][1])
         listing = [listing_seconds(Path(scratch) / "files") for _ in range(args.repeats)]
         for images, classes, shards in sizes:
@@ -224,9 +235,8 @@ def main() -> None:
                 kept.unlink()
                 print(rows[-1])
             columns.cache_clear()
-    server.stop()
     facts = {"workers": WORKERS, "asked_of_each": ASKED, "repeats": args.repeats}
-    if args.earlier == "replace":
+    if args.earlier != "drop":
         is_new = {(row["name"], row["images"]) for row in rows}
         earlier = results.earlier_rows("index", "cpu", **facts)
         rows = [*rows, *(row for row in earlier if (row["name"], row["images"]) not in is_new)]

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 from moco_dist.config.pretrain import PretrainConfig
-from moco_dist.data.colours import COLOURS, apply_colours
+from moco_dist.data.colours import COLOURS, apply_colours  # pyright: ignore[reportAttributeAccessIssue]
 from moco_dist.engine.optimizer import LARS, build_optimizer
 from moco_dist.engine.precision import autocast
 from moco_dist.method.encoder import Encoder

@@ -181,7 +181,9 @@ class RemoteRun:
             return
         client.log_model_artifact(logged.model_id, model["file"])
         client.finalize_logged_model(logged.model_id, "READY")
-        client.log_outputs(self._run_id, [LoggedModelOutput(logged.model_id, model["step"])])
+        outputs = client.get_run(self._run_id).outputs
+        if logged.model_id not in [output.model_id for output in (outputs.model_outputs if outputs else [])]:
+            client.log_outputs(self._run_id, [LoggedModelOutput(logged.model_id, model["step"])])  # refused if there
 
     def _watch_system(self) -> None:
         """CPU, memory, disk, network and, with nvidia-ml-py installed, GPU, every 30 s; nothing without psutil.

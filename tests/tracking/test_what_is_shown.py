@@ -103,13 +103,16 @@ def test_a_run_shows_its_settings_data_set_views_report_and_model(tracked, runs)
     assert file.read_bytes() == b"weights"
 
 
-def test_a_model_that_is_sent_twice_is_one(tracked, runs):
+def test_a_model_that_is_sent_twice_is_one(tracked, runs, capsys):
+    """As where a run that has come to its end is started again."""
     with Tracker.for_pretraining(tracked, World()) as tracker:
         show(tracked, tracker, [])
     sent = runs / "a" / "mlflow.json"
     sent.write_text(sent.read_text().replace(f'"sent_bytes": {record_of(runs / "a")["sent_bytes"]}', '"sent_bytes": 0'))
+    capsys.readouterr()
     with Tracker.for_pretraining(tracked, World()):
         pass
+    assert "left out" not in capsys.readouterr().err
     run = run_of(runs / "a")
     assert len(client_for(runs).search_logged_models([run.info.experiment_id])) == 1
     assert len(run.inputs.dataset_inputs) == len(run.outputs.model_outputs) == 1

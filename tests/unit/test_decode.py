@@ -132,3 +132,12 @@ def test_views_are_channels_last_and_memory_of_their_own(picture, box, kind):
     cut(encoded(picture.rotate(180), kind), "x", SIZE, lambda w, h: crops)
     assert (first == kept).all() and (mirrored.flip(-1) == kept).all() and (second != kept).any()
     assert all(view.permute(1, 2, 0).is_contiguous() for view in (first, second, mirrored))
+
+
+def test_of_an_oblong_image_only_what_a_view_needs_takes_memory():
+    """All of it would be a stripe of 64 x 1,280,000 pixels."""
+    crop = Crop((0, 0, 20_000, 1), resized=centre_resize(20_000, 1, 64, 56))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    (view,) = cut_pixels(np.full((1, 20_000, 3), 9, np.uint8), 56, [crop])
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**16  # kilobytes
+    assert view.shape == (3, 56, 56) and (view == 9).all()

@@ -1,6 +1,7 @@
 """Views against PIL and torchvision: the same pixels, whichever library decoded them."""
 
 import io
+import resource
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from PIL import Image
 from torchvision.transforms import CenterCrop, Compose, Resize
 
 from moco_dist.data.crops import centre_resize
-from moco_dist.data.decode import cut
+from moco_dist.data.decode import cut, cut_pixels
 from moco_dist.data.images import ImageError
 from moco_dist.data.tasks import Crop
 

@@ -26,6 +26,7 @@ from moco_dist.run.manifest import facts_of
 from moco_dist.run.opening import opening_lines
 from moco_dist.run.resume import facts_to_agree_on, resume, training_images
 from moco_dist.run.saver import Saver
+from moco_dist.run.trace import StepTrace
 from moco_dist.tracking import Tracker
 
 
@@ -47,15 +48,16 @@ def pretrain(config: PretrainConfig, world: World, tracker: Tracker) -> Path:
     require_agreement(facts_to_agree_on(config, images), world)
     total_steps = config.optim.epochs * plan.steps_per_epoch
     stop = min(total_steps, config.run.stop_at_step or total_steps)
-    probe = Probe(config, plan.steps_per_epoch, stop, world)
+    probe = Probe(config, images, plan.steps_per_epoch, stop, world)
     method = build_method(config, world)
     notes, pending_losses = resume(method, config, images, world)
     logbook = Logbook(config, world, method.step, stop, pending_losses, tracker.log_metrics)
-    for line in [*notes, *opening_lines(config, plan, method, stop, world)]:
+    for line in [*notes, *opening_lines(config, plan, method, stop, world), *probe.notes()]:
         logbook.say(line)
     saver = Saver(config, facts_of(config, images), plan.steps_per_epoch, stop, world, logbook.say)
     showing = Showing(config, images, tracker, plan.steps_per_epoch, total_steps, logbook.say)
     showing.reached(method.step)
+    trace = StepTrace(config, world, tracker, logbook.say)
     colour = compiled_on_gpu(apply_colours, config.engine, world.device)
     views_of = functools.partial(
         views_of_steps, images, config, plan, world, dtype=method.dtype, colour=colour,
@@ -72,11 +74,13 @@ def pretrain(config: PretrainConfig, world: World, tracker: Tracker) -> Path:
                 method.fill_queue(
                     until_asked(views_of(start=filling.start, stop=filling.stop), config, stop_request, world)
                 )
+        trace.reached(method.step)
         for views, wait_seconds in feed:
             lr = learning_rate(config.optim, method.step, plan.steps_per_epoch)
             result = method.train_step(views, lr, monitored=logbook.is_due(method.step + 1))
             logbook.add(result.loss, wait_seconds, views.replaced)
             step, asked = method.step, stop_request.agreed(method.step)
+            trace.reached(step)
             if logbook.is_due(step) or saver.is_due(step, asked):
                 require_finite(logbook, config, plan)
             if logbook.is_due(step):
@@ -106,6 +110,7 @@ def pretrain(config: PretrainConfig, world: World, tracker: Tracker) -> Path:
         raise
     finally:
         feed.close()
+        trace.close()
         showing.close()
         logbook.close()
 

@@ -38,6 +38,6 @@ def main(words: list[str]) -> int:
     print(f"page: {page}")
     if args.register:
         number = best_run(records)
-        version = register(records[number], args.runs[number], args.register)
+        version = register(args.runs[number], args.register)
         print(f"registered: {records[number].name} as version {version} of {args.register}")
     return 0

@@ -28,6 +28,7 @@ def main(words: list[str]) -> int:
         "images", type=Url, metavar="IMAGES", help="a folder, tar shards, a packed file, or their address"
     )
     parser.add_argument("--out", type=Path, required=True, help="FILE.parquet (extra: parquet) or FILE.npz")
+    parser.add_argument("--page", type=Path, help="FILE.html to look at too: neighbours of some images, and a map")
     parser.add_argument("--arch", default="resnet50", help=f"of FILE: {KNOWN} [default: %(default)s]")
     parser.add_argument("--stem", default="imagenet", help="of FILE: imagenet or cifar [default: %(default)s]")
     parser.add_argument("--image-size", help="side of the centre crop in pixels [default: the run's; 224 for FILE]")
@@ -41,13 +42,22 @@ def main(words: list[str]) -> int:
     flags = [word for setting, value in given.items() for word in (f"--{setting}", value)]
     config = read_config(EvalConfig, None, ["--run-dir", str(parts), *flags])
     with ranks(config) as world:
-        from moco_dist.evaluate.any_images import open_backbone, require_suffix, write_features
+        from moco_dist.evaluate.any_images import look_at, open_backbone, require_suffix, write_features
 
         require_suffix(args.out)
         size, precision = config.data.image_size, config.precision
         opened = open_backbone(args.backbone, world, args.arch, args.stem, size, precision)
-        count = write_features(opened, args.images, args.out, config, world)
-        if world.is_main:
-            shutil.rmtree(parts, ignore_errors=True)
-            print(f"wrote {args.out}: {count:,} x {opened.encoder.dim} features, after {opened.encoder.step:,} steps")
+        images = write_features(opened, args.images, args.out, config, world)
+    if not world.is_main:
+        return 0
+    what = f"{len(images.paths):,} x {opened.encoder.dim} features, after {opened.encoder.step:,} steps"
+    print(f"wrote {args.out}: {what}")
+    if args.page:
+        from moco_dist.report.map import write_features_page
+
+        seen, thumbnails_of = look_at(opened, images, config)
+        summary = [what, f"{opened.identity['arch']} of {args.backbone}", f"images of {args.images}"]
+        write_features_page(args.page, summary, images, seen.neighbours, seen.mapped, seen.components, thumbnails_of)
+        print(f"wrote {args.page}")
+    shutil.rmtree(parts, ignore_errors=True)
     return 0

@@ -20,11 +20,13 @@ def main(words: list[str]) -> int:
         config = config.model_copy(update={"data": config.data.model_copy(update={"root": args.data_root})})
 
     from moco_dist.report.contact_sheet import pairs_for_report
+    from moco_dist.report.map import map_of_run
     from moco_dist.report.page import accuracy_table, write_report
     from moco_dist.run.results import nearest_examples
     from moco_dist.tracking import Tracker, ui_command
 
-    page = write_report(run_dir, pairs_for_report(config, 8), nearest_examples(run_dir, before, config.data.root))
+    neighbours = nearest_examples(run_dir, before, config.data.root)
+    page = write_report(run_dir, pairs_for_report(config, 8), neighbours, map_of_run(run_dir))
     with Tracker.reopen(run_dir) as tracker:
         tracker.log_artifact(page, "report")
     print(accuracy_table(run_dir))

@@ -10,11 +10,15 @@ def export(words: list[str]) -> int:
     """Write a run's backbone for another program."""
     parser = Parser("moco-dist export", description="a run's backbone for another program")
     parser.add_argument("run_dir", type=Path, help="folder of the run")
-    parser.add_argument("--format", required=True, help="torchvision, timm, detectron2, or safetensors (head included)")
-    parser.add_argument("--out", type=Path, required=True, help="file to write; its ending is that of the format")
+    parser.add_argument(
+        "--format", required=True,
+        help="torchvision, timm, huggingface (a folder for timm and transformers), onnx, detectron2, or safetensors "
+        "(head included)",
+    )  # fmt: skip
+    parser.add_argument("--out", type=Path, required=True, help="file, with the format's ending, or folder to write")
     args = parser.parse_args(words)
 
-    from moco_dist.run.weights import export_run
+    from moco_dist.run.export import export_run
 
     how = export_run(args.run_dir, args.format, args.out)
     print(f"wrote {args.out}; it loads by\n  {how}")

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Literal
 
+from pydantic import field_validator
+
 from moco_dist.config.section import PositiveInt, Section, setting
 
 
@@ -48,6 +50,19 @@ class LogConfig(Section):
     )
     knn_train_samples: PositiveInt = setting(20_000, "training images of that sample", changes="record", unit="samples")
     knn_val_samples: PositiveInt = setting(5_000, "validation images of that sample", changes="record", unit="samples")
+    profile_steps: tuple[PositiveInt, PositiveInt] | None = setting(
+        None,
+        "first and last step of which torch.profiler keeps a trace, on rank 0; these steps are slower",
+        changes="record",
+        unit="steps",
+    )
+
+    @field_validator("profile_steps")
+    @classmethod
+    def _in_order(cls, steps: tuple[int, int] | None) -> tuple[int, int] | None:
+        if steps and steps[0] > steps[1]:
+            raise ValueError(f"the first step, {steps[0]}, comes after the last, {steps[1]}")
+        return steps
 
 
 class CheckpointConfig(Section):

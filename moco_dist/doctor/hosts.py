@@ -60,9 +60,10 @@ def _data(config: PretrainConfig) -> tuple[list[Finding], int | None]:
     num_images = None
     found = []
     try:
-        num_images = len(find_training_images(config.data).paths)
+        images = find_training_images(config.data)
+        num_images = len(images.paths)
         found.append(fine("data", f"{num_images:,} images in {config.data.root}"))
-        if config.log.knn_every_epochs:
+        if config.log.knn_every_epochs and images.classes:  # else RankMe alone is measured
             find_images(config.data.root, "val")
     except UserError as error:
         found.append(problem("data", str(error)))

@@ -1,14 +1,17 @@
 """Features of any images, with labels or without, by the backbone of a run or of a file of weights."""
 
+import contextlib
+import functools
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from moco_dist.config.address import Url
@@ -16,7 +19,7 @@ from moco_dist.config.evaluate import EvalConfig
 from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.config.source import read_config
 from moco_dist.data.images import NO_CLASS, ImageFolder
-from moco_dist.data.loaders import is_packed
+from moco_dist.data.loaders import eval_batches, is_packed
 from moco_dist.data.sources import find_images
 from moco_dist.distributed.collectives import barrier
 from moco_dist.distributed.once import once_a_host
@@ -25,6 +28,7 @@ from moco_dist.distributed.world import World
 from moco_dist.engine.precision import compute_dtype
 from moco_dist.errors import UserError, nearest
 from moco_dist.evaluate.features import extract, kept
+from moco_dist.evaluate.overview import Overview, overview
 from moco_dist.evaluate.subject import Evaluation, FrozenEncoder, digest, frozen
 from moco_dist.files import whole_file
 from moco_dist.method.encoder import build_encoder
@@ -33,6 +37,8 @@ from moco_dist.run.folder import RunFolder
 from moco_dist.run.start import fill
 
 SUFFIXES = (".parquet", ".npz")
+THUMBNAIL_PIXELS = 96
+Thumbnails = Callable[[list[int]], dict[int, NDArray[np.uint8]]]
 
 
 @dataclass(frozen=True)
@@ -123,7 +129,9 @@ def require_suffix(out: Path) -> None:
             raise UserError(f"--out {out}: {error}; {how}") from error
 
 
-def write_features(opened: OpenedBackbone, root: Path | Url, out: Path, config: EvalConfig, world: World) -> int:
+def write_features(
+    opened: OpenedBackbone, root: Path | Url, out: Path, config: EvalConfig, world: World
+) -> ImageFolder:
     """Write the features of all images of `root` into one file. Called by all ranks, each of which encodes its share.
 
     What is encoded is kept in `config.run_dir` until the file is written, so that the same call goes on where it was
@@ -137,7 +145,7 @@ def write_features(opened: OpenedBackbone, root: Path | Url, out: Path, config: 
         world: this process.
 
     Returns:
-        how many images there are.
+        the images.
 
     Raises:
         UserError: there is no image, or one cannot be read.
@@ -154,7 +162,27 @@ def write_features(opened: OpenedBackbone, root: Path | Url, out: Path, config: 
         with whole_file(out) as partial:
             write(partial, kept(evaluation, opened.encoder, "train"), images, opened.encoder.dim, facts)
     barrier(world)
-    return len(images.paths)
+    return images
+
+
+def look_at(opened: OpenedBackbone, images: ImageFolder, config: EvalConfig) -> tuple[Overview, Thumbnails]:
+    """What `write_features` has left in `config.run_dir`, to look at: by one rank alone.
+
+    Returns:
+        the overview, and a function from numbers of images to their pictures, uint8 (S, S, 3).
+    """
+    evaluation = evaluation_of(opened, images, config, World())
+
+    def thumbnails_of(numbers: list[int]) -> dict[int, NDArray[np.uint8]]:
+        rows, side = np.array(numbers, dtype=np.int64), THUMBNAIL_PIXELS
+        with contextlib.closing(
+            eval_batches(images, rows, evaluation.config.data, side, side, evaluation.world)
+        ) as batches:
+            views = [view.permute(1, 2, 0).cpu().numpy().copy() for crops, _ in batches for view in crops]
+        return dict(zip(numbers, views, strict=True))
+
+    chunks = functools.partial(kept, evaluation, opened.encoder, "train")
+    return overview(chunks, len(images.paths)), thumbnails_of
 
 
 def _write_parquet(path: Path, chunks: Iterable[Tensor], images: ImageFolder, dim: int, facts: dict[str, Any]) -> None:

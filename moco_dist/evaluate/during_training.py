@@ -11,6 +11,7 @@ from torch import nn
 from moco_dist.config.evaluate import EvalConfig, EvalDataConfig
 from moco_dist.config.loading import LoadingConfig
 from moco_dist.config.pretrain import PretrainConfig
+from moco_dist.data.images import ImageFolder, subset
 from moco_dist.distributed.collectives import all_reduce_sum
 from moco_dist.distributed.world import World
 from moco_dist.engine.precision import compute_dtype
@@ -31,14 +32,22 @@ EPSILON = 1e-7  # RankMe's, for float32 features
 class Probe:
     """Accuracies of the encoder while it is trained, every `log.knn_every_epochs` epochs. All ranks call the same."""
 
-    def __init__(self, config: PretrainConfig, steps_per_epoch: int, stop: int, world: World) -> None:
-        """For the run of `config`, which ends at step `stop`.
+    def __init__(
+        self, config: PretrainConfig, images: ImageFolder, steps_per_epoch: int, stop: int, world: World
+    ) -> None:
+        """For the run of `config` over `images`, which ends at step `stop`.
 
         Raises:
-            UserError: there is no validation set, or images without a class. It is raised now, not after an epoch.
+            UserError: there is no validation set, or some images have no class. It is raised now, not after an epoch.
         """
         self._every_steps, self._stop = config.log.knn_every_epochs * steps_per_epoch, stop
-        self._evaluation = _evaluation(config, world) if self._every_steps else None
+        self._has_classes = bool(images.classes)
+        self._evaluation = _evaluation(config, images, world) if self._every_steps else None
+
+    def notes(self) -> list[str]:
+        """What a person is to know of it at the start."""
+        alone = "the images have no classes, so log.knn_every_epochs measures RankMe alone, no kNN and no linear probe"
+        return [alone] if self._evaluation and not self._has_classes else []
 
     def is_due(self, step: int) -> bool:
         """Whether to measure after `step` steps; after the last one too."""
@@ -52,28 +61,34 @@ class Probe:
 
         Returns:
             knn_top1, by 20 neighbours, probe_top1, by `ridge_accuracy`, and rankme of the training images; the same on
-            all ranks.
+            all ranks. Of images without classes, rankme alone.
         """
         evaluation = self._evaluation
         assert evaluation is not None
         world = evaluation.world
         copy = frozen_copy(encoder, 0, evaluation)
-        train, val = (extract(evaluation, copy, split, keep=False).to(world.device) for split in ("train", "val"))
+        train = extract(evaluation, copy, "train", keep=False).to(world.device)
+        rankme = effective_rank(train, world)
+        if not self._has_classes:
+            return {"rankme": rankme}
+        val = extract(evaluation, copy, "val", keep=False).to(world.device)
         k, num_classes = min(TRAINING_K, train.total), len(evaluation.train.classes)
         by_k = knn_accuracy(
             train.values, train.labels, val.values, val.labels, [k], TRAINING_TEMPERATURE, num_classes, world
         )
-        rankme = effective_rank(train, world)
         standardise(train, val, world)
         return {"knn_top1": by_k[k], "probe_top1": ridge_accuracy(train, val, num_classes, world), "rankme": rankme}
 
 
-def _evaluation(config: PretrainConfig, world: World) -> Evaluation:
-    """What a `Probe` evaluates on."""
+def _evaluation(config: PretrainConfig, images: ImageFolder, world: World) -> Evaluation:
+    """What a `Probe` evaluates on: labelled images, or where there are no labels some of the run's own."""
     data = EvalDataConfig(**{name: getattr(config.data, name) for name in ("loader", *LoadingConfig.model_fields)})
     num_train = min(config.log.knn_train_samples, config.data.max_samples or config.log.knn_train_samples)
-    train, val = labelled_images(config.data.root, num_train, config.log.knn_val_samples, config.run.dir, world)
-    remember(config.data.root, RunFolder(config.run.dir).data_roots, world)
+    if images.classes:
+        train, val = labelled_images(config.data.root, num_train, config.log.knn_val_samples, config.run.dir, world)
+        remember(config.data.root, RunFolder(config.run.dir).data_roots, world)
+    else:
+        train = val = subset(images, num_train)
     crop = config.data.image_size
     dtype = compute_dtype(config.optim.precision, world.device)
     evaluation = EvalConfig(run_dir=config.run.dir, data=data)

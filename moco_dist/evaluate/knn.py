@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,6 +23,7 @@ from moco_dist.distributed.told import Told
 from moco_dist.distributed.world import World
 from moco_dist.errors import Preempted, UserError
 from moco_dist.evaluate.features import Features, extract
+from moco_dist.evaluate.overview import EXAMPLE_NEIGHBOURS, MAP_IMAGES, NUM_EXAMPLES, evenly, principal_components
 from moco_dist.evaluate.subject import (
     Evaluation,
     frozen,
@@ -33,7 +35,6 @@ from moco_dist.files import write_whole
 from moco_dist.run.folder import RunFolder
 
 QUERIES = 256  # of a rank at once: the similarities take 4 x 256 x (size of the whole memory) bytes a rank
-NUM_EXAMPLES, EXAMPLE_NEIGHBOURS = 8, 5
 
 
 def run_knn(config: KnnConfig, world: World) -> list[dict[str, Any]]:
@@ -172,11 +173,13 @@ def vote(similarity: Tensor, labels: Tensor, neighbours: Sequence[int], temperat
 
 
 def _write_examples(evaluation: Evaluation, train: Features, val: Features) -> None:
-    """RUN/eval/neighbours.json: some validation images, spread evenly, and the training images nearest to them."""
+    """RUN/eval/neighbours.json: some validation images, spread evenly, and the training images nearest to them.
+
+    And RUN/eval/map.safetensors: principal components of more of them, for a map.
+    """
     world, images, queries = evaluation.world, evaluation.train, evaluation.val
-    count, k = min(NUM_EXAMPLES, val.total), min(EXAMPLE_NEIGHBOURS, train.total)
-    chosen = torch.arange(count, device=val.rows.device) * val.total // count
-    own = torch.isin(val.rows, chosen)
+    k, run = min(EXAMPLE_NEIGHBOURS, train.total), RunFolder(evaluation.config.run_dir)
+    own = torch.isin(val.rows, evenly(val.total, NUM_EXAMPLES).to(val.rows.device))
     asked, memory = F.normalize(val.values[own], dim=1), F.normalize(train.values, dim=1)
     _, found = nearest(asked, memory, train.rows, k, world)
     near_by_query = dict(zip(gather_uneven(val.rows[own], world).tolist(), found.tolist(), strict=True))
@@ -189,8 +192,13 @@ def _write_examples(evaluation: Evaluation, train: Features, val: Features) -> N
         }
         for q, near in sorted(near_by_query.items())
     ]
+    mapped = torch.isin(val.rows, evenly(val.total, MAP_IMAGES).to(val.rows.device))
+    shown, labels = gather_uneven(val.values[mapped], world), gather_uneven(val.labels[mapped], world)
     if world.is_main:
-        write_whole(RunFolder(evaluation.config.run_dir).neighbours, json.dumps(rows, indent=1).encode())
+        write_whole(run.neighbours, json.dumps(rows, indent=1).encode())
+        tensors = {"components": principal_components(shown).cpu(), "labels": labels.cpu()}
+        names = {"classes": json.dumps(queries.classes)}
+        write_whole(run.map, safetensors.torch.save(tensors, metadata=names))
 
 
 def _check_k(k: int, memory_size: int) -> None:

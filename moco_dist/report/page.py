@@ -63,13 +63,19 @@ def accuracy_table(run_dir: Path) -> str:
     return "\n".join([line("", table.heads), *accuracies, rule, gain, *table.notes])
 
 
-def write_report(run_dir: Path, view_pairs: Tensor | None = None, neighbours: list[NeighbourRow] | None = None) -> Path:
+def write_report(
+    run_dir: Path,
+    view_pairs: Tensor | None = None,
+    neighbours: list[NeighbourRow] | None = None,
+    map: Picture | None = None,
+) -> Path:
     """Write RUN/report/index.html: one file that needs no other, no network and no script.
 
     Args:
         run_dir: RUN; only config.yaml has to be there.
         view_pairs: (N, 2, 3, S, S) query and key views of N samples, uint8 or float in [0, 1].
         neighbours: test images and their nearest training images.
+        map: a map of test images.
 
     Returns:
         the page's path.
@@ -89,6 +95,7 @@ def write_report(run_dir: Path, view_pairs: Tensor | None = None, neighbours: li
         view_pairs=[] if view_pairs is None else _pair_pictures(view_pairs),
         view_size=0 if view_pairs is None else view_pairs.shape[-1],
         neighbours=[_neighbour_pictures(row) for row in neighbours or []],
+        map=map,
         settings=_settings(config),
         versions=package_versions(),
     )

@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
-from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.errors import UserError
 from moco_dist.report.compare import RunRecord
+from moco_dist.run.model_card import model_card
 from moco_dist.run.weights import trained_encoder
 from moco_dist.tracking import saved_run
 
-ACCURACIES = {"linear_top1": "linear evaluation, top-1", "knn_top1_k20": "kNN, k = 20, top-1"}
+ACCURACIES = ("linear_top1", "knn_top1_k20")
 
 
 def best_run(records: list[RunRecord]) -> int:
@@ -34,36 +34,7 @@ def best_run(records: list[RunRecord]) -> int:
     raise UserError("none of the runs was evaluated; moco-dist linear or moco-dist knn comes first")
 
 
-def model_card(record: RunRecord, config: PretrainConfig) -> str:
-    """What the backbone is, what it was trained on, its measured numbers and its limits, in Markdown."""
-    optim, augment, size = config.optim, config.augment, config.data.image_size
-    found = record.accuracy
-    measured = [f"- {text}: {found[key]:.2f} %" for key, text in ACCURACIES.items() if key in found]
-    return f"""# {record.name}: {config.model.arch} backbone, trained without labels
-
-Input: float32 (N, 3, {size}, {size}), RGB in [0, 1], less mean {list(augment.mean)},
-divided by std {list(augment.std)}.
-Output: features, before the projection head.
-
-## Data
-`{config.data.root}`, the images alone. Their licence is theirs, and may limit what can be done with this model.
-
-## Recipe
-{config.of_method.paper}, {optim.epochs} epochs, batch {optim.global_batch_size}, {optim.optimizer},
-base_lr {optim.base_lr}, seed {config.run.seed}. All settings are parameters of the MLflow run.
-
-## Numbers
-{chr(10).join(measured or ["- not evaluated"])}
-
-Measured by this program on the validation images of the same data.
-
-## Limits
-How the features do on images unlike the training data was not measured. A bias of the images may be one of the
-features.
-"""
-
-
-def register(record: RunRecord, run_dir: Path, name: str) -> str:
+def register(run_dir: Path, name: str) -> str:
     """A new version of model `name`: the backbone of the run in `run_dir`; returns the version.
 
     Raises:
@@ -87,7 +58,7 @@ def register(record: RunRecord, run_dir: Path, name: str) -> str:
     safe: dict[str, Any] = {"serialization_format": "pt2"} if has_format else {"export_model": True}
     with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # mlflow warns of its own choices
-        folder, card = Path(scratch) / "backbone", model_card(record, config)
+        folder, card = Path(scratch) / "backbone", model_card(run_dir, config, step)
         mlflow.pytorch.save_model(
             backbone, str(folder), signature=signature, input_example=example,
             pip_requirements=[f"{package}=={metadata.version(package)}" for package in packages],

@@ -41,6 +41,10 @@ class RunFolder:
         """A line of JSON for each log interval and each accuracy during training."""
         return self.root / "log.jsonl"
 
+    def trace(self, first: int, last: int) -> Path:
+        """What torch.profiler saw of some steps, for chrome://tracing or ui.perfetto.dev."""
+        return self.root / "profile" / f"steps_{first}_{last}.json.gz"
+
     def images(self, hash_of_list: str) -> Path:
         """The paths of the images that a run goes over, one a line, compressed; the name has their hash."""
         return self.root / f"images_{hash_of_list[:16]}.txt.gz"
@@ -92,6 +96,11 @@ class RunFolder:
     def neighbours(self) -> Path:
         """A few test images and their nearest training images, of `moco-dist knn`."""
         return self._evaluations / "neighbours.json"
+
+    @property
+    def map(self) -> Path:
+        """Principal components of some test images' features and their labels, of `moco-dist knn`."""
+        return self._evaluations / "map.safetensors"
 
     def features(self, key: str) -> Path:
         """The folder of encoded features; `key` is a hash of all that they depend on. All ranks write into it."""

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -124,6 +125,7 @@ class Logbook:
             "images_per_second": steps * batch_size / elapsed,
             "data_wait_share": self._wait_seconds / elapsed,
             "eta_seconds": elapsed / steps * (self._stop - step),
+            "memory_bytes": memory_bytes(self._world.device),
         }
         self.record(row)
         self._step = self._timed_from = step
@@ -167,6 +169,16 @@ class Logbook:
         self._bar.close()
         if self._file is not None:
             self._file.close()
+
+
+def memory_bytes(device: str) -> int:
+    """The most that tensors have taken on the GPU since the last call; without a GPU, what this process takes."""
+    if torch.device(device).type == "cpu":
+        return psutil.Process().memory_info().rss
+    peak = torch.cuda.max_memory_allocated()
+    if torch.cuda.is_initialized():  # not so where a step is tried on a GPU that is not there
+        torch.cuda.reset_peak_memory_stats()
+    return peak
 
 
 def _end_of_step(log: Path, step: int) -> int:

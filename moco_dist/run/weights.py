@@ -1,8 +1,7 @@
-"""Weights that go out to other programs (`moco-dist export`) and come in from them (`moco-dist import`).
+"""Trained weights: those of a run, and those that come in from other programs (`moco-dist import`).
 
-Inside, a backbone has the names of its library: torchvision's, timm's or the user's. Files are safetensors, or torch's
-own format where the other program asks for it; what comes in is read with `weights_only=True`, which runs no code of
-the file.
+Inside, a backbone has the names of its library: torchvision's, timm's or the user's. What comes in is read as
+safetensors or with `weights_only=True`, which runs no code of the file. `export.py` writes them for other programs.
 """
 
 import io
@@ -16,7 +15,6 @@ from typing import Any, get_args
 import safetensors
 import safetensors.torch
 import torch
-import torchvision
 from torch import Tensor, nn
 
 from moco_dist.config.architectures import ARCHITECTURES, family_of
@@ -26,17 +24,11 @@ from moco_dist.distributed.once import from_rank_0
 from moco_dist.distributed.world import World
 from moco_dist.errors import UserError, file_error, nearest
 from moco_dist.files import write_whole
-from moco_dist.method.backbone import build_backbone, classifier_of, of_torchvision
+from moco_dist.method.backbone import build_backbone
 from moco_dist.method.encoder import Encoder, build_encoder
 from moco_dist.run import checkpoint
 from moco_dist.run.folder import RunFolder
 
-FORMATS = {
-    "torchvision": ".pth",
-    "timm": ".safetensors",
-    "detectron2": ".pth",
-    "safetensors": ".safetensors",
-}  # and the ending of their files
 # What other programs put before the names of MoCo's query encoder, the most specific first.
 PREFIXES = (
     "module.encoder_q.",  # the original release of MoCo, under DDP
@@ -82,73 +74,9 @@ def backbone_of_run(run_dir: Path) -> Backbone:
     Raises:
         UserError: there is no run or no checkpoint.
     """
-    encoder, config, step = _query_encoder(run_dir)
-    prefix = "backbone."
-    tensors = {k.removeprefix(prefix): v for k, v in encoder.items() if k.startswith(prefix)}
+    encoder, config, step = trained_encoder(run_dir)
+    tensors = {name: value.contiguous() for name, value in encoder.backbone.state_dict().items()}
     return Backbone(tensors, config.model, step)
-
-
-def export_run(run_dir: Path, format: str, out: Path) -> str:
-    """Write a run's query encoder for another program.
-
-    `torchvision` and `timm` load with `strict=True` into a network without classifier; `detectron2` has its ResNet's
-    names; `safetensors` is the whole encoder, head included, under this program's names.
-
-    Args:
-        run_dir: folder of the run.
-        format: one of FORMATS.
-        out: file to write; replaced only when the new one is complete.
-
-    Returns:
-        a line of Python that loads it.
-
-    Raises:
-        UserError: an unknown format, another file ending, no checkpoint, or the other program has no such network.
-    """
-    if format not in FORMATS:
-        raise UserError(f"--format {format!r} is not one of {', '.join(FORMATS)}{nearest(format, FORMATS)}")
-    if out.suffix != FORMATS[format]:
-        raise UserError(f"--out {out}: a file for {format} ends in {FORMATS[format]}")
-    if format == "safetensors":
-        tensors, config, step = _query_encoder(run_dir)
-        _save(tensors, out, {"step": str(step), "arch": config.model.arch})
-        return f"safetensors.torch.load_file({str(out)!r})  # backbone.* with torchvision's names, head.*"
-    backbone = backbone_of_run(run_dir)
-    arch, step = backbone.model.arch, backbone.step
-    family, name = family_of(arch)
-    is_own = arch in ARCHITECTURES and not hasattr(torchvision.models, arch)
-    is_torchvisions = family in ("", "torchvision")
-    has_resnets_names = is_torchvisions and not is_own and "layer4.0.conv1.weight" in backbone.tensors
-    has_it = is_torchvisions if format == "torchvision" else has_resnets_names or (format, family) == ("timm", "timm")
-    if backbone.model.stem != "imagenet" or not has_it:
-        raise UserError(
-            f"{format} has no {arch} with the {backbone.model.stem} stem; --format safetensors has no such limit"
-        )
-    if format == "torchvision":
-        _save(backbone.tensors, out, {})
-        how = f"model.load_state_dict(torch.load({str(out)!r}, weights_only=True), strict=True)"
-        own = "ResNet(torchvision.models.resnet.{block}, {layers})".format(**ARCHITECTURES[arch]) if is_own else ""
-        if family:
-            head = classifier_of(of_torchvision(name), arch)
-            taken_out = f"model.set_submodule({head!r}, torch.nn.Identity())"
-            return f"model = torchvision.models.get_model({name!r}); {taken_out}; {how}"
-        return f"model = torchvision.models.{own if is_own else f'{arch}()'}; model.fc = torch.nn.Identity(); {how}"
-    if format == "timm":
-        _save(backbone.tensors, out, {"step": str(step), "arch": arch})
-        return f"timm.create_model({name!r}, num_classes=0, checkpoint_path={str(out)!r})"
-    # Where a file says so, detectron2 matches names by their longest common endings: any prefix of its models fits.
-    renamed = {to_detectron2(name): value for name, value in backbone.tensors.items() if "num_batches" not in name}
-    _save({"model": renamed, "matching_heuristics": True, "__author__": "moco_dist"}, out, {})
-    return f"MODEL.WEIGHTS {out}  with MODEL.RESNETS.STRIDE_IN_1X1 False, and PIXEL_MEAN and PIXEL_STD in RGB"
-
-
-def to_detectron2(name: str) -> str:
-    """A ResNet's tensor by torchvision's name, to detectron2's: stem.conv1, res2.0.conv1.norm, res2.0.shortcut."""
-    if not name.startswith("layer"):
-        name = f"stem.{name}"
-    name = re.sub(r"^layer(\d)", lambda match: f"res{int(match[1]) + 1}", name)
-    name = re.sub(r"\bbn(\d)", r"conv\1.norm", name)
-    return name.replace("downsample.0", "shortcut").replace("downsample.1", "shortcut.norm")
 
 
 def import_backbone(path: Path, arch: str, data_root: Path, run_dir: Path, stem: str = "imagenet") -> Backbone:
@@ -170,7 +98,7 @@ def import_backbone(path: Path, arch: str, data_root: Path, run_dir: Path, stem:
     config = PretrainConfig.model_validate(
         {"run": {"dir": run_dir}, "data": {"root": data_root}, "model": backbone.model.model_dump()}
     )
-    _save(backbone.tensors, RunFolder(run_dir).backbone, {"step": "0", "arch": arch, "imported_from": path.name})
+    save(backbone.tensors, RunFolder(run_dir).backbone, {"step": "0", "arch": arch, "imported_from": path.name})
     write_whole(RunFolder(run_dir).config, to_yaml(config).encode())
     return backbone
 
@@ -221,6 +149,25 @@ def trained_encoder(run_dir: Path) -> tuple[Encoder, PretrainConfig, int]:
     config = RunFolder(run_dir).settings()
     encoder = build_encoder(config.model, config.run.seed, config.data.image_size)
     return encoder, config, load_trained(encoder, run_dir)
+
+
+def save(content: Any, out: Path, metadata: dict[str, str]) -> None:
+    """Write a file, whole or not at all: safetensors with `metadata`, torch's own format, or bytes as they are.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    if isinstance(content, bytes):
+        packed = content
+    elif out.suffix == ".safetensors":
+        packed = safetensors.torch.save(content, metadata={"format": "pt", **metadata})
+    else:
+        torch.save(content, file := io.BytesIO())
+        packed = file.getvalue()
+    try:
+        write_whole(out, packed)  # the libraries' own writers call a full disk neither OSError nor by its name
+    except OSError as error:
+        raise file_error(f"{out} cannot be written: {(error.strerror or str(error)).lower()}", error) from error
 
 
 def read_backbone(path: Path, arch: str, stem: str = "imagenet") -> Backbone:
@@ -341,23 +288,6 @@ def _fitting(tensors: dict[str, Tensor], arch: str, stem: str) -> str:
 def _torchvision_name(name: str) -> str:
     first, dot, rest = name.partition(".")
     return LIGHTLY.get(first, first) + dot + rest
-
-
-def _query_encoder(run_dir: Path) -> tuple[dict[str, Tensor], PretrainConfig, int]:
-    encoder, config, step = trained_encoder(run_dir)
-    return {name: value.contiguous() for name, value in encoder.state_dict().items()}, config, step
-
-
-def _save(content: dict[str, Any], out: Path, metadata: dict[str, str]) -> None:
-    if out.suffix == ".safetensors":
-        packed = safetensors.torch.save(content, metadata={"format": "pt", **metadata})
-    else:
-        torch.save(content, file := io.BytesIO())
-        packed = file.getvalue()
-    try:
-        write_whole(out, packed)  # the libraries' own writers call a full disk neither OSError nor by its name
-    except OSError as error:
-        raise file_error(f"{out} cannot be written: {(error.strerror or str(error)).lower()}", error) from error
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from moco_dist.run import checkpoint
 from tests.faults.processes import rank_processes, wait_for_step
 
 STOP = 88
-OF_THE_CLOCK = {"images_per_second", "data_wait_share", "eta_seconds"}
+OF_THE_CLOCK = {"images_per_second", "data_wait_share", "eta_seconds", "memory_bytes"}
 
 
 def curve(run_dir):

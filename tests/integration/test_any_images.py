@@ -19,6 +19,7 @@ from moco_dist.evaluate import any_images
 from moco_dist.evaluate import features as features_module
 from moco_dist.evaluate.subject import FrozenEncoder
 from moco_dist.method.backbone import build_resnet
+from tests.small_run import draw_statistics
 from tests.world import run
 
 SIDE, MEAN, STD = 32, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -29,9 +30,7 @@ def weights(tmp_path_factory):
     """A file of weights that no random start would give."""
     torch.manual_seed(6)
     network = build_resnet("resnet10")
-    for buffer in network.buffers():
-        if buffer.is_floating_point():
-            buffer.uniform_(0.5, 1.5)
+    draw_statistics(network)
     path = tmp_path_factory.mktemp("any_images") / "theirs.pth"
     torch.save({"state_dict": network.state_dict()}, path)
     return path
@@ -52,14 +51,16 @@ def expected(weights, files):
         crop = Crop((0, 0, width, height), resized=centre_resize(width, height, round(SIDE * 8 / 7), SIDE))
         view = cut_pixels(pixels, SIDE, [crop])[0].double() / 255
         rows.append(network(((view - mean) / std)[None])[0])
-    return torch.stack(rows)
+    features = torch.stack(rows)
+    assert features.std(0).mean() > 0.01  # no constant
+    return features
 
 
 def write(world, weights, images, out):
     features_module.CHUNK_SAMPLES = 8
     config = EvalConfig(run_dir=out.parent / "parts", data=EvalDataConfig(num_workers=0, batch_size=5))
     opened = any_images.open_backbone(weights, world, "resnet10", image_size=SIDE)
-    return any_images.write_features(opened, images, out, config, world)
+    return len(any_images.write_features(opened, images, out, config, world).paths)
 
 
 @pytest.mark.slow
@@ -97,8 +98,12 @@ def test_what_was_stopped_goes_on(weights, tiny_data, tmp_path, monkeypatch, cap
         assert main(words) == EXIT_PREEMPTED
     assert encoded == [6]
     assert not out.exists()
-    assert main(words) == 0
+    assert main([*words, "--page", str(tmp_path / "page.html")]) == 0
     assert sum(encoded) == 20
+    page = (tmp_path / "page.html").read_text()
+    assert page.count('<figure class="query">') == 8 and page.count('<figure class="">') == 8 * 5
+    assert "20 x 512 features, after 0 steps" in page and "00.jpg" in page
+    (tmp_path / "page.html").unlink()
     assert f"wrote {out}: 20 x 512 features, after 0 steps" in capsys.readouterr().out
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["features.npz", "images"]
     found = np.load(out, allow_pickle=False)

@@ -12,7 +12,7 @@ import pytest
 from moco_dist.datasets.prepare import prepare_shapes
 
 OPTIONAL = ("deepspeed", "ffcv", "mlflow", "nvidia.dali", "triton", "timm", "cv2", "numba", "pycocotools",
-            "pyarrow", "obstore")  # fmt: skip
+            "pyarrow", "obstore", "onnx", "umap")  # fmt: skip
 PROGRAM = f"""
 import contextlib, io, json, sys
 from importlib.machinery import PathFinder
@@ -75,11 +75,12 @@ def test_it_trains_without_any_optional_package(tmp_path):
         "timm": ["--model.init", "timm:resnet10t"], "obstore": ["--data.root", "s3://bucket/set"],
     }  # fmt: skip
     (tmp_path / "x.parquet").touch()
-    trained, evaluated, detected, features, packed, tracked, *refused = without_optional(
+    trained, evaluated, detected, features, exported, packed, tracked, *refused = without_optional(
         untracked,
         ["knn", "--run-dir", run, "--neighbours", "[5]", "--data.num-workers", "0", "--tracking", "none"],
         ["detect", "--run-dir", run, "--data.root", data],
         ["features", run, data, "--out", out],
+        ["export", run, "--format", "onnx", "--out", tmp_path / "w.onnx"],
         ["data", "pack", tmp_path / "x.parquet", tmp_path / "x.beton"],
         [*tiny, "--run.dir", tmp_path / "tracked"],
         *([*untracked, "--run.dir", tmp_path / name, *flags] for name, flags in missing.items()),
@@ -95,6 +96,7 @@ def test_it_trains_without_any_optional_package(tmp_path):
     for (status, line), what in (
         (detected, "pip install 'moco_dist[detection]'"),
         (features, "pip install 'moco_dist[parquet]', or write a .npz"),
+        (exported, "pip install 'moco_dist[export]'"),
         (packed, "parquet is read by pyarrow: pip install 'moco_dist[parquet]'"),
         (tracked, "mlflow"),
     ):

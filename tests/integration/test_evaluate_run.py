@@ -9,12 +9,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
 from moco_dist.cli.main import main
 from moco_dist.config.evaluate import KnnConfig
 from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.config.source import read_config
+from moco_dist.data.sources import find_training_images
 from moco_dist.datasets.prepare import prepare_shapes
 from moco_dist.distributed import told as told_module
 from moco_dist.distributed.told import Told
@@ -70,7 +72,24 @@ def test_the_probe_during_training_sees_the_features_of_the_checkpoint(run_dir):
     encoder = build_encoder(config.model, 1)
     load_trained(encoder, run_dir)
     row = next(row for row in read_log(run_dir) if "knn_top1" in row)
-    assert Probe(config, 1, 1, World()).measure(encoder).items() <= row.items()
+    images = find_training_images(config.data)
+    assert Probe(config, images, 1, 1, World()).measure(encoder).items() <= row.items()
+
+
+def test_rankme_needs_no_labels(tiny_data, tmp_path, capsys):
+    """Of images that lie in no class folders, beside which there is no validation set."""
+    images = tmp_path / "images" / "train"
+    images.mkdir(parents=True)
+    for number, path in enumerate(sorted((tiny_data / "train").rglob("*.jpg"))):
+        shutil.copy(path, images / f"{number}.jpg")
+    words = ["pretrain", "--data.root", str(images.parent), "--run.dir", str(tmp_path / "run"), *TINY]
+    assert main([*words, "--log.knn-every-epochs", "1"]) == 0
+    assert "the images have no classes, so" in capsys.readouterr().out
+    (row,) = (row for row in read_log(tmp_path / "run") if "rankme" in row)
+    assert 1 < row["rankme"] < 80 and "knn_top1" not in row and "probe_top1" not in row
+    main(["doctor", str(tmp_path / "run" / "config.yaml")])
+    told = capsys.readouterr().out
+    assert "80 images in" in told and "validation" not in told
 
 
 def test_knn(run_dir, capsys):
@@ -83,6 +102,12 @@ def test_knn(run_dir, capsys):
         assert set(result["accuracy"]) == {"knn_top1_k1", "knn_top1_k20"}
         assert line.startswith(f"{name}: knn_top1_k1 {result['accuracy']['knn_top1_k1']:.2f} %")
     assert written(run_dir, "knn_trained")["step"] == 10
+    found = safetensors.torch.load_file(run_dir / "eval" / "map.safetensors")
+    assert found["components"].shape == (30, 50)
+    assert found["labels"].tolist() == sorted(found["labels"].tolist())  # in the images' order
+    assert main(["report", str(run_dir)]) == 0
+    page = (run_dir / "report" / "index.html").read_text()
+    assert 'id="map"' in page and "30 images" in page
 
 
 def test_the_commands_temperature_reaches_the_vote(run_dir, monkeypatch):

@@ -3,10 +3,12 @@
 import re
 import sys
 
+import onnxruntime
 import pytest
 import timm
 import torch
 import torchvision
+import transformers
 from torch import nn
 
 from moco_dist.cli.main import main
@@ -70,6 +72,17 @@ def test_a_network_goes_the_whole_way(arch, tiny_data, tmp_path, capsys):
             model = timm.create_model(arch[5:], num_classes=0, checkpoint_path=str(file), **(
                 {"dynamic_img_size": True} if arch == WITHOUT else {}))  # fmt: skip
             torch.testing.assert_close(model.eval()(images), expected, atol=1e-5, rtol=1e-5)
+            folder = tmp_path / "hub"
+            assert main(["export", str(run_dir), "--format", "huggingface", "--out", str(folder)]) == 0
+            model = timm.create_model(f"local-dir:{folder}", pretrained=True)
+            torch.testing.assert_close(model.eval()(images), expected, atol=1e-5, rtol=1e-5)
+            model = transformers.AutoModel.from_pretrained(folder)
+            torch.testing.assert_close(model.eval()(images).pooler_output, expected, atol=1e-5, rtol=1e-5)
+        assert main(["export", str(run_dir), "--format", "onnx", "--out", str(tmp_path / "graph.onnx")]) == 0
+        session = onnxruntime.InferenceSession(tmp_path / "graph.onnx")
+        for count in (1, 2):
+            (found,) = session.run(["features"], {"images": images[:count].numpy()})
+            torch.testing.assert_close(torch.from_numpy(found), expected[:count], atol=1e-5, rtol=1e-5)
 
     assert main(["import", str(file), "--arch", arch, "--out", str(tmp_path / "again")]) == 0
     again, trained = backbone_of_run(tmp_path / "again").tensors, backbone_of_run(run_dir).tensors
@@ -159,6 +172,10 @@ def test_the_pass_over_the_network_leaves_it_as_it_was():
     network = build_encoder(config, 0, 32).backbone
     before = {name: value.clone() for name, value in network.state_dict().items()}
     assert feature_dim(network, config, 32) == 24
+    with torch.no_grad():
+        assert feature_dim(network, config, 32) == 24
+    with torch.inference_mode():
+        assert feature_dim(network, config, 32) == 24
     assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
 
 

@@ -28,7 +28,7 @@ WORK = [  # where a command's own work begins, once it has understood what it wa
     "moco_dist.report.compare.run_of_folder", "moco_dist.report.compare.runs_of_experiment",
     "moco_dist.datasets.pack.pack", "moco_dist.data.remote.index.write_index", "moco_dist.datasets.prepare.verify",
     "moco_dist.tracking.sync",
-    "moco_dist.run.weights.export_run", "moco_dist.run.weights.import_backbone",
+    "moco_dist.run.export.export_run", "moco_dist.run.weights.import_backbone",
     "moco_dist.reproduce.tables.run_trials", "moco_dist.planning.table3.measure",
     *(f"moco_dist.datasets.prepare.prepare_{name}" for name in
       ("shapes", "fashion_mnist", "cifar10", "imagenette", "imagenet", "imagefolder")),

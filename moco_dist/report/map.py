@@ -95,7 +95,7 @@ def in_two_dimensions(components: Tensor) -> tuple[NDArray[np.float32], str]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # numba's of the compiler, and UMAP's that a seed takes one thread
             if len(components) >= FEWEST_FOR_UMAP:
-                from umap import UMAP
+                from umap import UMAP  # pyright: ignore[reportMissingImports]
 
                 return np.asarray(UMAP(random_state=0).fit_transform(components.numpy()), np.float32), "UMAP"
     except ImportError:
@@ -141,7 +141,7 @@ def scatter(
         axes.add_artist(box)
     if are_few and len(present):
         handles = [Line2D([], [], marker="o", linewidth=0, color=shade) for shade in shades]
-        names = [shortened(classes[label]) for label in present]
+        names = [shortened(classes[int(label)]) for label in present]
         columns = max(1, 100 // (max(map(len, names)) + 6))
         look = {"loc": "outside lower left", "frameon": False, "fontsize": 8, "labelcolor": GRAY}
         figure.legend(handles, names, ncols=columns, **look)

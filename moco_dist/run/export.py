@@ -214,7 +214,7 @@ def _timms_name(format: str, trained: Trained) -> tuple[str, dict[str, Any]]:
         if not getattr(backbone, "dynamic_img_size", False):
             return name, {}
         # A vision transformer that resamples its position embeddings: from the size they are of, and only once.
-        return name, {"dynamic_img_size": True, "img_size": list(backbone.get_submodule("patch_embed").img_size)}
+        return name, {"dynamic_img_size": True, "img_size": list(backbone.patch_embed.img_size)}  # type: ignore
     if not _is_plain_resnet(trained):
         raise _has_no(format, trained)
     if hasattr(torchvision.models, name):

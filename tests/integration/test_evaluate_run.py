@@ -76,22 +76,6 @@ def test_the_probe_during_training_sees_the_features_of_the_checkpoint(run_dir):
     assert Probe(config, images, 1, 1, World()).measure(encoder).items() <= row.items()
 
 
-def test_rankme_needs_no_labels(tiny_data, tmp_path, capsys):
-    """Of images that lie in no class folders, beside which there is no validation set."""
-    images = tmp_path / "images" / "train"
-    images.mkdir(parents=True)
-    for number, path in enumerate(sorted((tiny_data / "train").rglob("*.jpg"))):
-        shutil.copy(path, images / f"{number}.jpg")
-    words = ["pretrain", "--data.root", str(images.parent), "--run.dir", str(tmp_path / "run"), *TINY]
-    assert main([*words, "--log.knn-every-epochs", "1"]) == 0
-    assert "the images have no classes, so" in capsys.readouterr().out
-    (row,) = (row for row in read_log(tmp_path / "run") if "rankme" in row)
-    assert 1 < row["rankme"] < 80 and "knn_top1" not in row and "probe_top1" not in row
-    main(["doctor", str(tmp_path / "run" / "config.yaml")])
-    told = capsys.readouterr().out
-    assert "80 images in" in told and "validation" not in told
-
-
 def test_knn(run_dir, capsys):
     flags = ["--encoders", "[trained, untrained, pixels]", "--neighbours", "[1, 20]", *EVALUATION]
     assert main(["knn", "--run-dir", str(run_dir), *flags]) == 0

@@ -41,7 +41,7 @@ def model_card(run_dir: Path, config: PretrainConfig, step: int, loads: Sequence
         "## Numbers",
         *(_numbers(run_dir) or ["- not evaluated"]),
         "",
-        "Measured by moco_dist on the validation images of the same data.",
+        "Measured by moco_dist on labelled validation images, by default those that lie beside the training images.",
         "",
         "## Limits",
         "How the features do on images unlike the training data was not measured. A bias of the images may be one of",
@@ -68,8 +68,8 @@ def _training(run_dir: Path, config: PretrainConfig, step: int) -> list[str]:
         "## Recipe",
         f"{method.paper}: {method.described()}.",
         *([f"Begun with the weights `{model.init.name}`."] if model.init else []),
-        f"{step:,} steps, {done}{optim.epochs} epochs, batch {optim.global_batch_size}, {optim.optimizer},",
-        f"base_lr {optim.base_lr}, seed {config.run.seed}.",
+        f"{step:,} steps, {done}{optim.epochs} planned epochs, batch {optim.global_batch_size},",
+        f"{optim.optimizer}, base_lr {optim.base_lr}, seed {config.run.seed}.",
     ]
 
 

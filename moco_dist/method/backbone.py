@@ -74,8 +74,7 @@ def has_batch_norm(network: nn.Module) -> bool:
     return any(isinstance(module, GroupedBatchNorm2d) for module in network.modules())
 
 
-@torch.inference_mode(False)
-@torch.enable_grad()  # whatever the caller has switched off
+@torch.inference_mode(False)  # with gradients, whatever the caller has switched off
 def feature_dim(network: nn.Module, config: ModelConfig, image_size: int) -> int:
     """D, found by a training pass over one BN group of tensors that have a shape and no memory.
 

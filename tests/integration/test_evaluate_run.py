@@ -9,14 +9,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import safetensors.torch
 import torch
 
 from moco_dist.cli.main import main
 from moco_dist.config.evaluate import KnnConfig
 from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.config.source import read_config
-from moco_dist.data.sources import find_training_images
 from moco_dist.datasets.prepare import prepare_shapes
 from moco_dist.distributed import told as told_module
 from moco_dist.distributed.told import Told
@@ -72,8 +70,7 @@ def test_the_probe_during_training_sees_the_features_of_the_checkpoint(run_dir):
     encoder = build_encoder(config.model, 1)
     load_trained(encoder, run_dir)
     row = next(row for row in read_log(run_dir) if "knn_top1" in row)
-    images = find_training_images(config.data)
-    assert Probe(config, images, 1, 1, World()).measure(encoder).items() <= row.items()
+    assert Probe(config, SimpleNamespace(classes=("a",)), 1, 1, World()).measure(encoder).items() <= row.items()
 
 
 def test_knn(run_dir, capsys):
@@ -86,12 +83,6 @@ def test_knn(run_dir, capsys):
         assert set(result["accuracy"]) == {"knn_top1_k1", "knn_top1_k20"}
         assert line.startswith(f"{name}: knn_top1_k1 {result['accuracy']['knn_top1_k1']:.2f} %")
     assert written(run_dir, "knn_trained")["step"] == 10
-    found = safetensors.torch.load_file(run_dir / "eval" / "map.safetensors")
-    assert found["components"].shape == (30, 50)
-    assert found["labels"].tolist() == sorted(found["labels"].tolist())  # in the images' order
-    assert main(["report", str(run_dir)]) == 0
-    page = (run_dir / "report" / "index.html").read_text()
-    assert 'id="map"' in page and "30 images" in page
 
 
 def test_the_commands_temperature_reaches_the_vote(run_dir, monkeypatch):

@@ -12,6 +12,7 @@ from PIL import Image
 
 import moco_dist
 from moco_dist.cli.main import main
+from moco_dist.report.map import map_of_run
 
 PAGE = Path("docs/python.md")
 
@@ -45,6 +46,7 @@ def test_the_page_s_examples(tiny_data, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.endswith("0.1 runs/python/checkpoints/step_00000004\n")
     evaluation = ["--neighbours", "5", "--data.num-workers", "0", "--tracking", "none"]
     assert main(["knn", "--run-dir", "runs/python", *evaluation]) == 0
+    assert map_of_run(Path("runs/python")).alt.endswith(": 20 images")
     for block in blocks[1:]:
         exec(block, names)
     assert sorted(names["losses"]) == [2, 4]

@@ -108,8 +108,8 @@ def _data_claim(config: PretrainConfig | LinearConfig, options: KubernetesOption
 
 
 def _cache_dir(config: PretrainConfig | LinearConfig) -> PurePosixPath | None:
-    is_used = config.data.cache_dir is not None and isinstance(config.data.root, Url)
-    return PurePosixPath(config.data.cache_dir.as_posix()) if is_used else None
+    folder = config.data.cache_dir
+    return PurePosixPath(folder) if folder is not None and isinstance(config.data.root, Url) else None
 
 
 def _problems(config: PretrainConfig | LinearConfig) -> list[str]:

@@ -90,14 +90,15 @@ def test_an_image_of_wrong_numbers_is_named_and_for_on_error(packed, case, capsy
 
 
 @pytest.mark.parametrize(
-    "changes",
-    [{"header_num_samples": 2**40}, {"header_num_samples": 9_000_000}, {"header_table_at": 2**60},
-     {"header_num_fields": 60_000}, {"name_size": 2**40}, {"name_size": 2**64 - 1}, {"header_num_fields": 0}],
+    ("changes", "reason"),
+    [({"header_num_samples": 2**40}, "ends before its records"), ({"header_num_samples": 9_000_000}, "ends before"),
+     ({"header_table_at": 2**60}, "ends before its table"), ({"header_num_fields": 60_000}, "ends before its fields"),
+     ({"name_size": 2**40}, "names"), ({"name_size": 2**64 - 1}, "names"), ({"header_num_fields": 0}, "fields are")],
 )  # fmt: skip
-def test_a_file_of_wrong_numbers_is_refused_before_it_is_read(packed, changes):
+def test_a_file_of_wrong_numbers_is_refused_before_it_is_read(packed, changes, reason):
     craft(packed, **changes)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(UserError, match="is not a whole file of images and labels"):
+    with pytest.raises(UserError, match=f"is not a whole file of images and labels.*{reason}"):
         find_images(packed, "train")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**18
 

@@ -131,7 +131,7 @@ class BlockCache:
         try:
             _write(_of(path, "blocks"), part, start)
             _write(
-                _of(path, "marks"), memoryview(np.array(marks, np.uint32)).cast("B"), start // BLOCK_BYTES * MARK_BYTES
+                _of(path, "marks"), memoryview(np.array(marks, np.uint32).tobytes()), start // BLOCK_BYTES * MARK_BYTES
             )
         except OSError as error:
             self._may_keep = False

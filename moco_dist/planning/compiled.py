@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 from moco_dist.config.pretrain import PretrainConfig
-from moco_dist.data.colours import COLOURS, apply_colours  # pyright: ignore[reportAttributeAccessIssue]
+from moco_dist.data.colours import COLOUR_COLUMNS, apply_colours
 from moco_dist.engine.optimizer import LARS, build_optimizer
 from moco_dist.engine.precision import autocast
 from moco_dist.method.encoder import Encoder
@@ -73,7 +73,7 @@ def traced(config: PretrainConfig, local_batch: int) -> dict[str, Traced]:
         if config.engine.compile != "step":
             return found
         views = torch.empty(local_batch, 3, side, side, dtype=torch.uint8, device=DEVICE)
-        values = torch.empty(local_batch, len(COLOURS), device=DEVICE)
+        values = torch.empty(local_batch, len(COLOUR_COLUMNS), device=DEVICE)
         apply_colours(views, values, config.augment, dtype)  # makes what is made once
         with _tracing(found, "colours") as backend:
             torch.compile(apply_colours, backend=backend, dynamic=False)(views, values, config.augment, dtype)

@@ -303,13 +303,13 @@ def test_pods_of_a_data_set_in_a_store_need_no_claim_and_get_a_cache(capsys, for
     status, text, _ = launch(capsys, *words, "--data.cache-dir", "/cache", "--data.cache-bytes", "200000000000")
     assert status == 0
     assert not [p for document in yaml.safe_load_all(text) for p in problems(document)]
-    assert "claimName: data" not in text
+    assert 'claimName: "data"' not in text
     assert text.count('secretRef: {name: "store"}') == 1
     assert '- {name: cache, mountPath: "/cache"}' in text
     assert "- {name: cache, emptyDir: {sizeLimit: 200335Mi}}" in text  # 5 % more, or the pod is ended for a few bytes
     assert "cache" not in launch(capsys, *words)[1].partition("volumeMounts:")[2]
     on_a_disk = launch(capsys, *words, "--data.root", "/data/set", "--data.cache-dir", "/cache")[1]
-    assert "name: cache" not in on_a_disk and "claimName: data" in on_a_disk
+    assert "name: cache" not in on_a_disk and 'claimName: "data"' in on_a_disk
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 import io
 import itertools
-import json
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from moco_dist.data.images import ImageFolder
 from moco_dist.errors import UserError
-from moco_dist.files import write_whole
+from moco_dist.files import parsed_json, write_whole
 from moco_dist.provenance import package_versions
 from moco_dist.report.charts import GRAY, Picture, data_uri, png_uri, shortened
 from moco_dist.report.html import rendered
@@ -31,7 +30,7 @@ def map_of_run(run_dir: Path) -> Picture | None:
     try:
         with safetensors.safe_open(path, "pt") as file:
             points, by = in_two_dimensions(file.get_tensor("components"))
-            labels, classes = file.get_tensor("labels").numpy(), json.loads(file.metadata()["classes"])
+            labels, classes = file.get_tensor("labels").numpy(), parsed_json(file.metadata()["classes"])
     except FileNotFoundError:
         return None
     except (OSError, KeyError, ValueError, safetensors.SafetensorError) as error:

@@ -146,6 +146,8 @@ def asked(monkeypatch):
         original, calls = getattr(module, name), []
 
         def asking(*args, **more):
+            if "annotations" in getattr(args[0], "_what", ""):  # are read: nothing is kept yet
+                return original(*args, **more)
             calls.append(args)
             if len(calls) == nth:
                 os.kill(os.getpid(), signal.SIGTERM)

@@ -67,7 +67,7 @@ def test_a_file_that_somebody_named(number, status, monkeypatch, tmp_path):
     monkeypatch.setattr(Path, "is_file", lambda _: True)
     uses = [
         lambda: read_yaml(tmp_path / "a.yaml"), lambda: _read_idx(tmp_path / "a.gz", 3),
-        lambda: weights._save({}, tmp_path / "a.pth", {}), lambda: weights._read(tmp_path / "a.pth"),
+        lambda: weights.save({}, tmp_path / "a.pth", {}), lambda: weights._read(tmp_path / "a.pth"),
         lambda: imagenet._read_kaggle(tmp_path),
     ]  # fmt: skip
     for use in uses:

@@ -228,9 +228,9 @@ def _mark(block: memoryview) -> int:
 def _kept_bytes_of(data_set: Path) -> int:
     """Bytes of the blocks that have a mark. What the file system says of holes comes late on some."""
     try:
-        return BLOCK_BYTES * sum(
-            int(np.count_nonzero(np.fromfile(path, np.uint32))) for path in data_set.glob("*.marks")
-        )
+        contents = (path.read_bytes() for path in data_set.glob("*.marks"))
+        marks = (np.frombuffer(content, np.uint32, len(content) // MARK_BYTES) for content in contents)
+        return BLOCK_BYTES * sum(map(np.count_nonzero, marks))
     except FileNotFoundError:  # another process has just taken it out
         return 0
 

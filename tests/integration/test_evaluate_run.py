@@ -214,10 +214,8 @@ def asked(monkeypatch):
         original, calls = Told.add, []
 
         def asking(self, count=1, note=""):
-            if self._total is None:  # a folder is listed: nothing is kept yet
-                return original(self, count, note)
-            calls.append((self._what, count))
-            if len(calls) == nth:
+            calls.extend([(self._what, count)] if self._total else [])  # not of a folder's list: it has no total
+            if self._total and len(calls) == nth:
                 os.kill(os.getpid(), signal.SIGTERM)
                 time.sleep(0.2)  # a thread hears it
             return original(self, count, note)

@@ -13,6 +13,7 @@ from moco_dist.planning import table3
 from moco_dist.reproduce import tables as reproduce
 from moco_dist.reproduce.tables import TABLES, as_markdown, trials_of
 
+RESULT = {"step": 1, "num_train": 8, "num_val": 8}  # what an evaluation writes beside its accuracy
 SMALL = ["--scale", "small", "--small-epochs", "1"]
 
 
@@ -69,7 +70,9 @@ def test_seeds_are_averaged(tmp_path):
     jobs = trials_of("table1", "full", [0, 1, 2], tmp_path, Path("configs"), None, 8)
     for job, accuracy in zip(jobs[:3], (60.0, 61.0, 62.0), strict=True):
         (job.run_dir / "eval").mkdir(parents=True)
-        (job.run_dir / "eval" / "linear_trained.json").write_text(json.dumps({"accuracy": {"linear_top1": accuracy}}))
+        (job.run_dir / "eval" / "linear_trained.json").write_text(
+            json.dumps(RESULT | {"accuracy": {"linear_top1": accuracy}})
+        )
     row = next(line for line in as_markdown(jobs, "full").splitlines() if "MoCo v1" in line)
     assert row.startswith("| MoCo v1 | 60.6 | 61.00 ± 1.00 (3 seeds) | +0.40 |")
 

@@ -14,6 +14,7 @@ from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.reproduce import tables as reproduce
 from tests.launch.schemas import problems
 
+RESULT = {"step": 1, "num_train": 8, "num_val": 8}  # what an evaluation writes beside its accuracy
 EIGHT = ["--nodes", "1", "--gpus-per-node", "8"]
 STUBS = {
     # Numbers from 1 on; every script is kept, with the flags it came with.
@@ -51,7 +52,9 @@ def finish(run_dir, accuracy=None):
     (run_dir / "eval").mkdir(parents=True, exist_ok=True)
     (run_dir / "backbone.safetensors").touch()
     if accuracy is not None:
-        (run_dir / "eval" / "linear_trained.json").write_text(json.dumps({"accuracy": {"linear_top1": accuracy}}))
+        (run_dir / "eval" / "linear_trained.json").write_text(
+            json.dumps(RESULT | {"accuracy": {"linear_top1": accuracy}})
+        )
 
 
 def command_of(script):
@@ -168,7 +171,7 @@ def test_torchrun_runs_both_commands_of_a_row_on_every_host(tmp_path, stub, monk
 @pytest.mark.parametrize(
     ("flags", "line"),
     [
-        (["--launcher", "slrum"], "--launcher 'slrum' is not one of slurm, kubernetes, torchrun; did you mean slurm?"),
+        (["--launcher", "slrum"], "--launcher 'slrum' is not one of torchrun, slurm, kubernetes; did you mean slurm?"),
         (["--launcher", "slurm", "--partitoin", "gpu"], "unknown flag --partitoin; did you mean --partition?"),
         (["--launcher", "slurm", "--gpus-per-node", "16"], "global_batch_size 256 is not a multiple of 512"),
         (["--launcher", "slurm", "--partition", "cpu"], "partition cpu does not exist; gpu do"),

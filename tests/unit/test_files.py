@@ -43,7 +43,7 @@ def test_weights_on_a_full_disk(tmp_path, monkeypatch, name):
 
     monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(UserError, match=f"{name} cannot be written: no space left on device"):
-        weights._save({"weight": torch.zeros(3)}, tmp_path / name, {})
+        weights.save({"weight": torch.zeros(3)}, tmp_path / name, {})
 
 
 def test_a_second_process_is_refused_and_told_by_whom(tmp_path):

@@ -45,7 +45,8 @@ class StopRequest:
             signum: signal.signal(signum, lambda *_: None) for signum in SIGNALS
             if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN  # nohup has it ignored
         }  # fmt: skip
-        threading.Thread(target=self._listen, args=(reader,), daemon=True).start()
+        self._thread = threading.Thread(target=self._listen, args=(reader,), daemon=True)
+        self._thread.start()
 
     def __enter__(self) -> "StopRequest":
         return self
@@ -56,6 +57,7 @@ class StopRequest:
         for signum, handler in self._before.items():
             signal.signal(signum, handler or signal.SIG_DFL)
         os.close(self._writer)  # which ends the thread
+        self._thread.join(1)  # a thread that a process ends amid may abort it
 
     def _listen(self, reader: int) -> None:
         """The thread that hears signals: no handler of Python's runs while the main one waits in a collective."""

@@ -1,11 +1,15 @@
 """A real HTTP server of S3's protocol (moto) for tests, in a process of its own, on a free port of this machine."""
 
 import contextlib
+import multiprocessing
 import subprocess
 import sys
 import tempfile
 import urllib.request
 from pathlib import Path
+
+import pytest
+import torch
 
 _SERVER = """
 import itertools, os, sys, threading
@@ -70,3 +74,27 @@ def running_store(fails_every=0):
             yield Store(int(server.stdout.readline()), Path(folder) / "away")
         finally:
             server.kill()
+
+
+@contextlib.contextmanager
+def store_of_this_process():
+    """The same, which this process and its children find by their environment."""
+    with running_store() as store, pytest.MonkeyPatch.context() as patch:
+        for name, value in store.environment.items():
+            patch.setenv(name, value)
+        yield store
+
+
+def in_a_child(work):
+    """What `work()` returns in a process of its own: this one forks others, and so may not use obstore itself."""
+
+    def send():
+        torch.set_num_threads(1)  # a child has none of its parent's threads
+        there.send(work())
+
+    here, there = multiprocessing.Pipe()
+    child = multiprocessing.get_context("fork").Process(target=send)
+    child.start()
+    assert here.poll(120)
+    child.join()
+    return here.recv()

@@ -31,6 +31,8 @@ def map_of_run(run_dir: Path) -> Picture | None:
         with safetensors.safe_open(path, "pt") as file:
             points, by = in_two_dimensions(file.get_tensor("components"))
             labels, classes = file.get_tensor("labels").numpy(), parsed_json(file.metadata()["classes"])
+        if labels.shape != points.shape[:1] or (labels >= len(classes)).any():
+            raise ValueError("its labels are not of its images and classes")
     except FileNotFoundError:
         return None
     except (OSError, KeyError, ValueError, safetensors.SafetensorError) as error:

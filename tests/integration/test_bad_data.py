@@ -15,7 +15,7 @@ from tests.faults.processes import TINY
 from tests.integration.bad_data import FOLDER, PACKED, PARQUET, REMOTE
 from tests.integration.bad_tars import TAR
 from tests.parquets import write_parquet
-from tests.stores import running_store
+from tests.stores import store_of_this_process
 from tests.tars import files_of, write_tar
 
 pytestmark = pytest.mark.slow
@@ -88,9 +88,7 @@ def store(tiny_data, tmp_path_factory):
     (top / "none.beton").write_bytes(b"text" * 5_000)
     write_tar(top / "images" / "x.tar", []).rename(top / "images" / "x.jpg")
     write_parquet(top / "parquet" / "train.parquet", [(files[0][1], "0.jpg")], [0], ["a"])
-    with running_store() as running, pytest.MonkeyPatch.context() as patch:
-        for name, value in running.environment.items():
-            patch.setenv(name, value)
+    with store_of_this_process() as running:
         running.put("set")
         running.put_folder(top, "set")
         yield running

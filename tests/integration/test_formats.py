@@ -10,7 +10,7 @@ import pytest
 from moco_dist.cli.main import main
 from moco_dist.datasets.pack import pack
 from tests.faults.processes import TINY, command, losses
-from tests.stores import running_store
+from tests.stores import store_of_this_process
 from tests.tars import files_of, with_labels, write_tar
 from tests.unit.loaders import picture
 
@@ -19,9 +19,7 @@ STOP, END = 3, 6
 
 @pytest.fixture(scope="module")
 def store():
-    with running_store() as running, pytest.MonkeyPatch.context() as patch:
-        for name, value in running.environment.items():
-            patch.setenv(name, value)
+    with store_of_this_process() as running:
         yield running
 
 

@@ -1,20 +1,18 @@
 """knn, linear, finetune, features and the Python door on images at an address: the same as on the folder of them."""
 
 import json
-import multiprocessing
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 import moco_dist
 from moco_dist.cli.main import main
 from moco_dist.datasets.pack import pack
 from moco_dist.errors import UserError
 from tests.faults.processes import TINY
-from tests.stores import running_store
+from tests.stores import in_a_child, store_of_this_process
 from tests.tars import files_of, write_tar
 
 pytestmark = pytest.mark.slow
@@ -28,9 +26,7 @@ COMMANDS = {
 
 @pytest.fixture(scope="module")
 def store():
-    with running_store() as running, pytest.MonkeyPatch.context() as patch:
-        for name, value in running.environment.items():
-            patch.setenv(name, value)
+    with store_of_this_process() as running:
         yield running
 
 
@@ -48,21 +44,6 @@ def run_dir(tiny_data, tmp_path_factory, store):
     words = ["--data.root", str(tiny_data), "--run.dir", str(top / "run"), *TINY, "--optim.epochs", "1"]
     assert main(["pretrain", *words]) == 0
     return top / "run"
-
-
-def in_a_child(ask):
-    """`ask()` in a process of its own: this one forks others, and so may not use obstore itself."""
-
-    def work():
-        torch.set_num_threads(1)  # a child has none of its parent's threads
-        there.send(ask())
-
-    here, there = multiprocessing.Pipe()
-    child = multiprocessing.get_context("fork").Process(target=work)
-    child.start()
-    assert here.poll(100)
-    child.join()
-    return here.recv()
 
 
 SHARDS, PACKED = ["s3://set/shards"], ["s3://set/x.beton", "--data.loader", "ffcv"]

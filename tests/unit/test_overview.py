@@ -123,6 +123,9 @@ def test_the_map_of_a_run_is_the_one_that_was_written(tmp_path):
     tensors = {"components": principal_components(FEATURES[:10]), "labels": torch.zeros(10, dtype=torch.int64)}
     path.write_bytes(safetensors.torch.save(tensors, metadata={"classes": json.dumps(["cats"])}))
     assert map_of_run(tmp_path).alt == "the features by principal components: 10 images"
-    path.write_bytes(b"cut")
-    with pytest.raises(UserError, match=r"map.safetensors is damaged.*knn again"):
-        map_of_run(tmp_path)
+    of_no_class = safetensors.torch.save(tensors | {"labels": torch.ones(10).long()}, metadata={"classes": '["cats"]'})
+    of_fewer = safetensors.torch.save(tensors | {"labels": torch.zeros(9).long()}, metadata={"classes": '["cats"]'})
+    for damaged in (b"cut", of_no_class, of_fewer):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"map.safetensors is damaged.*knn again"):
+            map_of_run(tmp_path)

@@ -1,6 +1,5 @@
 """An object store that fails, is away or does not come back: no image is skipped, and nothing waits for ever."""
 
-import multiprocessing
 import threading
 
 import numpy as np
@@ -14,7 +13,7 @@ from moco_dist.data.remote import source
 from moco_dist.data.sources import bytes_reader, find_images
 from moco_dist.distributed.world import World
 from moco_dist.errors import InfrastructureError
-from tests.stores import running_store
+from tests.stores import in_a_child, running_store
 from tests.tars import files_of, write_tar
 from tests.unit.loaders import picture
 
@@ -52,21 +51,16 @@ def contents(found):
 
 
 def read_in_a_child(found, waits=source.READ_WAITS_SECONDS):
-    """What `contents` returns or raises, in a process of its own; within a minute."""
+    """What `contents` returns or raises, in a process of its own."""
 
     def work():
         source.READ_WAITS_SECONDS = waits
         try:
-            there.send(contents(found))
+            return contents(found)
         except Exception as error:
-            there.send(error)
+            return error
 
-    here, there = multiprocessing.Pipe()
-    child = multiprocessing.get_context("fork").Process(target=work)
-    child.start()
-    assert here.poll(60)
-    child.join()
-    return here.recv()
+    return in_a_child(work)
 
 
 @pytest.mark.parametrize("stored", [5], indirect=True)

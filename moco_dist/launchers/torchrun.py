@@ -51,8 +51,9 @@ INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 def torchrun(words: list[str]) -> int:
     """Run torchrun with `words` in this process; returns the exit status. The ranks speak for themselves.
 
-    `--status-folder FOLDER` is this program's own: there this host leaves its status in a file of its name, so that
-    whoever started several can tell the cause from its consequences.
+    `--status-folder FOLDER` is this program's own: there this host leaves HOST.started as it starts, and its status in
+    HOST as it ends, so that whoever started several knows when a signal reaches them all, and can tell the cause of an
+    end from its consequences.
     """
     level = os.environ.get("TORCH_CPP_LOG_LEVEL")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # read when torch is loaded: no warning for every retry
@@ -68,6 +69,7 @@ def torchrun(words: list[str]) -> int:
     parser = get_args_parser()
     parser.add_argument("--status-folder", "--status_folder", type=Path)
     args = parser.parse_args(words)
+    _leave(args.status_folder, f"{socket.gethostname()}.started")
     if getattr(args, "shutdown_timeout", None) == parser.get_default("shutdown_timeout"):
         args.shutdown_timeout = SHUTDOWN_SECONDS
     if is_one_machine(args):
@@ -119,10 +121,14 @@ def rank_status(exit_code: int) -> int:
 
 
 def _leave_status(status: int, folder: Path | None) -> int:
+    _leave(folder, socket.gethostname(), f"{status}\n")
+    return status
+
+
+def _leave(folder: Path | None, name: str, text: str = "") -> None:
     if folder is not None:
         with contextlib.suppress(OSError):  # whoever looks for it takes what else there is
-            (folder / socket.gethostname()).write_text(f"{status}\n")
-    return status
+            (folder / name).write_text(text)
 
 
 @contextlib.contextmanager

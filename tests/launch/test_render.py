@@ -54,7 +54,12 @@ COMMANDS = {  # of Slurm, for a script alone: a host is lost once the run has go
     "srun": """[ -z "$REACHES" ] || mkdir -p "runs/mine/checkpoints/$REACHES"
         for word in "$@"; do case $word in --status-folder=*) folder=${word#*=};; esac; done
         for status in $STATUSES; do echo "$status" > "$folder/host$((count += 1))"; done
+        [ "$ASKED_IN" != srun ] || kill -USR1 "$PPID"
+        [ -z "$ASKED_IN" ] || { sleep 0.5; touch "$folder"/host{1,2}.started; }
+        until [ -z "$ASKED_IN" ] || [ -e told ]; do sleep 0.1; done
         exit "$SRUN" """,
+    "rm": """[ "$ASKED_IN" != rm ] || kill -USR1 "$PPID"; exec /bin/rm "$@" """,  # before srun
+    "scancel": """echo "$@" $(cd runs/.statuses-1-0; echo *) >> told""",
 }
 
 
@@ -67,10 +72,10 @@ def ran(tmp_path, capsys):
         (tmp_path / name).chmod(0o755)
     (tmp_path / "runs" / "mine" / "checkpoints" / "step_00000100").mkdir(parents=True)
 
-    def run(srun, statuses="", restarts=0, reaches=""):
+    def run(srun, statuses="", restarts=0, reaches="", asked_in=""):
         environment = {
             "PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "1", "SLURM_RESTART_COUNT": str(restarts),
-            "REACHES": reaches, "STATUSES": statuses, "SRUN": str(srun),
+            "SLURM_JOB_NUM_NODES": "2", "ASKED_IN": asked_in, "REACHES": reaches, "STATUSES": statuses, "SRUN": str(srun),
         }  # fmt: skip
         done = subprocess.run(["bash", "-c", text], cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert [path.name for path in (tmp_path / "runs").iterdir()] == ["mine"]
@@ -113,6 +118,13 @@ def test_a_run_that_lost_a_host_is_queued_again_as_long_as_it_gets_on(ran, resta
 def test_the_cause_decides_whether_a_job_is_queued_again(ran, srun, statuses, status, is_queued):
     ended, _, was_queued = ran(srun, statuses, reaches="step_00000200")
     assert (ended, was_queued) == (status, is_queued)
+
+
+@pytest.mark.parametrize("asked_in", ["rm", "srun"])
+def test_a_signal_before_all_hosts_have_started_is_kept_until_they_have(ran, tmp_path, asked_in):
+    ended, said, was_queued = ran(143, asked_in=asked_in)
+    assert (tmp_path / "told").read_text() == "--signal=TERM 1.0 host1.started host2.started\n"
+    assert (ended, was_queued) == (75, True), said
 
 
 def test_the_docs_name_every_example_and_its_command():

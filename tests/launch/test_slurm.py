@@ -98,7 +98,9 @@ def test_asked_to_end_it_is_queued_again_whether_it_has_trained_or_not(slurm, co
     folder, run_dir = config.parent, config.parent / "runs" / "small"
     number = re.search(r"job (\d+)", launch(slurm, config, *TWO))[1]
     submitted.append(number)
-    slurm.wait(number, lambda job: job["JobState"] == "RUNNING")
+    # A job is RUNNING a moment before its script is, and Slurm loses a signal to a script that does not run yet.
+    begun = folder / "runs" / f".statuses-{number}-0"
+    slurm.wait(number, lambda job: begun.is_dir(), 90, lambda: output(folder))
     slurm.run(["scancel", "--batch", "--signal=USR1", number])
     slurm.wait(number, lambda job: job.get("Restarts") == "1", 90, lambda: output(folder))
     assert "stopped: saved" not in output(folder)  # the step had hardly begun

@@ -22,6 +22,7 @@ CAUSES = {  # what stands somewhere in a message of requests, urllib3 or OpenSSL
     "Network is unreachable": "no way leads to its host",
 }
 SILENCE = ("Max retries exceeded", "timeout exception", "Connection refused", "timed out")
+BROKEN = ("Connection aborted", "Connection broken", "Connection reset", "IncompleteRead", "RemoteDisconnected")
 
 
 def reason(error: Exception, uri: str = "") -> str:
@@ -41,6 +42,8 @@ def reason(error: Exception, uri: str = "") -> str:
         said = f"it does not answer: {known}"
     elif any(sign in text for sign in SILENCE):
         said = "it does not answer"
+    elif any(sign in text for sign in BROKEN):
+        said = "it does not answer: it ended in the middle"
     else:
         said = _in_one_line(text) or type(error).__name__
     path = file_of(uri)

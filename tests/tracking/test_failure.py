@@ -1,5 +1,6 @@
 """What is said of a failure of MLflow: the reason, whole, in one line, and the proxy that stands in between."""
 
+import socket
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
@@ -59,6 +60,21 @@ def why(uri):
 )
 def test_a_server_that_is_not_there(uri, expected):
     assert why(uri).startswith(expected)
+
+
+@pytest.mark.parametrize("begun", [b"", b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n{"])
+def test_a_server_that_ends_in_the_middle_of_an_answer(begun):
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def answer():
+            for _ in range(3):  # requests asks again by itself where nothing came
+                connection, _ = listening.accept()
+                with connection:
+                    connection.recv(65536)
+                    connection.sendall(begun)
+
+        threading.Thread(target=answer, daemon=True).start()
+        assert why(f"http://127.0.0.1:{listening.getsockname()[1]}").startswith("it does not answer")
 
 
 def test_something_else_that_answers(refusing):

@@ -19,14 +19,16 @@ def main(words: list[str]) -> int:
     if args.data_root:
         config = config.model_copy(update={"data": config.data.model_copy(update={"root": args.data_root})})
 
-    from moco_dist.report.contact_sheet import pairs_for_report
+    from moco_dist.report.contact_sheet import pairs_for_report, stored_images
     from moco_dist.report.map import map_of_run
     from moco_dist.report.page import accuracy_table, write_report
     from moco_dist.run.results import nearest_examples
     from moco_dist.tracking import Tracker, ui_command
 
     neighbours = nearest_examples(run_dir, before, config.data.root)
-    page = write_report(run_dir, pairs_for_report(config, 8), neighbours, map_of_run(run_dir))
+    indices = RunFolder(run_dir).indices
+    stored = stored_images(neighbours, config.data.root, indices)
+    page = write_report(run_dir, pairs_for_report(config, 8, indices), neighbours, map_of_run(run_dir), stored)
     with Tracker.reopen(run_dir) as tracker:
         tracker.log_artifact(page, "report")
     print(accuracy_table(run_dir))

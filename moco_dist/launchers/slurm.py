@@ -81,6 +81,7 @@ def script(jobs: list[Job], options: SlurmOptions) -> str:
         cpus_per_node=cpus_per_gpu * job.size.ranks_per_node,
         sbatch_lines=lines,
         output=log_pattern(jobs),
+        output_folder=jobs[0].run_dir.parent,
         jobs=jobs,
         python=options.python,
         causes=CAUSES,

@@ -18,11 +18,19 @@ COLOURS = ("#2f86c9", "#d9822b", "#3a9d5d", "#b0498f", "#8a6d3b", "#5a6acf", "#c
 
 
 class Picture(NamedTuple):
-    """An image inside the page: a data URI (None: the file cannot be read), what it shows, and a line below it."""
+    """An image inside the page.
+
+    Attributes:
+        uri: of its data; None: the file cannot be read.
+        alt: what it shows.
+        caption: a line beside it.
+        legend: CSS colours and what they stand for. On a page that is text, which a phone does not shrink.
+    """
 
     uri: str | None
     alt: str
     caption: str = ""
+    legend: tuple[tuple[str, str], ...] = ()
 
     def png(self) -> bytes:
         """The PNG file's content."""

@@ -16,7 +16,7 @@ from moco_dist.data.images import ImageFolder
 from moco_dist.errors import UserError
 from moco_dist.files import parsed_json, write_whole
 from moco_dist.provenance import package_versions
-from moco_dist.report.charts import GRAY, Picture, data_uri, png_uri, shortened
+from moco_dist.report.charts import GRAY, Picture, data_uri, png_uri
 from moco_dist.report.html import rendered
 from moco_dist.run.folder import RunFolder
 
@@ -121,12 +121,11 @@ def scatter(
         thumbnails: rows of `points` to pictures (S, S, 3), drawn where they lie.
     """
     from matplotlib import colormaps
-    from matplotlib.colors import to_rgba
+    from matplotlib.colors import to_hex, to_rgba
     from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
     from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 
-    figure = Figure(figsize=(6.4, 5.2), dpi=160, layout="constrained")
+    figure = Figure(figsize=(6.4, 4.9), dpi=160, layout="constrained")
     axes = figure.subplots()
     present = np.unique(labels[labels >= 0])
     are_few = len(present) <= MOST_COLOURS
@@ -134,21 +133,17 @@ def scatter(
     shades = colour_of(np.arange(len(present)) if are_few else np.linspace(0, 1, len(present)))
     colours = np.full((len(labels), 4), to_rgba(GRAY))
     colours[labels >= 0] = shades[np.searchsorted(present, labels[labels >= 0])]
-    axes.scatter(points[:, 0], points[:, 1], s=9, c=colours, linewidths=0)
+    axes.scatter(points[:, 0], points[:, 1], s=14, c=colours, linewidths=0)
     axes.margins(0.06)
     for row, pixels in (thumbnails or {}).items():
         box = AnnotationBbox(OffsetImage(pixels, zoom=26 / len(pixels)), tuple(points[row]), frameon=False, pad=0)
         box.set_in_layout(False)
         axes.add_artist(box)
-    if are_few and len(present):
-        handles = [Line2D([], [], marker="o", linewidth=0, color=shade) for shade in shades]
-        names = [shortened(classes[int(label)]) for label in present]
-        columns = max(1, 100 // (max(map(len, names)) + 6))
-        look = {"loc": "outside lower left", "frameon": False, "fontsize": 8, "labelcolor": GRAY}
-        figure.legend(handles, names, ncols=columns, **look)
     axes.set_axis_off()
     figure.savefig(buffer := io.BytesIO(), format="png", transparent=True)
-    return Picture(data_uri(buffer), f"{title}: {len(points)} images", title)
+    names = [classes[int(label)] for label in present]
+    legend = tuple(zip(map(to_hex, shades), names, strict=True)) if are_few else ()
+    return Picture(data_uri(buffer), f"{title}: {len(points)} images", title, legend)
 
 
 def one_a_cell(points: NDArray[np.float32], cells: int = 10) -> list[int]:

@@ -12,8 +12,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
+from moco_dist.config.address import Url
 from moco_dist.config.credentials import without_credentials
 from moco_dist.config.pretrain import DataConfig, PretrainConfig
 from moco_dist.config.run import RunConfig
@@ -34,6 +36,7 @@ EVALUATIONS = {"knn": "kNN", "linear": "linear", "finetune": "fine-tuning"}
 ALWAYS_SHOWN = ("knn", "linear")
 MISSING = "–"
 THUMBNAIL_PIXELS = 128
+Stored = dict[tuple[str, Path | Url], Image.Image]  # by split, and by what a NeighbourRow calls them
 RELOAD_SECONDS = 30  # how often the page of a run that goes on loads itself again
 
 
@@ -68,6 +71,7 @@ def write_report(
     view_pairs: Tensor | None = None,
     neighbours: list[NeighbourRow] | None = None,
     map: Picture | None = None,
+    stored: Stored | None = None,
 ) -> Path:
     """Write RUN/report/index.html: one file that needs no other, no network and no script.
 
@@ -76,6 +80,7 @@ def write_report(
         view_pairs: (N, 2, 3, S, S) query and key views of N samples, uint8 or float in [0, 1].
         neighbours: test images and their nearest training images.
         map: a map of test images.
+        stored: images of `neighbours` that are no files of their own.
 
     Returns:
         the page's path.
@@ -94,7 +99,7 @@ def write_report(
         curves=_curves(rows, evaluations(run_dir), config),
         view_pairs=[] if view_pairs is None else _pair_pictures(view_pairs),
         view_size=0 if view_pairs is None else view_pairs.shape[-1],
-        neighbours=[_neighbour_pictures(row) for row in neighbours or []],
+        neighbours=[_neighbour_pictures(row, stored or {}) for row in neighbours or []],
         map=map,
         settings=_settings(config),
         versions=package_versions(),
@@ -251,21 +256,25 @@ def _pair_pictures(view_pairs: Tensor) -> list[tuple[Picture, Picture]]:
     ]
 
 
-def _neighbour_pictures(row: NeighbourRow) -> tuple[Picture, list[tuple[Picture, bool]]]:
+def _neighbour_pictures(row: NeighbourRow, stored: Stored) -> tuple[Picture, list[tuple[Picture, bool]]]:
     """The query, and each neighbour with whether it is of the query's class."""
-    query = Picture(_thumbnail(row.query), f"test image: {row.query_label}", row.query_label)
+    query = Picture(_thumbnail("val", row.query, stored), f"test image: {row.query_label}", row.query_label)
     neighbours = [
-        (Picture(_thumbnail(path), f"neighbour {i}: {label}", label), label == row.query_label)
+        (Picture(_thumbnail("train", path, stored), f"neighbour {i}: {label}", label), label == row.query_label)
         for i, (path, label) in enumerate(zip(row.neighbours, row.neighbour_labels, strict=False), start=1)
     ]
     return query, neighbours
 
 
-def _thumbnail(path: Path) -> str | None:
-    try:
-        small = decode_image(read_bytes(path), str(path))
-    except ValueError:
-        return None  # moved since the evaluation: the labels still say something
+def _thumbnail(split: str, file: Path | Url, stored: Stored) -> str | None:
+    small = stored.get((split, file))
+    if small is None:
+        if isinstance(file, Url):
+            return None
+        try:
+            small = decode_image(read_bytes(file), str(file))
+        except ValueError:
+            return None  # moved since the evaluation: the labels still say something
     small.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
     return png_uri(np.asarray(small))
 

@@ -116,7 +116,7 @@ class Showing:
         data = self._config.data
         # DALI would take memory of the GPU that trains; the views are the same.
         data = data.model_copy(update={"loader": "torchvision"}) if data.loader == "dali" else data
-        self._pairs = view_pairs(self._config.model_copy(update={"data": data}), PAIRS)
+        self._pairs = view_pairs(self._config.model_copy(update={"data": data}), PAIRS, self._run.indices)
         save_sheet(self._pairs, self._run.views)
         self._tracker.log_artifact(self._run.views)
 

@@ -42,15 +42,15 @@ class NeighbourRow:
     """A test image and the training images nearest to it in the features, nearest first.
 
     Attributes:
-        query: file of the test image.
+        query: file of the test image; where it lies in a larger one, a name in the same form.
         query_label: its class.
-        neighbours: files of the training images.
+        neighbours: likewise of the training images.
         neighbour_labels: their classes.
     """
 
-    query: Path
+    query: Path | Url
     query_label: str
-    neighbours: tuple[Path, ...]
+    neighbours: tuple[Path | Url, ...]
     neighbour_labels: tuple[str, ...]
 
 
@@ -85,9 +85,9 @@ def nearest_examples(run_dir: Path, before: Path | Url, now: Path | Url) -> list
     remedy = "remove it, and run moco-dist knn again"
     rows = read_json(path, list[_Neighbours], remedy) if path.is_file() else []
 
-    def found(file: str) -> Path:
+    def found(file: str) -> Path | Url:
         if isinstance(before, Url) or isinstance(now, Url):
-            return Path(file)
+            return Url(file) if "://" in file else Path(file)
         return now / Path(file).relative_to(before) if Path(file).is_relative_to(before) else Path(file)
 
     return [

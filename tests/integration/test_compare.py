@@ -92,25 +92,33 @@ def test_the_page_in_a_browser(runs, tmp_path):
 
 
 def test_the_pages_on_a_phone(runs, tmp_path):
-    """In a frame of 390 pixels nothing is wider, whatever long name or path is on the page."""
+    """In a frame of 390 pixels nothing is wider, whatever long name or path is on the page, and legends can be read."""
     chromium = shutil.which("chromium")
     if chromium is None:
         pytest.skip("no chromium; apt-get install chromium")
-    long_named = shutil.copytree(runs[0], tmp_path / ("long" * 30))
-    assert main(["report", str(long_named), "--data-root", str(runs[0].parent.parent / "shapes")]) == 0
+    long_named, shapes = shutil.copytree(runs[0], tmp_path / ("long" * 30)), runs[0].parent.parent / "shapes"
+    long_class = shutil.copytree(shapes / "val", tmp_path / "images" / "val") / ("class" * 30)
+    next(long_class.parent.iterdir()).rename(long_class)
+    features = ["--out", str(tmp_path / "f.npz"), "--page", str(tmp_path / "f.html"), "--num-workers", "0"]
+    assert main(["report", str(long_named), "--data-root", str(shapes)]) == 0
     assert main(["compare", str(long_named), str(runs[1]), "--out", str(tmp_path / "out")]) == 0
-    pages = [(folder / "index.html").read_text() for folder in (long_named / "report", tmp_path / "out")]
+    assert main(["features", str(runs[0]), str(long_class.parent), *features]) == 0
+    files = (long_named / "report" / "index.html", tmp_path / "out" / "index.html", tmp_path / "f.html")
+    pages = [path.read_text() for path in files]
     frames = "".join(
         f'<iframe style="width: 390px; border: 0" srcdoc="{html.escape(page)}"></iframe>' for page in pages
     )
     script = """<script>addEventListener("load", () => { document.title = [...document.querySelectorAll("iframe")].map(
-        frame => frame.contentDocument.documentElement.scrollWidth).join() })</script>"""
+        frame => [frame.contentDocument.documentElement.scrollWidth,
+            ...[...frame.contentDocument.querySelectorAll(".legend li")].map(
+                line => parseFloat(getComputedStyle(line).fontSize) >= 14)].join("-")).join() })</script>"""
     (tmp_path / "phone.html").write_text(f"<!doctype html><html><body>{frames}{script}</body></html>")
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--disable-background-networking",
              f"--user-data-dir={tmp_path / 'profile'}"]  # fmt: skip
     words = [chromium, *flags, "--dump-dom", f"file://{tmp_path / 'phone.html'}"]
     done = subprocess.run(words, check=True, capture_output=True, timeout=120)
-    assert b"<title>390,390</title>" in done.stdout
+    legend = b"-true" * 10
+    assert b"<title>390%s,390,390%s</title>" % (legend, legend) in done.stdout
 
 
 def test_accuracies_are_seen_without_scrolling(tmp_path):

@@ -66,6 +66,27 @@ def test_an_evaluation_of_an_address_is_that_of_the_folder(run_dir, tmp_path, co
     assert list((tmp_path / "cache").glob("*/*.blocks"))
 
 
+LOCAL_SHARDS, LOCAL_PACKED = ["{top}/{{train,val}}-{{0..1}}.tar"], ["{top}/x.beton", "--data.loader", "ffcv"]
+
+
+@pytest.mark.parametrize("root", [LOCAL_SHARDS, LOCAL_PACKED, SHARDS, PACKED])
+def test_the_report_has_the_pictures_wherever_they_lie(run_dir, tmp_path, root):
+    """Of shards, of a packed file and at an address, the nearest neighbours are shown that the folder has."""
+    shown = []
+    for place in ([], [word.format(top=run_dir.parent) for word in root]):
+        shutil.copytree(run_dir, tmp_path / "run")
+        words = ["knn", "--run-dir", str(tmp_path / "run"), *EVALUATION, *COMMANDS["knn"]]
+        report = ["report", str(tmp_path / "run"), *(["--data-root", place[0]] if place else [])]
+        evaluate = [*words, "--data.root", *place] if place else words
+        assert in_a_child(lambda: main(evaluate) + main(report)) == 0  # noqa: B023
+        page = (tmp_path / "run" / "report" / "index.html").read_text()
+        shown.append(page.partition('<section id="neighbours">')[2].partition("</section>")[0])
+        shutil.rmtree(tmp_path / "run")
+    folder, elsewhere = shown
+    assert folder.count("<img") == 8 * 6 and "file not found" not in folder
+    assert elsewhere == folder
+
+
 def test_an_evaluation_takes_the_cache_of_its_run(run_dir, tmp_path):
     shutil.copytree(run_dir, tmp_path / "run")
     settings = tmp_path / "run" / "config.yaml"

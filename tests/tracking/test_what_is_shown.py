@@ -136,14 +136,16 @@ def test_a_server_without_logged_models_gets_the_backbone_as_an_artifact(tracked
 
 
 def test_a_picture_that_cannot_be_made_is_told_and_hurts_nothing(tracked, runs, monkeypatch):
-    def refuse(*_):
+    def refuse(config, count, index_folder):
+        indices.append(index_folder)
         raise UserError("no image can be read")
 
-    said = []
+    said, indices = [], []
     monkeypatch.setattr(while_training, "view_pairs", refuse)
     with Tracker.for_pretraining(tracked, World()) as tracker:
         show(tracked, tracker, said)
     assert said == ["note: no picture of the run for MLflow: no image can be read; training goes on"]
+    assert indices == [tracked.run.dir / "index"]  # or headers in a store would be read once more
     assert {file.path for file in client_for(runs).list_artifacts(record_of(runs / "a")["run_id"])} == {
         "config.yaml", "report",
     }  # fmt: skip

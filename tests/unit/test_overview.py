@@ -88,6 +88,9 @@ def test_a_map_of_any_number_of_classes(num_classes):
     points = np.random.default_rng(1).random((300, 2)).astype(np.float32)
     picture = scatter("features", points, labels, [f"class {i}" for i in range(num_classes)])
     assert picture.png().startswith(b"\x89PNG") and "300 images" in picture.alt
+    names = [name for _, name in picture.legend]
+    assert names == ([f"class {i}" for i in range(num_classes)] if num_classes <= 20 else [])
+    assert len({colour for colour, _ in picture.legend}) == len(names)
 
 
 def page_of(path, paths, labels, classes):
@@ -111,6 +114,7 @@ def test_the_page_marks_neighbours_by_class_where_there_are_classes(tmp_path):
     text = page_of(tmp_path / "page.html", paths, labels, ("a", "b"))
     assert re.findall(r'<figure class="(query|right|wrong|)">', text) == ["query", "wrong", "right"]
     assert "a/&lt;1&gt;.jpg" in text and "a colour is a class" in text
+    assert re.findall(r"</span>(.*?)</li>", text) == ["a", "b"]  # text: a phone does not shrink it
     plain = page_of(tmp_path / "plain.html", paths, [-1] * 4, ())
     assert re.findall(r'<figure class="(query|right|wrong|)">', plain) == ["query", "", ""]
     assert "✓" not in plain and "a colour" not in plain

@@ -140,7 +140,8 @@ def test_every_part_runs(tmp_path):
     env = {**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(words, cwd=gpu.ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    statuses = dict(line.split()[:2] for line in done.stdout[done.stdout.rindex("\npart ") + 1 :].splitlines()[1:] if line)
+    table = done.stdout[done.stdout.rindex("\npart ") + 1 :]
+    statuses = dict(line.split()[:2] for line in table.splitlines()[1:] if line)
     assert list(statuses) == [part.name for part in gpu.parts()]
     assert set(statuses.values()) <= {"done", "left"}, done.stdout
     assert "nvidia-dali" in done.stdout  # the loaders' part says that it is not there

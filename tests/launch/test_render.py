@@ -75,7 +75,8 @@ def ran(tmp_path, capsys):
     def run(srun, statuses="", restarts=0, reaches="", asked_in=""):
         environment = {
             "PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "1", "SLURM_RESTART_COUNT": str(restarts),
-            "SLURM_JOB_NUM_NODES": "2", "ASKED_IN": asked_in, "REACHES": reaches, "STATUSES": statuses, "SRUN": str(srun),
+            "SLURM_JOB_NUM_NODES": "2", "ASKED_IN": asked_in, "REACHES": reaches, "STATUSES": statuses,
+            "SRUN": str(srun),
         }  # fmt: skip
         done = subprocess.run(["bash", "-c", text], cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert [path.name for path in (tmp_path / "runs").iterdir()] == ["mine"]

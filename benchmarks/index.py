@@ -2,10 +2,10 @@
 
     python -m benchmarks.index [--folder FOLDER --listed 1281167 --repeats 3 --quick]
 
-Listing is measured on empty files, which listing cannot tell from images. An index is made of as many
-images as ImageNet-1k and ImageNet-22k have, of a folder, of tar shards and of shards in an object store (moto's server
-of S3's protocol). It is opened by processes that do nothing else; the file is in the page cache. Four workers are then
-forked, and each asks for names, labels and places of images at random.
+Listing is measured on empty files, which listing cannot tell from images. An index is made of as many images as
+ImageNet-1k and ImageNet-22k have, of a folder, of tar shards and of shards in an object store (moto's server of S3's
+protocol); a packed file is its own index. It is opened by processes that do nothing else; the file is in the page
+cache. Four workers are then forked, and each asks for names, labels and places of images at random.
 """
 
 import argparse
@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 from benchmarks import results
 from moco_dist.config.address import Url
+from moco_dist.data import beton
 from moco_dist.data.index import NAME, VERSION
 from moco_dist.data.mapped import file_of
 from moco_dist.data.names import hash_of_list
@@ -109,6 +110,32 @@ def write_tars(top: Path, images: int, classes: int, shards: int) -> Path:
     return top
 
 
+def write_packed(top: Path, images: int, classes: int, shards: int) -> Path:
+    """A packed file without images: its tables alone, which are all that a start reads."""
+    listed, path = columns(images, classes), top / "set.beton"
+    names = np.empty((images, len(b"train/") + NAME_BYTES - 1), np.uint8)
+    names[:, :6] = np.frombuffer(b"train/", np.uint8)
+    names[:, 6:] = np.append(listed["content"], 0).reshape(images, NAME_BYTES)[:, :-1]
+    with path.open("wb") as file, beton.BetonWriter(file, images) as writer:
+        records = np.zeros(images, writer._record)
+    at = beton._HEADER.itemsize + 3 * beton._FIELD.itemsize
+    first = at + records.nbytes
+    records["f0"]["at"], records["f1"] = first + np.arange(images), listed["label"]
+    records["f2"]["at"], records["f2"]["size"] = first + images + np.arange(images) * names.shape[1], names.shape[1]
+    table = np.zeros((2, images), beton._TABLE)
+    table["sample"], table["at"] = np.arange(images), [records["f0"]["at"], records["f2"]["at"]]
+    table["size"] = [[1], [names.shape[1]]]
+    with path.open("r+b") as file:
+        fields = file.read(at)[beton._HEADER.itemsize :]
+        header = (beton.VERSION, 3, beton.PAGE_BYTES, images, first + images + names.nbytes)
+        file.seek(0)
+        file.write(np.array([header], beton._HEADER).tobytes() + fields)
+        for part in (records, np.zeros(images, np.uint8), names, table):
+            file.write(part.data.cast("B"))
+        file.truncate()
+    return path
+
+
 def write_store(top: Path, images: int, classes: int, shards: int) -> Url:
     """Objects of a byte for shards, in a bucket of their own, and the index of them in `top`."""
     place = f"{os.environ['AWS_ENDPOINT_URL']}/set-{images}"
@@ -137,7 +164,7 @@ def store() -> Iterator[None]:
 
 
 WAYS: dict[str, Callable[[Path, int, int, int], Path | Url]] = {
-    "folder": write_folder, "tar shards": write_tars, "shards in a store": write_store,
+    "folder": write_folder, "tar shards": write_tars, "packed": write_packed, "shards in a store": write_store,
 }  # fmt: skip
 
 
@@ -230,7 +257,7 @@ def main() -> None:
                 top.mkdir()
                 root = write(top, images, classes, shards)
                 kept = next(path for path in top.rglob("*") if path.is_file() and path.stat().st_size > images)
-                rows.append({"name": name, "classes": classes, "shards": shards if name != "folder" else None,
+                rows.append({"name": name, "classes": classes, "shards": shards if "shards" in name else None,
                              "index_bytes": kept.stat().st_size, **measured(root, top, args.repeats)})  # fmt: skip
                 kept.unlink()
                 print(rows[-1])

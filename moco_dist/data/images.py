@@ -71,6 +71,7 @@ class ImageFolder:
         classes: names in the order of their labels: sorted, unless a packed file says another order.
         places: where the images lie in files that hold many; None: each is a file, or in a packed one.
         known_content_hash: `content_hash` where an index has it: for millions of images it takes seconds.
+        packed_rows: (N,) int64, the images' rows in the packed file of a disk that they lie in; else None.
     """
 
     root: Path | Url
@@ -79,6 +80,7 @@ class ImageFolder:
     classes: tuple[str, ...]
     places: Places | None = None
     known_content_hash: str = ""
+    packed_rows: NDArray[np.int64] | None = None
 
     @property
     def disk_root(self) -> Path:
@@ -127,8 +129,10 @@ def rows_of(folder: ImageFolder, rows: NDArray[np.int64]) -> ImageFolder:
     paths, places = folder.paths, folder.places
     if places is not None:
         places = places._replace(file=places.file[rows], offset=places.offset[rows], size=places.size[rows])
+    packed_rows = None if folder.packed_rows is None else folder.packed_rows[rows]
     return replace(
-        folder, paths=paths.take(rows), labels=folder.labels[rows], places=places, known_content_hash=""
+        folder, paths=paths.take(rows), labels=folder.labels[rows], places=places, packed_rows=packed_rows,
+        known_content_hash="",
     )  # fmt: skip
 
 

@@ -21,7 +21,6 @@ from moco_dist.config.address import Url
 from moco_dist.data.beton import JPEG, Beton, read_beton
 from moco_dist.data.decode import CropsFor, cut, cut_pixels, decode_image
 from moco_dist.data.images import NO_CLASS, ImageError, ImageFolder, MissingDataError, cannot_read
-from moco_dist.data.names import Names
 from moco_dist.data.storage import PlacedFile, patiently
 from moco_dist.errors import UserError, file_error, nearest
 
@@ -35,43 +34,48 @@ def packed_images(path: Path, split: Literal["train", "val"]) -> ImageFolder:
     if not path.is_file():
         siblings = [file.name for file in path.parent.glob("*.beton")]
         raise MissingDataError(f"data root {path} is not a file{nearest(path.name, siblings)}")
-    return images_of_split(opened(path), path, split)
-
-
-def images_of_split(beton: Beton, path: Path | Url, split: str) -> ImageFolder:
-    """`packed_images` of an open file. Its classes have the order that its labels say.
-
-    Raises:
-        UserError: it has no such split.
-    """
-    names = beton.names
-    paths = [name.removeprefix(f"{split}/") for name in names if name.startswith(f"{split}/")]
-    if not paths:
+    splits = opened(path).splits
+    if split not in splits:
         raise UserError(f"{path} has no {'validation' if split == 'val' else 'training'} images")
-    number_of: dict[str, int] = {}
-    for name, number in zip(names, beton.labels.tolist(), strict=True):
-        if name.count("/") > 1:
-            number_of.setdefault(name.split("/", 2)[1], number)
-    classes = sorted(number_of, key=lambda name: (number_of[name], name))
-    label_of = {name: label for label, name in enumerate(classes)}
-    labels = [label_of[path.partition("/")[0]] if "/" in path else NO_CLASS for path in paths]
-    return ImageFolder(path / split, Names.of(paths), np.array(labels, dtype=np.int64), tuple(classes))
+    return splits[split]
 
 
 def has_split(path: Path, split: str) -> bool:
     """Whether a packed file has images of a split."""
-    return any(name.startswith(f"{split}/") for name in opened(path).names)
+    return split in opened(path).splits
+
+
+def splits_of(beton: Beton, path: Path | Url) -> dict[str, ImageFolder]:
+    """The images of an open file by what their names begin with. Classes have the order that their numbers say."""
+    tops, splits = beton.names.first_folders()
+    depths = np.array([len(split.encode("utf-8", "surrogateescape")) + 1 for split in splits] + [0])
+    paths = beton.names.below(depths[tops])
+    folders, names = paths.first_folders()
+    folders[tops < 0] = NO_CLASS
+    first_row = np.zeros(len(names), np.int64)
+    rows = np.flatnonzero(folders >= 0)[::-1]
+    first_row[folders[rows]] = rows  # the one that is written last stays
+    numbers = beton.labels[first_row].tolist()
+    order = sorted(range(len(names)), key=lambda folder: (numbers[folder], names[folder]))
+    label_of = np.full(len(names) + 1, NO_CLASS, np.int64)
+    label_of[order] = np.arange(len(names))
+    classes = tuple(names[folder] for folder in order)
+    found = {}
+    for number, split in enumerate(splits):
+        rows = np.flatnonzero(tops == number)
+        labels = label_of[folders[rows]]
+        found[split] = ImageFolder(path / split, paths.take(rows), labels, classes, packed_rows=rows)
+    return found
 
 
 class PackedFile:
     """The images of `folder`, which `packed_images` found, as a source of the reference loader's workers."""
 
     def __init__(self, folder: ImageFolder) -> None:
-        self.root, self.folder = folder.disk_root.parent, folder
-        self._beton: Beton | None = opened(self.root)
+        assert folder.packed_rows is not None
+        self.root, self.folder, self._rows = folder.disk_root.parent, folder, folder.packed_rows
+        self._beton: Beton | None = opened(self.root).beton
         self._file = PlacedFile(self.root)
-        row_of = {name: row for row, name in enumerate(self._beton.names)}
-        self._rows = np.array([row_of[f"{folder.root.name}/{path}"] for path in folder.paths])
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -120,12 +124,28 @@ class PackedFile:
 
     def _open(self) -> Beton:
         if self._beton is None:
-            self._beton = opened(self.root)
+            self._beton = opened(self.root).beton
         return self._beton
 
 
-def opened(path: Path) -> Beton:
-    """`read_beton`, once a process for each version of a file."""
+class Opened:
+    """A packed file and what is in it.
+
+    Args:
+        path: of the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.beton = path, read_beton(path)
+
+    @functools.cached_property
+    def splits(self) -> dict[str, ImageFolder]:
+        """`splits_of` the file."""
+        return splits_of(self.beton, self.path)
+
+
+def opened(path: Path) -> Opened:
+    """A packed file, read once a process for each version of it."""
     try:
         facts = path.stat()
     except OSError as error:
@@ -134,5 +154,5 @@ def opened(path: Path) -> Beton:
 
 
 @functools.lru_cache(maxsize=2)
-def _opened(path: Path, mtime_ns: int, size: int) -> Beton:
-    return read_beton(path)
+def _opened(path: Path, mtime_ns: int, size: int) -> Opened:
+    return Opened(path)

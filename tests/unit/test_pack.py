@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from moco_dist.cli.main import main
-from moco_dist.data.beton import JPEG, RAW, read_beton
+from moco_dist.data.beton import JPEG, RAW, BetonWriter, read_beton
 from moco_dist.data.decode import decode_image
-from moco_dist.data.images import NO_CLASS, subset
+from moco_dist.data.images import NO_CLASS, rows_of, subset
 from moco_dist.data.packed import PackedFile
 from moco_dist.data.sources import find_images
 from moco_dist.data.tasks import Crop
@@ -54,6 +54,26 @@ def test_images_are_copied_as_they_are_and_found_as_in_the_folder(images, tmp_pa
         assert (packed.root, packed.paths, packed.classes) == (out / split, folder.paths, folder.classes)
         assert packed.labels.tolist() == folder.labels.tolist()
     assert NO_CLASS in find_images(out, "train").labels
+
+
+def test_splits_and_classes_in_any_order_are_those_of_a_plain_reading(tmp_path):
+    """By (number, name): two classes may have a number, a class may be of one split alone, an image of none."""
+    names = ["val/yak/9.jpg", "train/zoo/0.jpg", "train/ant/1.jpg", "train/2.jpg", "train/zoo/sub/3.jpg",
+             "train/bee/4.jpg", "other/ant/5.jpg", "6.jpg", "val/ant/7.jpg", "train/ant/8.jpg"]  # fmt: skip
+    labels = [3, 0, 5, -1, 0, 5, 7, -1, 5, 5]
+    with (tmp_path / "x.beton").open("wb") as file, BetonWriter(file, 16) as writer:
+        for number, (name, label) in enumerate(zip(names, labels, strict=True)):
+            writer.add(name, label, RAW, 1, 1, bytes([number] * 3))
+    classes = ("zoo", "yak", "ant", "bee")
+    for split in ("train", "val"):
+        rows = [row for row, name in enumerate(names) if name.startswith(f"{split}/")]
+        paths = [names[row].removeprefix(f"{split}/") for row in rows]
+        found = find_images(tmp_path / "x.beton", split)
+        assert (list(found.paths), found.classes) == (paths, classes)
+        assert found.labels.tolist() == [classes.index(p.partition("/")[0]) if "/" in p else NO_CLASS for p in paths]
+        chosen = rows_of(found, np.arange(len(rows))[::-1])
+        images = [PackedFile(chosen).image(i)[1].getpixel((0, 0))[0] for i in range(len(rows))]
+        assert images == rows[::-1]
 
 
 @pytest.mark.parametrize("raw_share", [0.0, 1.0])

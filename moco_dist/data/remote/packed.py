@@ -3,6 +3,7 @@
 import contextlib
 import json
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from moco_dist.config.address import Url
 from moco_dist.data.beton import JPEG, Beton, parse_beton
 from moco_dist.data.images import ImageFolder, Places
 from moco_dist.data.names import hash_of_list
-from moco_dist.data.packed import images_of_split
+from moco_dist.data.packed import splits_of
 from moco_dist.data.remote.index import tell_of_change
 from moco_dist.data.remote.store import Object, apart, asked, look_at, read_range
 from moco_dist.errors import UserError
@@ -40,18 +41,15 @@ def remote_packed_splits(root: Url, index_folder: Path | None) -> dict[str, Imag
     if index_folder is not None:
         _note(known, root, index_folder / f"{hash_of_list([root])[:16]}.object")
     size = np.where(beton.size > 0, beton.size, -1)
-    row_of = {name: row for row, name in enumerate(beton.names)}
     splits = {}
-    for split in ("train", "val"):
-        if not any(name.startswith(f"{split}/") for name in beton.names):
-            continue
-        found = images_of_split(beton, root, split)
-        rows = np.array([row_of[f"{split}/{path}"] for path in found.paths])
+    for split, found in splits_of(beton, root).items():
+        rows = found.packed_rows
+        assert rows is not None
         places = Places(
             [root], [[known.size, known.changed_ns]], np.zeros(len(rows), np.int32), beton.start[rows], size[rows],
             tags=[known.tag],
         )  # fmt: skip
-        splits[split] = ImageFolder(root / split, found.paths, found.labels, found.classes, places)
+        splits[split] = replace(found, places=places, packed_rows=None)
     return splits
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from moco_dist.cli.arguments import Parser
 from moco_dist.errors import EXIT_INTERRUPTED
+from moco_dist.run.folder import RunFolder
 
 RUN = Path("runs/demo")
 DATA = Path("data/shapes")
@@ -35,6 +36,9 @@ def main(words: list[str]) -> int:
     started = time.monotonic()
     for title, step in steps:
         print(f"\n== {title}", flush=True)
+        if title.startswith("2/4"):
+            page = RunFolder(RUN).report
+            print(f"{page} appears in the first minutes and loads itself again: open it in a browser", flush=True)
         try:
             status = step()
         except KeyboardInterrupt:

@@ -48,12 +48,14 @@ class Tracker:
     """One MLflow run; without an outbox, a tracker that does nothing.
 
     A context manager: leaving it ends the run as FINISHED, as KILLED after Ctrl-C or when preempted (then with the
-    tag `preempted`), as FAILED after any other error.
+    tag `preempted`), as FAILED after any other error. A run that had come to its end, and whose next start is refused,
+    stays FINISHED.
     """
 
     def __init__(self, outbox: Outbox | None = None, run_dir: Path = Path(), ends_run: bool = True) -> None:
         self._outbox, self._run_dir, self._ends_run = outbox, run_dir, ends_run
         self._last_step: dict[str, int] = {}
+        self._ended_as = ""  # by an earlier process, as long as this one has told no number
         self._tells_parent = False
         self._after_end: list[dict[str, Any]] = []
         if outbox is not None:
@@ -150,7 +152,8 @@ class Tracker:
         if isinstance(error, Preempted) and self._outbox is not None:
             self._outbox.put({"set_tags": {"preempted": "true"}})
         was_stopped = kind is not None and issubclass(kind, KeyboardInterrupt | Preempted)
-        self.finish("FINISHED" if kind is None else "KILLED" if was_stopped else "FAILED")
+        is_over = kind is None or (isinstance(error, UserError) and self._ended_as == "FINISHED")
+        self.finish("FINISHED" if is_over else "KILLED" if was_stopped else "FAILED")
 
     def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """Numbers of an optimiser step; returns at once.
@@ -240,6 +243,9 @@ class Tracker:
     def _remember(self, record: dict[str, Any]) -> None:
         for name in record.get("metrics", ()):
             self._last_step[name] = max(record["step"], self._last_step.get(name, -1))
+            self._ended_as = ""
+        if record.get("status", "RUNNING") != "RUNNING":
+            self._ended_as = record["status"]
 
 
 def sync(run_dir: Path) -> tuple[list[str], list[str]]:
@@ -337,6 +343,10 @@ def _remove(journal: Path) -> None:
 def _require_mlflow() -> None:
     if importlib.util.find_spec("mlflow") is None:
         raise UserError("mlflow is not installed; pip install mlflow, or go on without it: --tracking.backend none")
+    # mlflow is imported by a thread. As requests is imported it silences a warning about SOCKS, which would be undone
+    # by another thread that sets the filters of warnings meanwhile: so it is imported here, before there are any.
+    with contextlib.suppress(ImportError):
+        importlib.import_module("requests")
 
 
 def _now_ms() -> int:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -97,6 +98,18 @@ def test_how_the_run_ended(runs, error, status):
             body()
     else:
         body()
+    assert run_of(runs / "a").info.status == status
+
+
+@pytest.mark.parametrize(("trains", "status"), [(False, "FINISHED"), (True, "FAILED")])
+def test_a_refused_start_after_the_end_does_not_make_a_run_failed(runs, trains, status):
+    """Unless it got further before it failed."""
+    with Tracker.for_pretraining(config_of(runs / "a"), World()) as tracker:
+        tracker.log_metrics(1, {"loss": 1.0})
+    with pytest.raises(UserError), Tracker.for_pretraining(config_of(runs / "a"), World()) as tracker:
+        if trains:
+            tracker.log_metrics(2, {"loss": 1.0})
+        raise UserError("data.root photos does not exist")
     assert run_of(runs / "a").info.status == status
 
 
@@ -330,3 +343,11 @@ def test_mlflow_is_quiet_and_sends_no_telemetry(first_runs):
     folder, printed = first_runs
     assert printed == "no telemetry: True\n"
     assert not (folder / "mlruns").exists()  # the working directory stays as it was
+
+
+def test_what_sets_filters_of_warnings_is_imported_before_there_are_threads():
+    """Or a warning about SOCKS is printed now and then: another thread may undo the filter that silences it."""
+    asks = "from moco_dist.tracking import tracker; tracker._require_mlflow()"
+    code = f"import sys; {asks}; print('requests' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "True\n"

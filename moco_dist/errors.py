@@ -118,13 +118,27 @@ def in_a_line(text: str) -> str:
 def nearest(name: str, known: Iterable[str]) -> str:
     """`; did you mean X?` for the known name closest to `name`, or nothing when none is close.
 
-    Two names may look the same and be other characters (é, or e and an accent): those are shown by their codes.
+    Two names may look the same and be other characters: é, or e and an accent; a space at the end; letters of another
+    script. Such names are shown by their codes.
     """
-    known, seen = list(known), unicodedata.normalize("NFC", name)
-    if twins := [other for other in known if other != name and unicodedata.normalize("NFC", other) == seen]:
-        return f"; {twins[0]!a}, which is there, looks the same as {name!a} and is another Unicode form of it"
+    known, seen = list(known), _visible(name)
+    if twins := [other for other in known if other != name and _visible(other) == seen]:
+        return f"; {twins[0]!a}, which is there, looks the same as {name!a} and has other characters"
     matches = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    if matches and _scripts(matches[0]) != _scripts(name):
+        return f"; did you mean {matches[0]!a}? {name!a} has letters of another script"
     return f"; did you mean {matches[0]}?" if matches else ""
+
+
+def _visible(name: str) -> str:
+    """What can be seen of a name: one Unicode form, without spaces at its ends and letters of no width."""
+    letters = [letter for letter in unicodedata.normalize("NFC", name) if unicodedata.category(letter) != "Cf"]
+    return "".join(letters).strip()
+
+
+def _scripts(name: str) -> set[str]:
+    """The scripts of its letters, as Unicode's names of letters begin: LATIN, GREEK."""
+    return {unicodedata.name(letter, "").partition(" ")[0] for letter in name if letter.isalpha()}
 
 
 def not_a_multiple(name: str, value: int, unit: int, what: str) -> str:

@@ -1,6 +1,7 @@
 """What the commands share that take a YAML file and flags, on one process or under torchrun."""
 
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -56,13 +57,14 @@ def require_config_of(schema: type[BaseModel], file: Path) -> None:
         raise UserError(f"config file {file} is one of moco-dist {command}")
 
 
-def command_of(file: Path) -> str:
-    """The first command that has the most of a config file's settings.
+def command_of(file: Path, flags: Sequence[str] = ()) -> str:
+    """The first command that has the most of a config file's settings, and of the flags' beside it.
 
     Raises:
         UserError: it cannot be read.
     """
-    return max(SCHEMAS, key=lambda command: _num_known(file, SCHEMAS[command]))
+    given = {flag.partition("=")[0].removeprefix("--").replace("-", "_") for flag in flags if flag.startswith("--")}
+    return max(SCHEMAS, key=lambda it: _num_known(file, SCHEMAS[it]) + len(given & leaf_fields(SCHEMAS[it]).keys()))
 
 
 def _num_known(file: Path, schema: type[BaseModel]) -> int:

@@ -38,7 +38,7 @@ def main(words: list[str]) -> int:
 
         return _print(logs.run(args.run))
     files, flags = files_and_flags(rest)
-    command = command_of(files[0]) if files else "pretrain"
+    command = command_of(files[0], flags) if files else "pretrain"
     if command not in ("pretrain", *EVALUATIONS):
         raise UserError(f"config file {files[0]} is one of moco-dist {command}; doctor looks at those of pretrain, "
                         f"{' and '.join(EVALUATIONS)}")  # fmt: skip

@@ -1,6 +1,7 @@
 """`moco-dist features`."""
 
 import shutil
+import sys
 from pathlib import Path
 
 from moco_dist.cli.arguments import Parser
@@ -42,15 +43,19 @@ def main(words: list[str]) -> int:
     flags = [word for setting, value in given.items() for word in (f"--{setting}", value)]
     config = read_config(EvalConfig, None, ["--run-dir", str(parts), *flags])
     with ranks(config) as world:
+        from moco_dist.engine.precision import slow_on_cpu
         from moco_dist.evaluate.any_images import look_at, open_backbone, require_suffix, write_features
 
         require_suffix(args.out)
         size, precision = config.data.image_size, config.precision
         opened = open_backbone(args.backbone, world, args.arch, args.stem, size, precision)
+        if world.is_main and (slow := slow_on_cpu(opened.encoder.dtype, world.device)):
+            print(slow, file=sys.stderr)
         images = write_features(opened, args.images, args.out, config, world)
     if not world.is_main:
         return 0
-    what = f"{len(images.paths):,} x {opened.encoder.dim} features, after {opened.encoder.step:,} steps"
+    after = f", after {opened.encoder.step:,} steps" if opened.encoder.step else ""  # not of another program's weights
+    what = f"{len(images.paths):,} x {opened.encoder.dim} features{after}"
     print(f"wrote {args.out}: {what}")
     if args.page:
         from moco_dist.report.map import write_features_page

@@ -89,6 +89,13 @@ class Section(BaseModel):
             raise ValueError(f"{str(value).lower()} is not a value for it")
         return value
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_path_is_empty(cls, value: Any, info: ValidationInfo) -> Any:
+        """Of empty text pathlib makes the folder that one is in."""
+        kind = cls.model_fields[str(info.field_name)].annotation
+        return path_of("") if value == "" and Path in (kind, *get_args(kind)) else value
+
     @field_validator("*", mode="after")
     @classmethod
     def _paths_are_those_of_this_user(cls, value: Any) -> Any:
@@ -100,8 +107,10 @@ def path_of(text: str | Path) -> Path:
     """The path that a user means: `~` at its start is the home folder, whether or not a shell has seen it.
 
     Raises:
-        UserError: the home folder is not known, or the path has a `$VARIABLE` that no shell has replaced.
+        UserError: it is empty, the home folder is not known, or it has a `$VARIABLE` that no shell has replaced.
     """
+    if not str(text):
+        raise UserError("'' is no path; is a variable of the shell empty? . is the folder that you are in")
     if variable := VARIABLE.search(str(text)):
         how = "which only a shell replaces; write the path, or ~ for the home folder"
         raise UserError(f"{text} has {variable[1]}, {how}")

@@ -317,7 +317,7 @@ def mistakes(error: ValidationError, schema: type[BaseModel]) -> list[str]:
             messages += [f"{name}: {line}" if name else line for line in lines]
         elif kind == "literal_error":
             expected = item.get("ctx", {})["expected"]
-            hint = nearest(str(item["input"]), expected.split("'"))
+            hint = nearest(str(item["input"]), expected.split("'")[1::2])
             messages.append(f"{name}: {given} is not one of {expected}{hint}")
         elif kind in ("path_type", "string_type") and isinstance(item["input"], int | float):
             messages.append(f"{name}: {given} is a number where text is expected; in quotes it is text")

@@ -10,6 +10,7 @@ from moco_dist.doctor.finding import Finding, fine, problem, warning
 from moco_dist.run import checkpoint
 from moco_dist.run.folder import RunFolder
 from moco_dist.run.logbook import read_log
+from moco_dist.run.weights import imported_from
 
 COLLAPSED_STD = 0.1  # of 1; a network that has just been made is near it too, so only trained ones are judged
 CHANCE_NATS = 0.15  # from ln(K + 1): random unit vectors in 128 dimensions at tau 0.2 are 0.1 above
@@ -32,6 +33,8 @@ def run(run_dir: Path) -> list[Finding]:
         return [problem("loss", f"{loss} at step {step}, which ended the run: a lower optim.base_lr, or a warm-up "
                         "(optim.warmup_epochs)")]  # fmt: skip
     rows = [row for row in everything if "loss" in row]
+    if not rows and (file := imported_from(run_dir)):
+        return [fine("run", f"its backbone was imported from {file}, so there is no training to look at")]
     if not rows:
         return [warning("log", "no step is logged yet (log.every_steps "
                         f"{config.log.every_steps}); if it stays so, look at what the ranks print")]  # fmt: skip

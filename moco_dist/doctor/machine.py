@@ -37,6 +37,7 @@ def check(config: PretrainConfig, ranks_per_host: int, world_size: int) -> list[
         open_files(config, ranks_per_host, world_size),
         cores(config, ranks_per_host),
         gpus(config, ranks_per_host),
+        *precision(config.optim.precision, config.run.device),
         disk(config, world_size),
         *cache(config),
     ]
@@ -181,6 +182,13 @@ def cache(config: PretrainConfig) -> list[Finding]:
         return [warning("cache", f"{text}, less than data.cache_bytes ({most / 1e9:,.1f} GB): what does not fit is "
                         "fetched in every epoch")]  # fmt: skip
     return [fine("cache", text)]
+
+
+def precision(name: str, device: str) -> list[Finding]:
+    """Whether this host computes fast in the precision that was asked for, by its name in `optim.precision`."""
+    if name != "fp16" or (device != "cpu" and num_gpus()):
+        return []
+    return [warning("precision", "fp16 on a CPU is many times slower than fp32 and saves nothing: take fp32")]
 
 
 def disk(config: PretrainConfig, world_size: int) -> Finding:

@@ -11,8 +11,10 @@ from pathlib import Path
 from moco_dist.config.credentials import without_credentials
 from moco_dist.config.run import TrackingConfig
 from moco_dist.doctor.finding import Finding, fine, problem, warning
+from moco_dist.errors import UserError
 from moco_dist.launchers.torchrun import INTERFACE_VARIABLES, interface_problem
 from moco_dist.tracking.failure import proxy_of
+from moco_dist.tracking.server import absolute, default_uri, require_usable
 
 INTERFACES = Path("/sys/class/net")
 VIRTUAL = ("docker", "veth", "virbr", "br-", "cni", "flannel", "cali", "tun", "tap")
@@ -27,6 +29,11 @@ def mlflow_server(config: TrackingConfig) -> Finding:
     if config.backend == "none":
         return fine("MLflow", "off (tracking.backend none)")
     if not uri.startswith("http"):
+        given_by = "tracking.uri" if config.uri else "MLFLOW_TRACKING_URI"
+        try:
+            require_usable(absolute(uri or default_uri(Path())), given_by)
+        except UserError as error:
+            return problem("MLflow", str(error))
         return fine("MLflow", f"a database, not a server: {shown or 'sqlite beside the run'}")
     try:
         with urllib.request.urlopen(f"{shown.rstrip('/')}/health", timeout=ANSWER_SECONDS):

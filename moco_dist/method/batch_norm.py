@@ -43,6 +43,7 @@ class GroupedBatchNorm2d(nn.BatchNorm2d):
 
         Raises:
             ValueError: N is not a multiple of group_size.
+            UserError: a group is one value, which has no variance.
         """
         output = self._normalised(input)
         for name in self.then:
@@ -56,6 +57,11 @@ class GroupedBatchNorm2d(nn.BatchNorm2d):
             )
         if input.shape[0] % self.group_size:
             raise ValueError(f"{input.shape[0]} samples are not whole BN groups of {self.group_size}")
+        if self.group_size == 1 and input.shape[2:].numel() == 1:
+            raise UserError(
+                "images end as 1 x 1 in BN groups of 1 sample (model.bn_group_size), one value a group, which has no "
+                "variance: larger images (data.image_size), or groups of 2 or more"
+            )
         assert self.running_mean is not None
         assert self.running_var is not None
         assert self.momentum is not None

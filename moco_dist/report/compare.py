@@ -23,7 +23,7 @@ from moco_dist.run.logbook import read_log
 from moco_dist.run.manifest import read_manifest
 from moco_dist.tracking import client_of, page_of, run_page
 from moco_dist.tracking.failure import reason
-from moco_dist.tracking.server import require_usable
+from moco_dist.tracking.server import absolute, require_usable
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -122,6 +122,7 @@ def runs_of_experiment(name: str, uri: str) -> list[RunRecord]:
         UserError: `uri` is not one of MLflow's, there is no such experiment, or no run in it.
         UnreachableError: the server does not answer, or refuses.
     """
+    uri = absolute(uri)
     require_usable(uri)
     client = client_of(uri)
     from mlflow.exceptions import MlflowException

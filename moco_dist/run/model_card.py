@@ -80,7 +80,9 @@ def _numbers(run_dir: Path) -> list[str]:
         kind = EVALUATIONS.get(name.partition("_")[0])
         if kind is None or result["encoder"] not in ("trained", "untrained"):
             continue
-        of = f"after {result['step']:,} steps" if result["encoder"] == "trained" else "untrained, to compare with"
+        of = "untrained, to compare with"
+        if result["encoder"] == "trained":
+            of = f"after {result['step']:,} steps" if result["step"] else "as imported"
         some = result["variant"].replace("_", ", ")
         lines += [f"- {kind}{some}, {of}: {key} {value:.2f} % of {result['num_val']:,} images"
                   for key, value in result["accuracy"].items()]  # fmt: skip

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from moco_dist.config.credentials import without_credentials
 from moco_dist.config.run import TrackingConfig
+from moco_dist.config.section import path_of
 from moco_dist.errors import UserError, nearest
 from moco_dist.files import parsed_json
 from moco_dist.tracking.database import SQLITE, file_of, has_run, open_alone
@@ -68,8 +69,12 @@ def default_uri(run_dir: Path) -> str:
 
 
 def absolute(uri: str) -> str:
-    """A sqlite URI with its whole path; any other as it is."""
-    return f"{SQLITE}{Path(uri.removeprefix(SQLITE)).resolve()}" if uri.startswith(SQLITE) else uri
+    """A sqlite URI with its whole path, in which `~` at the start is the home folder; any other as it is.
+
+    Raises:
+        UserError: the path has a `$VARIABLE` that no shell has replaced.
+    """
+    return f"{SQLITE}{path_of(uri.removeprefix(SQLITE)).resolve()}" if uri.startswith(SQLITE) else uri
 
 
 def require_usable(uri: str, given_by: str = "tracking.uri") -> None:
@@ -209,5 +214,6 @@ def original_of(run_dir: Path, saved: dict[str, str], uri: str) -> Path | None:
     other, database = read_saved(record_path(original)), file_of(uri)
     if other is None or other["run_id"] != saved["run_id"] or original.samefile(here):  # or one folder, mounted twice
         return None
+    theirs = file_of(uri_of(original, other))
     is_own = database is not None and database.parent == here.parent and has_run(database, saved["run_id"])
-    return None if is_own else original
+    return None if is_own and database != theirs else original  # or a copy that lies beside it

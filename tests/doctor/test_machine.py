@@ -15,6 +15,7 @@ from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.config.run import TrackingConfig
 from moco_dist.config.source import read_config
 from moco_dist.doctor import machine, network
+from moco_dist.errors import EXIT_MISTAKE
 
 NEEDED = ["--run.dir", "r", "--data.root", "d"]
 
@@ -145,6 +146,13 @@ def test_settings_of_an_evaluation_have_no_section(tmp_path, capsys):
     assert "warning" in capsys.readouterr().out
     assert main(["doctor", str(finetune), "--run-dir=s", "--classifier_lr", "0.001"]) == 0
     assert "warning" in capsys.readouterr().out
+    both, knn = tmp_path / "both.yaml", tmp_path / "knn.yaml"
+    both.write_text("run_dir: r\nepochs: 20\nmilestones: [12, 16]\n")  # of both, and the flag says which
+    knn.write_text("run_dir: r\n")
+    assert main(["doctor", str(both), "--backbone-lr=0.1"]) == 0
+    assert "backbone 0.1, classifier 1" in capsys.readouterr().out
+    assert main(["doctor", str(knn), "--temperature", "0.1"]) == EXIT_MISTAKE
+    assert "is one of moco-dist knn" in capsys.readouterr().err
     for words, hint in [
         ([linear, "--epoch", "3"], "did you mean --epochs?"),
         ([linear, "--nodse", "2"], "did you mean --nodes?"),
@@ -153,6 +161,16 @@ def test_settings_of_an_evaluation_have_no_section(tmp_path, capsys):
         assert main(["doctor", *map(str, words)]) in (1, 2)
         told = "".join(capsys.readouterr())
         assert hint in told, told
+
+
+def test_a_precision_that_is_slow_here(monkeypatch):
+    monkeypatch.setattr(machine, "num_gpus", lambda: 0)
+    config = PretrainConfig.model_validate({"run": {"dir": "r"}, "data": {"root": "d"}, "optim": {"precision": "fp16"}})
+    assert [f.level for f in machine.check(config, 1, 1) if f.about == "precision"] == ["warning"]
+    assert machine.precision("bf16", "cpu") == machine.precision("auto", "auto") == []
+    monkeypatch.setattr(machine, "num_gpus", lambda: 1)
+    assert machine.precision("fp16", "auto") == []
+    assert machine.precision("fp16", "cpu") != []
 
 
 def test_missing_packages(monkeypatch):
@@ -173,6 +191,14 @@ def test_disk_and_run_folder(monkeypatch, tmp_path):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     assert machine.disk(config, 1).level == "error"
     assert "checkpoints take 1.1 GB" in machine.disk(config, 1).text
+
+
+def test_a_tracking_uri_that_a_run_refuses(monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    for uri, told in (("mlruns", "tracking.uri mlruns is neither"), ("sqlite:///$HOME/m.db", "has $HOME, which only")):
+        found = network.mlflow_server(TrackingConfig(uri=uri))
+        assert found.level == "error" and told in found.text
+    assert network.mlflow_server(TrackingConfig()).level == "ok"
 
 
 def test_mlflow_that_does_not_answer_or_is_something_else():

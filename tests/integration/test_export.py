@@ -100,16 +100,23 @@ def test_the_card_says_what_is_known(run, folder):
     assert "`set`" in later and "bucket" not in later
 
 
-def test_an_imported_backbone_s_card_claims_nothing(tmp_path):
+def test_an_imported_backbone_s_card_claims_nothing(tmp_path, capsys):
     import torchvision
 
     torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "theirs.pth")
     words = ["import", str(tmp_path / "theirs.pth"), "--arch", "resnet18", "--out", str(tmp_path / "run")]
     assert main(words) == 0
+    result = {"encoder": "trained", "variant": "", "step": 0, "num_val": 20, "accuracy": {"knn_top1_k20": 12.5}}
+    (tmp_path / "run" / "eval").mkdir()
+    (tmp_path / "run" / "eval" / "knn_trained.json").write_text(json.dumps(result))
     assert main(["export", str(tmp_path / "run"), "--format", "huggingface", "--out", str(tmp_path / "mine")]) == 0
     card = (tmp_path / "mine" / "README.md").read_text()
     assert "from a file, `theirs.pth`, of another program" in card
     assert "MoCo" not in card and "epochs" not in card
+    assert "- kNN, as imported: knn_top1_k20 12.50 % of 20 images" in card
+    capsys.readouterr()
+    assert main(["doctor", "--run", str(tmp_path / "run")]) == 0
+    assert "imported from theirs.pth, so there is no training to look at" in capsys.readouterr().out
 
 
 def test_mistakes_are_one_line(run, folder, tmp_path, monkeypatch, capsys):

@@ -286,6 +286,29 @@ def test_a_copied_run_says_whose_it_is(runs, tmp_path, trained_further, capsys):
         assert [(point.step, point.value) for point in history] == [(1, 3.0), (2, 2.0)]
 
 
+def test_a_copy_beside_the_original_says_whose_it_is(runs, capsys):
+    with Tracker.for_pretraining(config_of(runs / "a"), World()) as tracker:
+        tracker.log_metrics(1, {"loss": 3.0})
+    shutil.copytree(runs / "a", runs / "b")
+    with Tracker.for_evaluation(KnnConfig(run_dir=runs / "b"), "knn", "trained"):
+        pass
+    assert f"{runs / 'b'} is a copy of {runs / 'a'}, and adds to its MLflow run" in capsys.readouterr().err
+    with Tracker.for_pretraining(config_of(runs / "b"), World()) as tracker:
+        tracker.log_metrics(2, {"loss": 2.0})
+    assert f"{runs / 'b'} is a copy of {runs / 'a'}; it goes on as an MLflow run of its own" in capsys.readouterr().err
+    assert history_of(runs / "a", "loss") == [(1, 3.0)]
+
+
+def test_a_database_in_the_home_folder(runs, monkeypatch):
+    """Whether or not a shell has seen its path."""
+    monkeypatch.setenv("HOME", str(runs))
+    with Tracker.for_pretraining(config_of(runs / "a", uri="sqlite:///~/mlflow.db"), World()):
+        pass
+    assert record_of(runs / "a")["tracking_uri"] == f"sqlite:///{runs}/mlflow.db"
+    with pytest.raises(UserError, match="has \\$HOME, which only a shell replaces"):
+        Tracker.for_pretraining(config_of(runs / "b", uri="sqlite:///$HOME/mlflow.db"), World())
+
+
 def test_a_run_that_was_copied_with_its_database_has_that_one(runs, capsys):
     with Tracker.for_pretraining(config_of(runs / "a"), World()) as tracker:
         tracker.log_metrics(1, {"loss": 3.0})

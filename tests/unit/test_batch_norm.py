@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from moco_dist.config.pretrain import ModelConfig
+from moco_dist.errors import UserError
 from moco_dist.method.batch_norm import GroupedBatchNorm2d, set_micro_batch
 from moco_dist.method.encoder import build_encoder
 
@@ -22,6 +23,14 @@ def plain(groups):
         means.append(norm.running_mean)
         variances.append(norm.running_var)
     return torch.stack(means).mean(0), torch.stack(variances).mean(0)
+
+
+@pytest.mark.parametrize("group_count", [1, 3])
+def test_one_value_a_group_is_named(group_count):
+    norm = GroupedBatchNorm2d(3, group_size=1)
+    with pytest.raises(UserError, match="end as 1 x 1 in BN groups of 1 sample .* larger images"):
+        norm(torch.ones(group_count, 3, 1, 1))
+    norm.eval()(torch.ones(group_count, 3, 1, 1))
 
 
 def test_each_group_is_normalised_alone():

@@ -92,6 +92,17 @@ def test_the_home_folder_and_variables(tmp_path, monkeypatch, capsys):
     assert "only a shell replaces" in second
 
 
+def test_a_path_is_not_empty(tmp_path, capsys):
+    """A shell makes an empty word of "$RUN" where RUN is not set; it is not the folder that one is in."""
+    (tmp_path / "c.yaml").write_text("run: {dir: ''}\n")
+    in_file = problems("--data.root", "d", file=tmp_path / "c.yaml", needed=[])
+    for found in (problems("--data.root", ""), problems("--data.cache-dir="), in_file):
+        assert "'' is no path" in found[0]
+    assert main(["report", ""]) == EXIT_MISTAKE
+    assert "'' is no path" in capsys.readouterr().err
+    assert problems("--optim.precision", "")[0].endswith("'fp16' or 'fp64'")
+
+
 LAUGHS = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 9)
 )
@@ -181,7 +192,7 @@ def test_a_bn_group_of_one_sample_works_where_pixels_are_left(stem, side):
     read(*flags)
     model = ModelConfig.model_validate({"arch": "resnet10", "stem": stem, "bn_group_size": 1})
     assert Encoder(model)(torch.zeros(2, 3, side, side)).isfinite().all()
-    with pytest.raises(ValueError, match="more than 1 value per channel"):
+    with pytest.raises(ValueError, match="end as 1 x 1 in BN groups of 1 sample"):
         Encoder(model)(torch.zeros(2, 3, side - 1, side - 1))
 
 

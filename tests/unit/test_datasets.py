@@ -101,6 +101,18 @@ def test_linked_images_and_folders_are_found(tmp_path):
             r"class .* lacks; 'caf\\xe9', which is there, looks the same as 'cafe\\u0301'",
         ),
         (
+            ["set/train/bus/1.jpg", "set/val/bus /1.jpg"],
+            "set",
+            "val",
+            "'bus', which is there, looks the same as 'bus '",
+        ),
+        (
+            ["set/train/bus/1.jpg", "set/val/b\u03c5s/1.jpg"],
+            "set",
+            "val",
+            r"did you mean 'bus'\? 'b\\u03c5s' has letters of another script",
+        ),
+        (
             ["set/caf\u00e9/1.jpg", "set/cafe\u0301/1.jpg"],
             "set",
             "train",

@@ -244,6 +244,32 @@ def checkpoint_planning(result: Result) -> str:
     return markdown(["ranks", *(f"{way}, s" for way in ways), "ratio"], rows) + origin(result)
 
 
+def demo_seeds(result: Result) -> str:
+    """The demo's accuracies: mean and range over seeds."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in result["rows"]:
+        groups.setdefault(row["instructions"], []).append(row)
+
+    def spread(values: list[float], sign: str = "") -> str:
+        return f"{sum(values) / len(values):{sign}.1f} ({min(values):{sign}.1f} to {max(values):{sign}.1f})"
+
+    names = {"raw pixels": "pixels", "untrained": "untrained", "pre-trained": "trained"}
+    rows = [[label, *(spread([row[f"{kind}_{encoder}"] for row in group])
+                      for group in groups.values() for kind in ("knn", "linear"))]
+            for label, encoder in names.items()]  # fmt: skip
+    rows.append(["pre-trained − untrained",
+                 *(spread([row[f"{kind}_trained"] - row[f"{kind}_untrained"] for row in group], "+")
+                   for group in groups.values() for kind in ("knn", "linear"))])  # fmt: skip
+    columns = ["", *(f"{title}, {group[0]['capability']}" for group in groups.values()
+                     for title in ("kNN top-1 %, k = 20", "linear top-1 %"))]  # fmt: skip
+    seeds = "; ".join(
+        f"{group[0]['capability']}: {len(group)} seeds, "
+        f"{spread([(row['cpu_seconds'] + row['data_cpu_seconds']) / 2 for row in group])} s of two cores each"
+        for group in groups.values()
+    )
+    return f"{markdown(columns, rows)}\n{seeds}.\n{origin(result)}"
+
+
 def headlines() -> str:
     """What each theme comes to: here, and in the way that is usual."""
     rows: list[list[str]] = []
@@ -287,7 +313,7 @@ def headlines() -> str:
 
 THEMES = (
     network, peer_step, step_parts, infonce, update, table3, plan_validation, loader, loader_parts, sources, parquet,
-    index, exchange, augment, checkpoint, checkpoint_planning,
+    index, exchange, augment, checkpoint, checkpoint_planning, demo_seeds,
 )  # fmt: skip
 TABLES: dict[str, Callable[[Result], str]] = {table.__name__: table for table in THEMES}
 

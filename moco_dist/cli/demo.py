@@ -1,4 +1,7 @@
-"""`moco-dist demo` (`make demo`): the main job in minutes on two cores, from images to a table of what was learned."""
+"""`moco-dist demo` (`make demo`): the main job in minutes on two cores, from images to a table of what was learned.
+
+A first table and page are there before the training begins: raw pixels and the network untrained need none.
+"""
 
 import os
 import sys
@@ -9,6 +12,7 @@ from moco_dist.cli.arguments import Parser
 from moco_dist.errors import EXIT_INTERRUPTED
 from moco_dist.run.folder import RunFolder
 
+CONFIG = "demo.yaml"
 RUN = Path("runs/demo")
 DATA = Path("data/shapes")
 RANKS = 2
@@ -25,13 +29,23 @@ def main(words: list[str]) -> int:
         return torchrun(["--standalone", "--nproc-per-node", str(RANKS), "-m", "moco_dist", *command])
 
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // RANKS)))
-    encoders = ["--encoders", "[pixels, untrained, trained]", "--data.num-workers", "0"]
+    encoders = ["--encoders", "[pixels, untrained, trained]"]
+    knn = ["knn", "--run-dir", str(RUN), "--data.num-workers", "0"]
+
+    def before_training() -> int:
+        _begin()
+        if status := ranks([*knn, "--encoders", "[pixels, untrained]"]):
+            return status
+        _first_page()
+        return 0
+
     steps = [
-        ("1/4  data", lambda: data.main(["prepare", "shapes", "--out", str(DATA)])),
-        ("2/4  pre-training on 2 ranks", lambda: ranks(["pretrain", "demo.yaml"])),
-        ("3/4  kNN", lambda: ranks(["knn", "--run-dir", str(RUN), *encoders])),
-        ("3/4  linear", lambda: ranks(["linear", "demo_linear.yaml", *encoders])),
-        ("4/4  report", lambda: report.main([str(RUN)])),
+        ("1/5  data", lambda: data.main(["prepare", "shapes", "--out", str(DATA)])),
+        ("2/5  kNN before training", before_training),
+        ("3/5  pre-training on 2 ranks", lambda: ranks(["pretrain", CONFIG])),
+        ("4/5  kNN", lambda: ranks([*knn, *encoders])),
+        ("4/5  linear", lambda: ranks(["linear", "demo_linear.yaml", *encoders])),
+        ("5/5  report", lambda: report.main([str(RUN)])),
     ]
     started = time.monotonic()
     for title, step in steps:
@@ -48,3 +62,26 @@ def main(words: list[str]) -> int:
             return status
     print(f"\n{time.monotonic() - started:.0f} seconds in all")
     return 0
+
+
+def _begin() -> None:
+    """RUN is the folder of the run from now on, so that it can be evaluated and shown."""
+    from moco_dist.config.pretrain import PretrainConfig
+    from moco_dist.config.source import read_config, to_yaml
+    from moco_dist.files import write_whole
+    from moco_dist.run.folder import RunFolder
+
+    settings = RunFolder(RUN).config
+    if not settings.exists():
+        write_whole(settings, to_yaml(read_config(PretrainConfig, Path(CONFIG), [])).encode())
+
+
+def _first_page() -> None:
+    """The table and the page of what is known so far; the training makes the page anew as it goes on."""
+    from moco_dist.report.contact_sheet import pairs_for_report
+    from moco_dist.report.page import accuracy_table, write_report
+    from moco_dist.run.folder import RunFolder
+
+    page = write_report(RUN, pairs_for_report(RunFolder(RUN).settings(), 8))
+    print(accuracy_table(RUN))
+    print(f"\nthe report, which grows as the demo goes on: python -m webbrowser {page.resolve().as_uri()}")

@@ -20,7 +20,7 @@ from moco_dist.report.page import write_report
 from moco_dist.run.folder import RunFolder
 from moco_dist.tracking import Tracker
 
-FIRST_SECONDS, LONGEST_SECONDS = 60.0, 3600.0  # until the first page; pauses double from then on
+FIRST_SECONDS, LONGEST_SECONDS = 30.0, 3600.0  # until the first page; pauses double from then on
 PAIRS = 8
 MODEL = "backbone_weights"  # not `backbone`, the artifact that the registry is given
 END_SECONDS, CLOSE_SECONDS = 20, 5  # the longest waits for a page, at the end of a run and of one that is stopped

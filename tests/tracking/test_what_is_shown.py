@@ -162,11 +162,11 @@ def test_the_page_is_made_anew_with_growing_pauses_and_by_a_thread(tracked, monk
     with Tracker.for_pretraining(tracked, World()) as tracker:
         showing = Showing(tracked, find_training_images(tracked.data), tracker, 5, 1000, lambda _: None)
         showing._is_making(60)
-        for clock[0] in (30.0, 61.0, 130.0):  # the second is due, the third too, but the second is still being made
+        for clock[0] in (15.0, 31.0, 65.0):  # the second is due, the third too, but the second is still being made
             showing.logged()
         may_end.set()
         showing._is_making(60)
-        for clock[0] in (182.0, 200.0, 423.0):
+        for clock[0] in (92.0, 100.0, 213.0):
             showing.logged()
             showing._is_making(60)
-    assert made == [61.0, 182.0, 423.0]
+    assert made == [31.0, 92.0, 213.0]

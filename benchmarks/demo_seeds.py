@@ -1,10 +1,11 @@
 """How much of the demo's table is chance: `moco-dist demo` with several seeds, over the same images.
 
-    python -m benchmarks.demo_seeds [--seeds 0 1 2 3 4] [--instructions own avx2] [--earlier drop|keep|replace] [--quick]
+    python -m benchmarks.demo_seeds [--seeds 0 1 2 3 4] [--instructions own avx2]
+        [--earlier drop|keep|replace] [--quick]
 
-Each demo runs in a folder of its own, with a demo.yaml that differs by run.seed alone. `own` is every instruction that the
-CPU has, `avx2` takes ATEN_CPU_CAPABILITY=avx2 and DNNL_MAX_CPU_ISA=AVX2: kernels round otherwise there, and a run is
-another one. A result is written after each demo. --quick: a seed of an epoch on a few shapes.
+Each demo runs in a folder of its own, with a demo.yaml that differs by run.seed alone. `own` is every instruction that
+the CPU has; `avx2` is ATEN_CPU_CAPABILITY=avx2 and DNNL_MAX_CPU_ISA=AVX2, under which the kernels round otherwise, and
+so a run is another one. A result is written after each demo. --quick: a seed of an epoch on a few shapes.
 """
 
 import argparse
@@ -51,7 +52,7 @@ def prepared(data: Path, quick: bool) -> float:
     if not quick:
         prepare_shapes(data)
         return time.process_time() - before
-    marker = prepare_shapes(data, num_train=120, num_val=40) / MARKER
+    marker = prepare_shapes(data, num_train=240, num_val=40) / MARKER
     marker.write_text(json.dumps({**json.loads(marker.read_text()), "num_train": 8_000, "num_val": 2_000}))
     return time.process_time() - before
 

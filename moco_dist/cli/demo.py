@@ -33,10 +33,11 @@ def main(words: list[str]) -> int:
     knn = ["knn", "--run-dir", str(RUN), "--data.num-workers", "0"]
 
     def before_training() -> int:
-        _begin()
+        run = RunFolder(RUN)
+        _begin(run)
         if status := ranks([*knn, "--encoders", "[pixels, untrained]"]):
             return status
-        _first_page()
+        _first_page(run)
         return 0
 
     steps = [
@@ -50,9 +51,6 @@ def main(words: list[str]) -> int:
     started = time.monotonic()
     for title, step in steps:
         print(f"\n== {title}", flush=True)
-        if title.startswith("2/4"):
-            page = RunFolder(RUN).report
-            print(f"{page} appears in the first minutes and loads itself again: open it in a browser", flush=True)
         try:
             status = step()
         except KeyboardInterrupt:
@@ -64,24 +62,21 @@ def main(words: list[str]) -> int:
     return 0
 
 
-def _begin() -> None:
-    """RUN is the folder of the run from now on, so that it can be evaluated and shown."""
+def _begin(run: RunFolder) -> None:
+    """`run` is the folder of a run from now on, so that it can be evaluated and shown."""
     from moco_dist.config.pretrain import PretrainConfig
     from moco_dist.config.source import read_config, to_yaml
     from moco_dist.files import write_whole
-    from moco_dist.run.folder import RunFolder
 
-    settings = RunFolder(RUN).config
-    if not settings.exists():
-        write_whole(settings, to_yaml(read_config(PretrainConfig, Path(CONFIG), [])).encode())
+    if not run.config.exists():
+        write_whole(run.config, to_yaml(read_config(PretrainConfig, Path(CONFIG), [])).encode())
 
 
-def _first_page() -> None:
+def _first_page(run: RunFolder) -> None:
     """The table and the page of what is known so far; the training makes the page anew as it goes on."""
     from moco_dist.report.contact_sheet import pairs_for_report
     from moco_dist.report.page import accuracy_table, write_report
-    from moco_dist.run.folder import RunFolder
 
-    page = write_report(RUN, pairs_for_report(RunFolder(RUN).settings(), 8))
-    print(accuracy_table(RUN))
-    print(f"\nthe report, which grows as the demo goes on: python -m webbrowser {page.resolve().as_uri()}")
+    page = write_report(run.root, pairs_for_report(run.settings(), 8, run.indices))
+    opens = f"python -m webbrowser {page.resolve().as_uri()}"
+    print(f"{accuracy_table(run.root)}\n\nto see the report, which grows as the demo goes on: {opens}", flush=True)

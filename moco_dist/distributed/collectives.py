@@ -72,16 +72,17 @@ def process_group(world: World, timeout_seconds: float = 600, alone_too: bool = 
 def why_no_group(error: Exception, world: World) -> UserError | None:
     """What to tell of an error that came while the process group was made; None: this error is not known."""
     text = str(error)
-    if nccl := re.search(r"nccl\w*(Usage|Argument|Error)\b|NCCL error|CUDA error", text):
+    of_store = isinstance(error, (dist.DistStoreError, dist.DistNetworkError, TimeoutError)) or "store->" in text
+    if not of_store and re.search(r"nccl|Duplicate GPU|CUDA error|\bibv_", text, re.IGNORECASE):
         why = " ".join(text.partition("Last error:")[2].split()) or text.splitlines()[0]
-        if nccl[1] in ("Usage", "Argument") or "Duplicate GPU" in text:
+        if re.search(r"nccl\w*(Usage|Argument)\b|invalid (usage|argument)|Duplicate GPU", text):
             return UserError(f"rank {world.rank} cannot use {world.device} beside the other ranks: {why}; each rank "
                              "needs a GPU of its own")  # fmt: skip
         return InfrastructureError(f"NCCL cannot start on rank {world.rank}: {why}; NCCL_DEBUG=INFO shows more, and "
                                    "TORCH_DIST_USE_NCCL2=0 takes torch's older way to it")  # fmt: skip
     if isinstance(error, ValueError):  # a variable is missing, or is no number
         return UserError(f"rank {world.rank} cannot meet the others: {text.splitlines()[0]}; start with torchrun")
-    if isinstance(error, (dist.DistStoreError, dist.DistNetworkError, TimeoutError)) or "gloo/transport" in text:
+    if of_store or "gloo/transport" in text:
         address = ":".join(os.environ.get(name, name) for name in ("MASTER_ADDR", "MASTER_PORT"))
         who = f"rank {world.rank} cannot meet the other {world.world_size - 1}"
         return UnreachableError(f"{who} at {address}: {text.splitlines()[0]}")

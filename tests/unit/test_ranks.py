@@ -57,6 +57,8 @@ def test_the_cause_decides_and_not_the_highest_status(statuses, status):
          ["NCCL cannot start on rank 1: Call to ibv_create_qp failed", "NCCL_DEBUG=INFO", "TORCH_DIST_USE_NCCL2=0"]),
         (RuntimeError("NCCL Error 5: invalid usage\nLast error:\nDuplicate GPU detected"), 2, ["cannot use cuda:1"]),
         (RuntimeError("ncclCommInitRankConfig failed: internal error"), 74, ["ncclCommInitRankConfig failed"]),
+        (RuntimeError("Failed to initialize NCCL communicator: invalid usage"), 2, ["needs a GPU of its own"]),
+        (RuntimeError("Failed to initialize NCCL communicator: unhandled system error"), 74, ["TORCH_DIST_USE_NCCL2"]),
         (RuntimeError("Call to ibv_reg_mr failed"), 74, ["NCCL cannot start on rank 1: Call to ibv_reg_mr failed"]),
         (dist.DistBackendError("retrieving ncclUniqueId by key '0', but store->get('0') got error: wait timeout"), 69,
          ["cannot meet the other 1 at", "wait timeout"]),

@@ -16,6 +16,7 @@ CONFIG = "demo.yaml"
 RUN = Path("runs/demo")
 DATA = Path("data/shapes")
 RANKS = 2
+EVALUATED_PIXELS = 48  # as in demo_linear.yaml: a whole image, with its shapes as large as in the crops of the training
 
 
 def main(words: list[str]) -> int:
@@ -30,7 +31,7 @@ def main(words: list[str]) -> int:
 
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // RANKS)))
     encoders = ["--encoders", "[pixels, untrained, trained]"]
-    knn = ["knn", "--run-dir", str(RUN), "--data.num-workers", "0"]
+    knn = ["knn", "--run-dir", str(RUN), "--data.num-workers", "0", "--data.image-size", str(EVALUATED_PIXELS)]
 
     def before_training() -> int:
         run = RunFolder(RUN)

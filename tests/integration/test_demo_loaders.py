@@ -42,6 +42,8 @@ def losses_of(shapes, tmp_path_factory):
             settings = {
                 "run.dir": runs / loader, "data.root": root, "run.stop-at-step": STEPS, "log.every-steps": 1,
                 "optim.precision": "fp32", "tracking.backend": "none",
+                "moco.queue-size": 128,  # which an epoch of so few images fills
+                "optim.base-lr": 1e-3,  # steps at the demo's rate would enlarge what DALI rounds otherwise
             }  # fmt: skip
             flags = [word for name, value in settings.items() for word in (f"--{name}", value)]
             moco_dist("pretrain", *configs, *flags)

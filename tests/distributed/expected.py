@@ -10,18 +10,18 @@ from tests.reference import Reference, rate_of_epoch
 from tests.world import run
 
 STEPS = 6  # 6 x 64 keys go around the queue of 152 more than twice
-MANY_STEPS = 20
-# MoCo v1 and v2 (row (d)) where they differ within a step, over the whole of a schedule of 20 steps: 10 epochs of two.
+MANY_STEPS = 10
+# MoCo v1 and v2 (row (d)) where they differ within a step, over the whole of a schedule of 10 steps: 5 epochs of two.
 VERSIONS = {
     "v1": {
         "model": {"head_hidden_dims": []},
         "moco": {"temperature": 0.07},
-        "optim": {"epochs": 10, "schedule": "step", "milestones": [6, 8]},
+        "optim": {"epochs": 5, "schedule": "step", "milestones": [3, 4]},
     },
     "v2": {
         "model": {"head_hidden_dims": [24]},
         "moco": {"temperature": 0.2},
-        "optim": {"epochs": 10, "schedule": "cosine"},
+        "optim": {"epochs": 5, "schedule": "cosine"},
     },
 }
 

@@ -12,7 +12,7 @@ from moco_dist.method.build import build_method
 from moco_dist.run.checkpoint import averaged
 from moco_dist.run.saver import Saver
 
-NUM_SAMPLES, SIDE = 160, 24
+NUM_SAMPLES, SIDE = 160, 16
 
 
 def small_config(**overrides):

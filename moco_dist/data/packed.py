@@ -46,7 +46,7 @@ def has_split(path: Path, split: str) -> bool:
 
 
 def splits_of(beton: Beton, path: Path | Url) -> dict[str, ImageFolder]:
-    """The images of an open file by what their names begin with. Classes have the order that their numbers say."""
+    """The images of an open file, `train` and `val` where there is one; classes in the order of their numbers."""
     tops, splits = beton.names.first_folders()
     depths = np.array([len(split.encode("utf-8", "surrogateescape")) + 1 for split in splits] + [0])
     paths = beton.names.below(depths[tops])
@@ -62,6 +62,8 @@ def splits_of(beton: Beton, path: Path | Url) -> dict[str, ImageFolder]:
     classes = tuple(names[folder] for folder in order)
     found = {}
     for number, split in enumerate(splits):
+        if split not in ("train", "val"):
+            continue
         rows = np.flatnonzero(tops == number)
         labels = label_of[folders[rows]]
         found[split] = ImageFolder(path / split, paths.take(rows), labels, classes, packed_rows=rows)

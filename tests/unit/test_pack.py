@@ -13,7 +13,7 @@ from moco_dist.cli.main import main
 from moco_dist.data.beton import JPEG, RAW, BetonWriter, read_beton
 from moco_dist.data.decode import decode_image
 from moco_dist.data.images import NO_CLASS, rows_of, subset
-from moco_dist.data.packed import PackedFile
+from moco_dist.data.packed import PackedFile, splits_of
 from moco_dist.data.sources import find_images
 from moco_dist.data.tasks import Crop
 from moco_dist.datasets.pack import pack
@@ -74,6 +74,7 @@ def test_splits_and_classes_in_any_order_are_those_of_a_plain_reading(tmp_path):
         chosen = rows_of(found, np.arange(len(rows))[::-1])
         images = [PackedFile(chosen).image(i)[1].getpixel((0, 0))[0] for i in range(len(rows))]
         assert images == rows[::-1]
+    assert list(splits_of(read_beton(tmp_path / "x.beton"), tmp_path / "x.beton")) == ["val", "train"]
 
 
 @pytest.mark.parametrize("raw_share", [0.0, 1.0])

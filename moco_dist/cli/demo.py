@@ -67,10 +67,11 @@ def _begin(run: RunFolder) -> None:
     """`run` is the folder of a run from now on, so that it can be evaluated and shown."""
     from moco_dist.config.pretrain import PretrainConfig
     from moco_dist.config.source import read_config, to_yaml
-    from moco_dist.files import write_whole
+    from moco_dist.run.manifest import without_secrets
 
     if not run.config.exists():
-        write_whole(run.config, to_yaml(read_config(PretrainConfig, Path(CONFIG), [])).encode())
+        run.root.mkdir(parents=True, exist_ok=True)
+        run.config.write_text(to_yaml(without_secrets(read_config(PretrainConfig, Path(CONFIG), []))))
 
 
 def _first_page(run: RunFolder) -> None:

@@ -1,7 +1,6 @@
 """`moco-dist features`."""
 
 import shutil
-import sys
 from pathlib import Path
 
 from moco_dist.cli.arguments import Parser
@@ -43,14 +42,11 @@ def main(words: list[str]) -> int:
     flags = [word for setting, value in given.items() for word in (f"--{setting}", value)]
     config = read_config(EvalConfig, None, ["--run-dir", str(parts), *flags])
     with ranks(config) as world:
-        from moco_dist.engine.precision import slow_on_cpu
         from moco_dist.evaluate.any_images import look_at, open_backbone, require_suffix, write_features
 
         require_suffix(args.out)
         size, precision = config.data.image_size, config.precision
         opened = open_backbone(args.backbone, world, args.arch, args.stem, size, precision)
-        if world.is_main and (slow := slow_on_cpu(opened.encoder.dtype, world.device)):
-            print(slow, file=sys.stderr)
         images = write_features(opened, args.images, args.out, config, world)
     if not world.is_main:
         return 0

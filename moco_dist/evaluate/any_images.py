@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import math
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from moco_dist.distributed.collectives import barrier
 from moco_dist.distributed.once import once_a_host
 from moco_dist.distributed.stop import StopRequest
 from moco_dist.distributed.world import World
-from moco_dist.engine.precision import compute_dtype
+from moco_dist.engine.precision import compute_dtype, slow_on_cpu
 from moco_dist.errors import UserError, nearest
 from moco_dist.evaluate.features import extract, kept
 from moco_dist.evaluate.overview import Overview, overview
@@ -153,6 +154,8 @@ def write_features(
     """
     images = images_of(root, RunFolder(config.run_dir).indices, world)
     evaluation = evaluation_of(opened, images, config, world)
+    if world.is_main and (slow := slow_on_cpu(evaluation.dtype, world.device)):
+        print(slow, file=sys.stderr)
     with StopRequest(math.inf, world) as stop, frozen(opened.encoder):
         extract(evaluation, opened.encoder, "train", stop=stop)
     barrier(world)

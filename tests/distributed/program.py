@@ -36,11 +36,11 @@ def small_config(**overrides):
     return PretrainConfig.model_validate(values)
 
 
-def images(dtype=torch.float64):
-    """(NUM_SAMPLES, 2 views, 3, SIDE, SIDE): every sample another picture, its two views alike."""
+def images(dtype=torch.float64, side=SIDE):
+    """(NUM_SAMPLES, 2 views, 3, side, side): every sample another picture, its two views alike."""
     generator = torch.Generator().manual_seed(11)
-    picture = torch.randn(NUM_SAMPLES, 1, 3, SIDE, SIDE, generator=generator, dtype=torch.float64)
-    noise = torch.randn(NUM_SAMPLES, 2, 3, SIDE, SIDE, generator=generator, dtype=torch.float64)
+    picture = torch.randn(NUM_SAMPLES, 1, 3, side, side, generator=generator, dtype=torch.float64)
+    noise = torch.randn(NUM_SAMPLES, 2, 3, side, side, generator=generator, dtype=torch.float64)
     return (picture + 0.3 * noise).to(dtype)
 
 

@@ -84,6 +84,6 @@ def test_the_demo_runs_in_any_folder(installed, tmp_path):
     out = run(installed, "demo", cwd=tmp_path, HOME=str(tmp_path), OMP_NUM_THREADS="1")
     assert "pre-trained − untrained" in out
     assert (tmp_path / "runs" / "demo" / "report" / "index.html").is_file(), out[-500:]
-    found = run(installed, "doctor", "demo", "--run.device", "cpu", cwd=tmp_path, HOME=str(tmp_path))
+    found = run(installed, "doctor", "demo.yaml", "--run.device", "cpu", cwd=tmp_path, HOME=str(tmp_path))
     assert "240 images in data/shapes" in found
     assert os.listdir(tmp_path / "runs") == ["demo"]

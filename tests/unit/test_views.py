@@ -35,7 +35,7 @@ def test_the_command_writes_a_sheet(data, tmp_path, capsys):
     words = ["data", "views", "configs/demo.yaml", "--out", str(tmp_path / "v.png"), "--count", "6"]
     assert main([*words, "--data.root", str(data), "--augment.recipe", "v1"]) == 0
     sheet = np.asarray(Image.open(tmp_path / "v.png"))
-    assert sheet.shape == (2 * (48 + 4) + 4, 8 * (48 + 4) + 4, 3)
+    assert sheet.shape == (2 * (32 + 4) + 4, 8 * (32 + 4) + 4, 3)
     assert main([*words[:3], "--out", str(tmp_path / "v.jpg")]) == 2
     assert main([*words, "--augment.recipi", "v1"]) == 2
     errors = capsys.readouterr().err.splitlines()

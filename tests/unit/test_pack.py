@@ -60,7 +60,7 @@ def test_splits_and_classes_in_any_order_are_those_of_a_plain_reading(tmp_path):
     """By (number, name): two classes may have a number, a class may be of one split alone, an image of none."""
     names = ["val/yak/9.jpg", "train/zoo/0.jpg", "train/ant/1.jpg", "train/2.jpg", "train/zoo/sub/3.jpg",
              "train/bee/4.jpg", "other/ant/5.jpg", "6.jpg", "val/ant/7.jpg", "train/ant/8.jpg"]  # fmt: skip
-    labels = [3, 0, 5, -1, 0, 5, 7, -1, 5, 5]
+    labels = [3, 0, 5, -1, 0, 5, 7, -1, 5, 9]  # a class has the number of its first image
     with (tmp_path / "x.beton").open("wb") as file, BetonWriter(file, 16) as writer:
         for number, (name, label) in enumerate(zip(names, labels, strict=True)):
             writer.add(name, label, RAW, 1, 1, bytes([number] * 3))
@@ -75,6 +75,18 @@ def test_splits_and_classes_in_any_order_are_those_of_a_plain_reading(tmp_path):
         images = [PackedFile(chosen).image(i)[1].getpixel((0, 0))[0] for i in range(len(rows))]
         assert images == rows[::-1]
     assert list(splits_of(read_beton(tmp_path / "x.beton"), tmp_path / "x.beton")) == ["val", "train"]
+
+
+def test_the_table_of_places_may_have_any_order(images, tmp_path):
+    out = pack(images, tmp_path / "x.beton")
+    written, before = bytearray(out.read_bytes()), read_beton(out)
+    at = int(np.frombuffer(written, "<u8", 1, 16)[0])  # the last of the header
+    table = np.frombuffer(written, "<u8", offset=at).reshape(-1, 3)
+    written[at:] = table[::-1].tobytes()
+    (tmp_path / "y.beton").write_bytes(written)
+    after = read_beton(tmp_path / "y.beton")
+    assert after.size.tolist() == before.size.tolist()
+    assert len(set(after.size.tolist())) > 1
 
 
 @pytest.mark.parametrize("raw_share", [0.0, 1.0])

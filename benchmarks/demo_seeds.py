@@ -29,7 +29,7 @@ INSTRUCTIONS = {"own": {}, "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "DNNL_MAX_CPU
 CAPABILITY = "import torch; print(torch.backends.cpu.get_cpu_capability())"
 SMALL: dict[str, dict[str, Any]] = {  # goes over the demo's settings
     "demo": {"model": {"head_hidden_dims": [16], "bn_group_size": 4}, "moco": {"queue_size": 64},
-             "optim": {"global_batch_size": 24, "epochs": 1, "warmup_epochs": 0}, "data": {"image_size": 32}},
+             "optim": {"global_batch_size": 24, "epochs": 1, "warmup_epochs": 0}},
     "demo_linear": {"epochs": 1, "milestones": [], "global_batch_size": 8},
 }  # fmt: skip
 

@@ -3,6 +3,7 @@
 A first table and page are there before the training begins: raw pixels and the network untrained need none.
 """
 
+import json
 import os
 import sys
 import time
@@ -12,11 +13,10 @@ from moco_dist.cli.arguments import Parser
 from moco_dist.errors import EXIT_INTERRUPTED
 from moco_dist.run.folder import RunFolder
 
-CONFIG = "demo.yaml"
+CONFIG, LINEAR = "demo.yaml", "demo_linear.yaml"
 RUN = Path("runs/demo")
 DATA = Path("data/shapes")
 RANKS = 2
-EVALUATED_PIXELS = 48  # as in demo_linear.yaml: a whole image, with its shapes as large as in the crops of the training
 
 
 def main(words: list[str]) -> int:
@@ -24,6 +24,8 @@ def main(words: list[str]) -> int:
     Parser("moco-dist demo", description="pre-trains on generated shapes and evaluates, on two ranks").parse_args(words)
 
     from moco_dist.cli import data, report
+    from moco_dist.config.evaluate import LinearConfig
+    from moco_dist.config.source import read_config
     from moco_dist.launchers.torchrun import torchrun
 
     def ranks(command: list[str]) -> int:
@@ -31,7 +33,8 @@ def main(words: list[str]) -> int:
 
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // RANKS)))
     encoders = ["--encoders", "[pixels, untrained, trained]"]
-    knn = ["knn", "--run-dir", str(RUN), "--data.num-workers", "0", "--data.image-size", str(EVALUATED_PIXELS)]
+    size = json.dumps(read_config(LinearConfig, Path(LINEAR), []).data.image_size)  # kNN sees what linear sees
+    knn = ["knn", "--run-dir", str(RUN), "--data.num-workers", "0", "--data.image-size", size]
 
     def before_training() -> int:
         run = RunFolder(RUN)
@@ -46,7 +49,7 @@ def main(words: list[str]) -> int:
         ("2/5  kNN before training", before_training),
         ("3/5  pre-training on 2 ranks", lambda: ranks(["pretrain", CONFIG])),
         ("4/5  kNN", lambda: ranks([*knn, *encoders])),
-        ("4/5  linear", lambda: ranks(["linear", "demo_linear.yaml", *encoders])),
+        ("4/5  linear", lambda: ranks(["linear", LINEAR, *encoders])),
         ("5/5  report", lambda: report.main([str(RUN)])),
     ]
     started = time.monotonic()

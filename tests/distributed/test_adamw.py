@@ -37,6 +37,7 @@ def outcomes(world, configs):
     with process_group(world, alone_too=True):
         for config in configs:
             method = build_method(config, world)
+            # Of smaller pictures float32's rounding would part the engines within three steps.
             plan, table = plan_of(config, NUM_SAMPLES), images(torch.float32, side=24)
             results = [method.train_step(views_at(table, plan, step, world), 1e-4, True) for step in range(3)]
             state = {name: value.clone() for name, value in replicated_tensors(method).items()}

@@ -12,7 +12,7 @@ from tests.faults.injector import train
 from tests.world import run
 
 WORLD_SIZE = 2
-KILLS = int(os.environ.get("MOCO_DIST_KILLS", "12"))  # make soak: 200
+KILLS = int(os.environ.get("MOCO_DIST_KILLS", "20"))  # make soak: 200
 
 
 def losses(run_dir):

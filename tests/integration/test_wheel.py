@@ -1,6 +1,5 @@
 """A wheel is enough: built from the sdist alone, installed outside of the checkout, it does the main job there."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -10,15 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from moco_dist.datasets.prepare import MARKER, prepare_shapes
+from benchmarks.demo_seeds import prepared, settings_of
 
 BUILD_SDIST = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
-SMALL = {  # the demo's configs, over which these go
-    "demo": {"model": {"head_hidden_dims": [16], "bn_group_size": 4}, "moco": {"queue_size": 64},
-             "optim": {"global_batch_size": 24, "epochs": 1, "warmup_epochs": 0}, "data": {"image_size": 32},
-             "tracking": {"backend": "none"}},
-    "demo_linear": {"epochs": 1, "milestones": [], "global_batch_size": 8, "tracking": "none"},
-}  # fmt: skip
 
 
 def run(*words, cwd, **environment):
@@ -73,14 +66,10 @@ def test_configs_by_name_are_enough_to_start(installed, tmp_path):
 @pytest.mark.timeout(900)  # eight processes, one after the other, on a busy machine
 def test_the_demo_runs_in_any_folder(installed, tmp_path):
     """Fewer images, a smaller network and one epoch, by files of the demo's names in the folder."""
-    shapes = prepare_shapes(tmp_path / "data" / "shapes", num_train=240, num_val=40)
-    marker = shapes / MARKER
-    marker.write_text(json.dumps({**json.loads(marker.read_text()), "num_train": 8_000, "num_val": 2_000}))
-    for name, smaller in SMALL.items():
-        settings = yaml.safe_load(Path(f"configs/{name}.yaml").read_text())
-        for key, value in smaller.items():
-            settings[key] = {**settings.get(key, {}), **value} if isinstance(value, dict) else value
-        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(settings))
+    prepared(tmp_path / "data" / "shapes", quick=True)
+    for name, settings in settings_of(quick=True).items():
+        tracking = {"demo": {"backend": "none"}, "demo_linear": "none"}[name]
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump({**settings, "tracking": tracking}))
     out = run(installed, "demo", cwd=tmp_path, HOME=str(tmp_path), OMP_NUM_THREADS="1")
     assert "pre-trained − untrained" in out
     assert (tmp_path / "runs" / "demo" / "report" / "index.html").is_file(), out[-500:]

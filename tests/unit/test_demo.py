@@ -28,7 +28,7 @@ def test_a_table_and_a_page_are_there_before_the_training(tmp_path, monkeypatch,
     monkeypatch.setattr(torchrun, "torchrun", ranks)
     assert demo.main([]) == 69
     assert [words[0] for words in commands] == ["knn", "pretrain"]
-    assert commands[0][-2:] == ["--encoders", "[pixels, untrained]"]
+    assert commands[0][-4:] == ["--data.image-size", "48", "--encoders", "[pixels, untrained]"]  # of demo_linear.yaml
     out = capsys.readouterr().out
     assert "30.25" in out
     assert f"python -m webbrowser {run.report.resolve().as_uri()}" in out

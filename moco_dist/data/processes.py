@@ -9,6 +9,7 @@ ranks cannot do without: slowly, but with no more memory and files than one of t
 
 import contextlib
 import errno
+import importlib
 import io
 import itertools
 import mmap
@@ -17,6 +18,7 @@ import os
 import pickle
 import signal
 import sys
+import threading
 import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
@@ -202,6 +204,7 @@ def _work(make: Callable[[int], Any], rank: connection.Connection, parent: int) 
     Slurm, torchrun and terminals signal a rank's whole process group, and the rank's last steps still need their items:
     a worker ends when its rank kills it, or is gone.
     """
+    _forget_unfinished_imports()
     signal.set_wakeup_fd(-1)  # this one is the rank's, which hears of its own signals by it
     for signum in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
         signal.signal(signum, signal.SIG_IGN)
@@ -224,6 +227,22 @@ def _work(make: Callable[[int], Any], rank: connection.Connection, parent: int) 
                         reduction.send_handle(rank, descriptor, parent)
         except (EOFError, ConnectionError):
             return  # the rank is gone
+
+
+def _forget_unfinished_imports() -> None:
+    """Let this process begin anew the imports that the rank's other threads were in the midst of when it was forked.
+
+    Those threads, which draw pictures or speak to MLflow, are not in this process: it would wait for ever for a module
+    (PIL has one for each format) that one of them had begun to import.
+    """
+    locks = importlib._bootstrap._module_locks  # type: ignore[attr-defined]
+    for name, reference in list(locks.items()):
+        lock = reference()
+        if lock is None or lock.owner == threading.get_ident():
+            continue
+        del locks[name]
+        if getattr(getattr(sys.modules.get(name), "__spec__", None), "_initializing", False):
+            del sys.modules[name]
 
 
 def _send_error(rank: connection.Connection, error: BaseException) -> None:

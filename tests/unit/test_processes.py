@@ -1,10 +1,14 @@
 """Worker processes: what they hand over, and what their rank learns when one cannot."""
 
 import errno
+import importlib
+import itertools
 import multiprocessing
 import os
 import resource
 import signal
+import sys
+import threading
 import time
 
 import pytest
@@ -165,6 +169,45 @@ def test_a_long_wait_is_told_and_has_an_end(quick, monkeypatch, capsys):
         list(made_by_processes(endless, range(1), 1, 1))
     told = capsys.readouterr().err
     assert "no batch has come for 60 s" in told and "for 120 s" in told
+
+
+def test_a_worker_does_not_wait_for_a_module_that_another_thread_imports(tmp_path, monkeypatch):
+    (tmp_path / "slow_to_import.py").write_text(
+        "import threading\n"
+        "if threading.current_thread().name == 'pictures':\n"
+        "    threading.has_begun.set(), threading.may_end.wait()\n"
+        "VALUE = 7\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(threading, "has_begun", threading.Event(), raising=False)
+    monkeypatch.setattr(threading, "may_end", threading.Event(), raising=False)
+
+    def make(number):
+        return importlib.import_module("slow_to_import").VALUE
+
+    pictures = threading.Thread(target=make, args=(0,), name="pictures")
+    pictures.start()
+    threading.has_begun.wait()
+    waits = itertools.count()
+    try:
+        assert list(made_by_processes(make, range(2), 2, 1, must_end=lambda: next(waits) > 20)) == [7, 7]
+    finally:
+        threading.may_end.set()
+        pictures.join()
+    assert sys.modules.pop("slow_to_import").VALUE == 7
+
+
+def test_a_module_that_loads_while_it_is_imported_is_imported_once(tmp_path, monkeypatch):
+    (tmp_path / "loads_at_import.py").write_text(
+        "from moco_dist.data.processes import made_by_processes\n"
+        "def make(number):\n"
+        "    import loads_at_import\n"
+        "    return number\n"
+        "ITEMS = list(made_by_processes(make, range(2), 1, 1))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert importlib.import_module("loads_at_import").ITEMS == [0, 1]
+    del sys.modules["loads_at_import"]
 
 
 def test_a_worker_ends_when_its_rank_is_gone():

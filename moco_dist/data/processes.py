@@ -295,22 +295,31 @@ class _Blocks:
     def pickled(self, item: Any) -> bytes:
         """`item`, its large tensors left in blocks."""
         buffer = io.BytesIO()
-        pickler = pickle.Pickler(buffer, pickle.HIGHEST_PROTOCOL)
-        pickler.persistent_id = self._place  # type: ignore[method-assign]
-        pickler.dump(item)
+        _Pickler(buffer, self).dump(item)
         return buffer.getvalue()
 
-    def _place(self, part: Any) -> Any:
+    def place(self, part: Any) -> Any:
         """What stands for a tensor: where it lies in which block, or its values."""
         if not isinstance(part, Tensor):
             return None
         address = part.untyped_storage().data_ptr()
         if part.nbytes >= LARGE_BYTES and address not in self._number_of:
             copy = self.empty(part.nbytes).view(part.dtype).view(part.shape)
-            return self._place(copy.copy_(part))
+            return self.place(copy.copy_(part))
         if address not in self._number_of:
             return part.numpy()
         return self._number_of[address], part.dtype, part.shape, part.stride(), part.storage_offset()
+
+
+class _Pickler(pickle.Pickler):
+    """Writes what `_Blocks.pickled` makes."""
+
+    def __init__(self, file: io.BytesIO, blocks: _Blocks) -> None:
+        super().__init__(file, pickle.HIGHEST_PROTOCOL)
+        self._blocks = blocks
+
+    def persistent_id(self, obj: Any) -> Any:
+        return self._blocks.place(obj)
 
 
 class _Unpickler(pickle.Unpickler):

@@ -94,8 +94,9 @@ def _not_traced(config: PretrainConfig) -> list[str]:
     engine = config.engine
     found = []
     if engine.kind == "deepspeed":
-        found.append("engine.kind deepspeed, which asks the driver for its GPU: the step above is that of ddp; the "
-                     "plan without --dry-run counts DeepSpeed's memory and bytes")  # fmt: skip
+        found.append("engine.kind deepspeed, which asks the driver for its GPU and finds parameters by their "
+                     "addresses: the step above is that of ddp; the plan without --dry-run counts DeepSpeed's memory "
+                     "and bytes")  # fmt: skip
     if engine.compile != "off":
         graphs = ", nor recorded as CUDA graphs" if engine.cuda_graphs else ""
         found.append(f"the kernels of engine.compile: its graphs are traced, and not made into kernels{graphs}; the "

@@ -161,9 +161,10 @@ def gpus(config: PretrainConfig, ranks: int) -> Finding:
     from moco_dist.distributed.world import each_sees_its_own_gpu
 
     count = num_gpus()
+    name = f"{count} x {torch.cuda.get_device_name()}"
     if count < ranks and not each_sees_its_own_gpu():
         return problem("GPUs", f"{count} for {ranks} ranks: start {count} processes a host")
-    return fine("GPUs", f"{count} x {torch.cuda.get_device_name()}")
+    return fine("GPUs", name if count >= ranks else f"{name} for each rank")
 
 
 def cache(config: PretrainConfig) -> list[Finding]:

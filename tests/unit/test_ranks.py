@@ -17,6 +17,7 @@ from moco_dist.config.source import read_config
 from moco_dist.distributed.collectives import why_no_group
 from moco_dist.distributed.heartbeat import Heartbeat, is_aborting, is_lost_connection
 from moco_dist.distributed.world import World, world_from_env
+from moco_dist.doctor import machine
 from moco_dist.engine import ddp
 from moco_dist.errors import UserError, cause
 
@@ -117,8 +118,41 @@ def visible_gpus(monkeypatch):
     return see
 
 
+UUIDS = [f"GPU-{number}0c0ffee-1111-2222-3333-444444444444" for number in range(4)]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [["0"] * 4, ["0", "1", "2", "3"], UUIDS, [f"MIG-{uuid[4:]}" for uuid in UUIDS],
+     [f"MIG-GPU-{uuid[4:]}/3/0" for uuid in UUIDS]],
+    ids=["by a cgroup", "numbers", "UUIDs", "MIG", "MIG by its older name"],
+)  # fmt: skip
+def test_each_task_of_srun_takes_the_gpu_that_it_was_given(names, monkeypatch):
+    """`srun --gpus-per-task=1` on a host of four: each rank calls its GPU cuda:0, and the doctor is content.
+
+    torch counts as it does in front of a driver; what the driver would say is said here.
+    """
+    monkeypatch.setattr(torch.cuda, "_is_compiled", lambda: True)
+    monkeypatch.setattr(torch.cuda, "_raw_device_uuid_nvml", lambda: UUIDS)
+    monkeypatch.setattr(torch.cuda, "_raw_device_count_nvml", lambda: 1 if names[1] == "0" else 4)
+    monkeypatch.setattr(torch._C, "_cuda_getDeviceCount", lambda: 1)  # CUDA shows a process one MIG device at most
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA H100")
+    monkeypatch.setattr(machine, "_has_nvidia_driver", lambda: True)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    config = PretrainConfig.model_validate({"run": {"dir": "r", "device": "cuda"}, "data": {"root": "d"}})
+    for rank, name in enumerate(names):
+        of_rank = {"RANK": f"{4 + rank}", "WORLD_SIZE": "8", "LOCAL_RANK": f"{rank}", "LOCAL_WORLD_SIZE": "4",
+                   "CUDA_VISIBLE_DEVICES": name}  # fmt: skip
+        for variable, value in of_rank.items():
+            monkeypatch.setenv(variable, value)
+        world = world_from_env("cuda")
+        assert (world.device, world.rank, world.local_rank) == ("cuda:0", 4 + rank, rank)
+        found = machine.gpus(config, world.local_world_size)
+        assert (found.level, found.text) == ("ok", "1 x NVIDIA H100 for each rank")
+
+
 def test_a_process_that_sees_its_own_gpu_alone_takes_it(visible_gpus, monkeypatch):
-    """`srun --gpus-per-task=1`: four ranks of a host, each of which calls its GPU cuda:0."""
+    """And wraps the encoder for it."""
     visible_gpus(4)
     assert world_from_env("cuda", LAST_OF_FOUR).device == "cuda:3"
     visible_gpus(1)

@@ -6,6 +6,7 @@ engine (DDP), which is not here.
 
 import contextlib
 import datetime
+import functools
 import os
 import re
 import sys
@@ -65,6 +66,7 @@ def process_group(world: World, timeout_seconds: float = 600, alone_too: bool = 
             dist.destroy_process_group()
             sys.excepthook = excepthook
         raise
+    _mesh_of.cache_clear()  # or the group's connections would stay
     dist.destroy_process_group()
     sys.excepthook = excepthook
 
@@ -232,10 +234,15 @@ def as_sharded(shard: Tensor, total_rows: int, world: World) -> Tensor:
     """
     if world.world_size == 1:
         return shard
-    # Of the group that there is: `init_device_mesh` may make a new one, with all its connections, at every call.
-    mesh = DeviceMesh.from_group(cast(dist.ProcessGroup, dist.group.WORLD), shard.device.type)
+    mesh = _mesh_of(cast(dist.ProcessGroup, dist.group.WORLD), shard.device.type)
     shape = torch.Size((total_rows, *shard.shape[1:]))
     return DTensor.from_local(shard, mesh, [Shard(0)], shape=shape, stride=shard.stride(), run_check=False)
+
+
+@functools.lru_cache(maxsize=2)  # of tensors on the GPU and on the host
+def _mesh_of(group: dist.ProcessGroup, device_type: str) -> DeviceMesh:
+    """Of the group that there is: `init_device_mesh` may make a new one, with all its connections, at every call."""
+    return DeviceMesh.from_group(group, device_type)
 
 
 def shard_bounds(total_rows: int, world: World) -> tuple[int, int]:

@@ -5,8 +5,12 @@ import sys
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.distributed import distributed_c10d
+from torch.distributed.device_mesh import DeviceMesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from moco_dist.distributed import collectives
 from moco_dist.distributed.collectives import (
     all_gather,
     all_reduce_sum,
@@ -17,6 +21,8 @@ from moco_dist.distributed.collectives import (
     shard_bounds,
 )
 from moco_dist.distributed.world import World
+from moco_dist.method.build import build_method
+from moco_dist.run import checkpoint
 from tests.distributed.program import SIDE, small_config
 from tests.distributed.traffic import collectives_of_a_step
 from tests.world import run
@@ -112,6 +118,29 @@ def groups_made(world):
 def test_a_sharded_tensor_makes_no_group():
     """Each would be a connection to every other rank, at every checkpoint."""
     assert run(groups_made, 2) == [0, 0]
+
+
+def test_the_mesh_of_checkpoints_is_made_once_a_group_and_ends_with_it(monkeypatch):
+    """By rank 3 of a fake group of 64, and then of one of 8."""
+    from_group, init, meshes = DeviceMesh.from_group, dist.init_process_group, []
+
+    def made(*args, **settings):
+        meshes.append(from_group(*args, **settings))
+        return meshes[-1]
+
+    monkeypatch.setattr(DeviceMesh, "from_group", made)
+    monkeypatch.setattr(collectives, "meet", lambda *_: FakeStore())
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **settings: init("fake", **settings))
+    for num_ranks in (64, 8):
+        world = World(3, 3, num_ranks, 8)
+        with process_group(world):
+            of_size = {"moco": {"queue_size": 1024}, "optim": {"global_batch_size": 8 * num_ranks}}
+            method = build_method(small_config(**of_size), world)
+            for _ in range(2):
+                checkpoint.snapshot(method, {}, world)
+        assert [mesh.size() for mesh in meshes] == [num_ranks]
+        meshes.clear()
+    assert collectives._mesh_of.cache_info().currsize == 0
 
 
 @pytest.mark.parametrize("error", [None, ValueError])

@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import time
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 
 from moco_dist.cli.main import main
 from moco_dist.datasets.pack import pack
-from tests.faults.processes import TINY, command, losses
+from tests.faults.processes import TINY, command, losses, steps_logged, wait_for_step
 from tests.stores import store_of_this_process
 from tests.tars import files_of, with_labels, write_tar
 from tests.unit.loaders import picture
@@ -88,6 +89,24 @@ def test_a_run_goes_on_in_another_format_on_more_ranks(roots, tmp_path):
     same = losses(tmp_path / "same")
     assert list(same) == list(range(1, END + 1))
     assert same == losses(tmp_path / "other") == losses(tmp_path / "stored")
+
+
+@pytest.mark.slow
+def test_ranks_wait_for_a_store_that_is_away(roots, store, start, tmp_path):
+    """For longer than a rank may be silent, which a rank that waits is not; no image is left out."""
+    words = [*roots["store"], "--data.num-workers", "1", "--log.every-steps", "1", "--run.stop-at-step", "20"]
+    stored = start(tmp_path / "stored", *words)
+    wait_for_step(stored, tmp_path / "stored", 3)
+    store.away.touch()
+    time.sleep(8)
+    at = steps_logged(tmp_path / "stored")
+    store.away.unlink()
+    output = stored.communicate()[0]
+    assert stored.returncode == 0, output
+    assert at < 20 and "failed (503 service unavailable); tried again" in output, output
+    local = start(tmp_path / "local", *roots["folder"], *words[2:])
+    assert local.wait() == 0, local.communicate()[0]
+    assert losses(tmp_path / "stored") == losses(tmp_path / "local")
 
 
 @pytest.mark.slow

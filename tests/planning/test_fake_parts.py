@@ -1,4 +1,7 @@
-"""What no dry run runs, on a GPU that is not there: LARS on a rank's part of the parameters, as ZeRO leaves it."""
+"""What no dry run runs, on a GPU that is not there.
+
+LARS on a rank's part of the parameters, as ZeRO leaves it; the step that `plan --calibrate` and benchmarks time.
+"""
 
 import pytest
 import torch
@@ -8,6 +11,7 @@ from moco_dist.distributed.world import World
 from moco_dist.engine.deepspeed import DeepSpeedEngine
 from moco_dist.engine.optimizer import LARS, Partition, build_optimizer, make_buffers
 from moco_dist.method.encoder import build_encoder
+from moco_dist.planning import random_step
 from moco_dist.planning.fake_gpu import DEVICE, fake_rank
 from moco_dist.planning.watch import HostWaitError, Watch
 from tests.planning.config import config_of
@@ -77,3 +81,20 @@ def test_a_mistake_in_it_is_found(monkeypatch, mistake, told):
         engine = EngineOfZero(world)
         with watch.counting(may_wait=False), pytest.raises(HostWaitError, match=told):
             engine.update()
+
+
+@pytest.mark.parametrize("method", ["moco", "simclr"])
+def test_a_timed_step_waits_for_nothing_but_the_clock(method, monkeypatch):
+    """A whole one, and one by parts, for each of which the clock waits."""
+    waits = []
+    monkeypatch.setattr(random_step, "synchronise", waits.append)
+    world = World(device=str(DEVICE))
+    with fake_rank(world), Watch() as watch:
+        step = random_step.RandomStep(config_of(method=method), 16, world.device)
+        step.step()  # makes what is made once
+        with watch.counting(may_wait=False) as count:
+            step.seconds_of_one()
+            parts = step.seconds_of_parts(step.marks(), "rest")
+    assert list(parts) == ["colours", "query forward", "backward", "optimiser", "rest"]
+    assert set(waits) == {world.device}
+    assert count.flops > 0

@@ -8,6 +8,10 @@ from typing import ClassVar, Literal
 
 from moco_dist.config.section import Section, setting
 
+FEW_LAGS = 5  # of the key encoder over the whole run: benchmarks/patches.py gains with 5
+FEW_TURNS = 10  # of a queue that starts with random keys, over the whole run
+QUICKER = (0.996, 0.99, 0.97, 0.9)  # values of m to propose to a short run
+
 
 class MocoConfig(Section):
     """The dictionary and the loss."""
@@ -52,6 +56,24 @@ class MocoConfig(Section):
     def num_filling_batches(self, batch: int) -> int:
         """Batches of `batch` samples that fill the queue before the first step; 0 where it starts with random keys."""
         return -(-self.queue_size // (self.num_directions * batch)) if self.queue_start == "keys" else 0
+
+    def too_short(self, batch: int, steps: int) -> list[str]:
+        """Why a run of `steps` steps of `batch` samples is too short for m and K; empty where it is not.
+
+        The key encoder lags 1 / (1 - m) steps behind, and after S steps m^S of it is still the untrained network.
+        """
+        found = []
+        lag, turns = 1 / (1 - self.momentum), steps * self.num_directions * batch / self.queue_size
+        if steps < FEW_LAGS * lag:
+            fitting = [m for m in QUICKER if m < self.momentum and steps * (1 - m) >= FEW_LAGS]
+            remedy = f"--moco.momentum {fitting[0]}, or more epochs" if fitting else "more epochs"
+            found.append(f"the key encoder lags {lag:,.0f} steps behind (moco.momentum {self.momentum}), and the whole "
+                         f"run has {steps:,}: at its end {100 * self.momentum**steps:.0f} % of the key encoder is "
+                         f"still the untrained one; {remedy}")  # fmt: skip
+        if self.queue_start == "random" and turns < FEW_TURNS:
+            found.append(f"the queue turns over {turns:.1f} times in the whole schedule, and starts with random keys: "
+                         "a smaller moco.queue_size or more epochs")  # fmt: skip
+        return found
 
     def num_negatives(self, batch: int) -> int:
         """How many keys a query is compared with beside its positive; `batch` is the global one."""
@@ -99,6 +121,10 @@ class SimclrConfig(Section):
     def num_filling_batches(self, batch: int) -> int:
         """There is no queue to fill."""
         return 0
+
+    def too_short(self, batch: int, steps: int) -> list[str]:
+        """Nothing is kept from step to step."""
+        return []
 
     def num_negatives(self, batch: int) -> int:
         """How many views a view is compared with beside its positive: all others of the batch."""

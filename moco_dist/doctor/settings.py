@@ -7,7 +7,6 @@ from moco_dist.data.traffic import key_traffic
 from moco_dist.doctor.finding import Finding, fine, problem, warning
 
 SMALL_IMAGE_PIXELS = 64
-FEW_TURNS = 10  # of the queue over the whole schedule
 LARGE_BATCH = 1024
 LINEAR_LR = 1.0  # pre-training rates are below it, those of linear evaluation above
 
@@ -33,6 +32,9 @@ def pretraining(
     found += _batch_norm(config) + _optimiser(config)
     if config.of_method.queue_keys:
         found += _queue(config, num_images)
+    if num_images is not None:
+        steps = num_images // batch * config.optim.epochs
+        found += [warning("too short", line) for line in config.of_method.too_short(batch, steps)]
     model, data = config.model, config.data
     if data.image_size <= SMALL_IMAGE_PIXELS and model.stem == "imagenet" and (blocks_in(model.arch) or 0) > 4:
         found.append(warning("stem", f"images of {data.image_size} px shrink to 1/4 before the first block; "
@@ -73,14 +75,11 @@ def _queue(config: PretrainConfig, num_images: int | None) -> list[Finding]:
         found.append(warning("queue", f"moco.queue_size {queue} is larger than the data set ({num_images}): "
                              "older keys of the very same image are among its negatives; "
                              f"--moco.queue-size {max(optim.global_batch_size, num_images // 4)} or less"))  # fmt: skip
-    if num_images is not None:
-        turns = num_images // optim.global_batch_size * optim.epochs * optim.global_batch_size / queue
-        if moco.num_filling_batches(optim.global_batch_size) > num_images // optim.global_batch_size:
-            found.append(problem("queue", f"moco.queue_start keys fills {queue} keys from one epoch, which has fewer: "
-                                 "random, or a smaller --moco.queue-size"))  # fmt: skip
-        elif turns < FEW_TURNS and moco.queue_start == "random":
-            found.append(warning("queue", f"it turns over {turns:.1f} times in the whole schedule, and starts with "
-                                 "random keys: a smaller moco.queue_size or more epochs"))  # fmt: skip
+    if num_images is not None and (
+        moco.num_filling_batches(optim.global_batch_size) > num_images // optim.global_batch_size
+    ):
+        found.append(problem("queue", f"moco.queue_start keys fills {queue} keys from one epoch, which has fewer: "
+                             "random, or a smaller --moco.queue-size"))  # fmt: skip
     if queue < 4 * optim.global_batch_size:
         found.append(warning("queue", f"moco.queue_size {queue} is only {queue / optim.global_batch_size:.1f} batches: "
                              "MoCo lives from many negatives (the paper: 256 batches)"))  # fmt: skip

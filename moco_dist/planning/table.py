@@ -151,6 +151,8 @@ def _schedule(forecast: Forecast, inputs: Inputs, nothing: str) -> list[Line]:
     steps = images // optim.global_batch_size * optim.epochs
     lines = [Line("steps", f"{steps:,} = {optim.epochs} epochs x {images // optim.global_batch_size:,}",
                   f"{images:,} images, {source}")]  # fmt: skip
+    short = inputs.config.of_method.too_short(optim.global_batch_size, steps)
+    lines += [Line("  too short", line, ARITHMETIC) for line in short]
     if seconds is None:
         return [*lines, Line("whole schedule", nothing if forecast.step is None else "as soon as the network is known")]
     return [*lines, Line("whole schedule", f"{steps * seconds / 3600:,.1f} hours", "steps x step; without evaluation")]

@@ -24,7 +24,11 @@ def test_the_published_recipe_has_nothing_unusual():
     ("flags", "facts", "level", "expected"),
     [
         ([], {"num_images": 60_000}, "warning", "larger than the data set (60000)"),
-        (["--optim.epochs", "1"], {"num_images": 80_000}, "warning", "it turns over 1.2 times"),
+        (["--optim.epochs", "1", "--moco.momentum", "0.9"], {"num_images": 80_000}, "warning",
+         "too short: the queue turns over 1.2 times"),
+        (["--moco.queue-size", "1024"], {"num_images": 1100}, "warning",
+         "too short: the key encoder lags 1,000 steps behind (moco.momentum 0.999), and the whole run has 800: at its "
+         "end 45 % of the key encoder is still the untrained one; --moco.momentum 0.99, or more epochs"),
         ([], {"world_size": 16}, "error", "512 is the smallest that is"),
         (["--model.bn-group-size", "256"], {}, "warning", "--model.bn-group-size 32"),
         (["--model.bn-group-size", "4"], {}, "warning", "noisy"),

@@ -10,7 +10,10 @@ import sys
 import pytest
 
 from moco_dist.cli.main import main
+from moco_dist.config.pretrain import PretrainConfig
+from moco_dist.config.source import read_config
 from moco_dist.datasets.prepare import prepare_shapes
+from moco_dist.doctor.settings import pretraining
 from moco_dist.planning import measurements
 from moco_dist.planning.arithmetic import sizes
 from moco_dist.planning.forecast import Forecast, weak_scaling
@@ -46,6 +49,17 @@ def test_without_a_measurement_there_is_no_time(capsys, tmp_path):
     assert "20,000 = 200 epochs x 100" in out
     assert " ms" not in out
     assert "hours" not in out
+
+
+def test_a_run_that_is_too_short_for_its_set_is_told_as_the_doctor_tells_it(capsys, tmp_path):
+    config = read_config(PretrainConfig, None, [*FLAGS, "--optim.epochs", "1"])
+    (line,) = [found.text for found in pretraining(config, 1, 1, 6400) if found.about == "too short"]
+    assert "of the key encoder is still the untrained one; --moco.momentum 0.9, or more epochs" in line
+    _, out, _ = plan(capsys, tmp_path, "--optim.epochs", "1", "--num-images", "6400")
+    assert line in out
+    assert "too short" not in plan(capsys, tmp_path, "--optim.epochs", "50", "--num-images", "6400")[1]
+    method = ["--method", "simclr"]  # it keeps nothing from step to step
+    assert "too short" not in plan(capsys, tmp_path, "--optim.epochs", "1", "--num-images", "6400", *method)[1]
 
 
 def test_a_calibration_is_kept_and_used_for_these_settings_alone(capsys, tmp_path):

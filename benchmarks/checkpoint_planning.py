@@ -1,11 +1,14 @@
 """What planning a checkpoint costs rank 0's thread, by number of ranks: every rank plans all tensors, or its share.
 
+The second of the three ways has torch's own planner, which compares the rows of each rank with those of every other;
+the third is the program's.
+
     python -m benchmarks.checkpoint_planning [--ranks 64 512 1024 --rounds 3]
 
 A ResNet-50 with its key encoder, momentum and a queue. One process is rank 0 of a fake group of W; the plans of the
 other ranks are made of its own. Measured is what `dcp.save` does on rank 0 before anything is written: it plans for
 itself, unpickles the plans of W ranks, compares them, and pickles each rank's answer. Seconds are of the processor, in
-which the thread holds the interpreter: meanwhile no kernel is launched. The two ways take turns.
+which the thread holds the interpreter: meanwhile no kernel is launched. The ways take turns.
 """
 
 import argparse
@@ -28,9 +31,9 @@ from moco_dist.config.pretrain import PretrainConfig
 from moco_dist.distributed.world import World
 from moco_dist.method.build import build_method
 from moco_dist.run import checkpoint
-from moco_dist.run.tensors import shares
+from moco_dist.run.tensors import Planner, shares
 
-WAYS = ("every rank plans all tensors", "every rank plans its share")
+WAYS = ("every rank plans all tensors", "every rank plans its share", "and no rows are compared")
 
 
 def plans_of_all(tensors: dict[str, Tensor], owners: dict[str, int] | None, num_ranks: int) -> list[bytes]:
@@ -58,9 +61,9 @@ def plans_of_all(tensors: dict[str, Tensor], owners: dict[str, int] | None, num_
     return plans
 
 
-def planned(tensors: dict[str, Tensor], plans: list[bytes]) -> float:
+def planned(tensors: dict[str, Tensor], plans: list[bytes], planner: DefaultSavePlanner) -> float:
     """Processor seconds of rank 0, which holds `tensors` and has received `plans`."""
-    writer, planner = dcp.HuggingFaceStorageWriter(tempfile.gettempdir(), save_distributed=True), DefaultSavePlanner()
+    writer = dcp.HuggingFaceStorageWriter(tempfile.gettempdir(), save_distributed=True)
     started = time.thread_time()
     planner.set_up_planner(tensors, is_coordinator=True)
     writer.prepare_local_plan(planner.create_local_plan())
@@ -82,19 +85,18 @@ def measured(num_ranks: int, rounds: int) -> dict[str, Any]:
     ours = checkpoint.snapshot(method, {}, world).tensors
     sharded = {name: tensor for name, tensor in ours.items() if isinstance(tensor, DTensor)}
     everything = {**replicated, **sharded}
-    cases = [
-        (everything, plans_of_all(everything, None, num_ranks)),
-        (ours, plans_of_all(everything, shares(replicated, num_ranks), num_ranks)),
-    ]
-    readings: list[list[float]] = [[], []]
+    whole = plans_of_all(everything, None, num_ranks)
+    of_shares = plans_of_all(everything, shares(replicated, num_ranks), num_ranks)
+    cases = [(everything, whole, DefaultSavePlanner), (ours, of_shares, DefaultSavePlanner), (ours, of_shares, Planner)]
+    readings: list[list[float]] = [[] for _ in cases]
     for _ in range(rounds):
-        for reading, case in zip(readings, cases, strict=True):
-            reading.append(planned(*case))
+        for reading, (tensors, plans, planner) in zip(readings, cases, strict=True):
+            reading.append(planned(tensors, plans, planner()))
     dist.destroy_process_group()
-    before, now = map(statistics.median, readings)
+    medians = [statistics.median(reading) for reading in readings]
     return {
-        "ranks": num_ranks, "tensors": len(everything), "ways": dict(zip(WAYS, (before, now), strict=True)),
-        "ratio_of_medians": before / now, "gathered_bytes": [sum(map(len, plans)) for _, plans in cases],
+        "ranks": num_ranks, "tensors": len(everything), "ways": dict(zip(WAYS, medians, strict=True)),
+        "ratio_of_medians": medians[0] / medians[-1], "gathered_bytes": [sum(map(len, x)) for x in (whole, of_shares)],
     }  # fmt: skip
 
 

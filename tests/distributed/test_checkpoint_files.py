@@ -1,21 +1,29 @@
 """How a checkpoint's tensors lie in files: each rank writes its share, and reads what it needs."""
 
 import json
+import pickle
+import sys
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from moco_dist.distributed.collectives import barrier, gather_uneven
+from benchmarks.checkpoint_planning import plans_of_all
+from moco_dist.distributed.collectives import as_sharded, barrier, gather_uneven
+from moco_dist.distributed.world import World
 from moco_dist.errors import UserError
 from moco_dist.method.batch_norm import running_statistics
 from moco_dist.method.build import build_method
 from moco_dist.run import checkpoint, tensors
 from moco_dist.run.manifest import MANIFEST
-from moco_dist.run.tensors import shares
+from moco_dist.run.tensors import Planner, shares
 from tests.distributed.program import largest_difference, small_config
 from tests.world import run
 
@@ -113,6 +121,36 @@ def test_shares_are_of_about_the_same_bytes_and_cover_all():
             bytes_of[rank] += tensors[name].nbytes
         assert max(bytes_of) - min(bytes_of) <= 200
         assert owners == shares(dict(reversed(tensors.items())), num_ranks)
+
+
+def planned_together(num_ranks, missing=None):
+    """How many functions rank 0 calls to put the plans of so many ranks together; one may have planned nothing."""
+    dist.init_process_group("fake", rank=0, world_size=num_ranks, store=FakeStore())
+    try:
+        row = as_sharded(torch.zeros(1, 10_000), num_ranks, World(0, 0, num_ranks, num_ranks))
+        plans = [pickle.loads(plan) for plan in plans_of_all({"rows": row}, {}, num_ranks)]
+        if missing is not None:
+            plans[missing] = replace(plans[missing], items=[])
+        planner, calls = Planner(), Counter()
+        planner.set_up_planner({"rows": row}, is_coordinator=True)
+        sys.setprofile(lambda frame, event, arg: calls.update([event]))
+        try:
+            planner.create_global_plan(plans)
+        finally:
+            sys.setprofile(None)
+        return calls["call"]
+    finally:
+        dist.destroy_process_group()
+
+
+def test_putting_plans_together_grows_with_the_ranks_and_not_with_their_square():
+    """While rank 0 plans, it launches no kernels."""
+    assert planned_together(128) < 2.2 * planned_together(64)
+
+
+def test_rows_that_no_rank_has_planned_are_no_checkpoint():
+    with pytest.raises(ValueError, match=r"the ranks do not hold all rows of rows \(8, 10000\)"):
+        planned_together(8, missing=3)
 
 
 def load_where_one_rank_finds_no_tensor(world, run_dir):

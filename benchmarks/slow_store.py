@@ -1,10 +1,13 @@
-"""An object store that is some milliseconds away: moto's S3 server, and before it a proxy that holds back every byte.
+"""Stores that are some milliseconds away: moto's S3 server or nginx, and before it a proxy that holds back every byte.
 
-Both are processes of their own on this machine, and so take a share of its cores from what is measured.
+All are processes of their own on this machine, and so take a share of its cores from what is measured: moto, which is
+written in Python, a large one.
 """
 
 import contextlib
 import os
+import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -67,6 +70,17 @@ async def main():
 asyncio.run(main())
 """
 
+_NGINX = """
+daemon off; master_process off; error_log stderr; pid {folder}/pid;
+events {{}}
+http {{
+    access_log off; sendfile on; keepalive_requests 1000000;
+    client_body_temp_path {folder}; proxy_temp_path {folder}; fastcgi_temp_path {folder};
+    uwsgi_temp_path {folder}; scgi_temp_path {folder};
+    server {{ listen 127.0.0.1:{port}; root {root}; }}
+}}
+"""
+
 
 class SlowStore(NamedTuple):
     """The store.
@@ -107,6 +121,28 @@ def slow_store(delay_seconds: float) -> Iterator[SlowStore]:
         store = SlowStore(url, f"http://127.0.0.1:{direct}", Path(counted.name))
         _put(f"{store.direct_url}/{BUCKET}", b"")
         yield store
+
+
+@contextlib.contextmanager
+def slow_web_server(root: Path, delay_seconds: float) -> Iterator[str | None]:
+    """The address of nginx over the files of `root`, for the length of a `with`; None where it is not installed."""
+    program = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
+    if program is None:
+        yield None
+        return
+    with contextlib.ExitStack() as open_ones:
+        folder = Path(open_ones.enter_context(tempfile.TemporaryDirectory()))
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            direct = free.getsockname()[1]
+        config, counted = folder / "nginx.conf", folder / "requests"
+        config.write_text(_NGINX.format(folder=folder, port=direct, root=root))
+        counted.touch()
+        server = open_ones.enter_context(
+            subprocess.Popen([program, "-p", str(folder), "-c", str(config)], stderr=subprocess.DEVNULL)
+        )
+        open_ones.callback(server.kill)
+        port = _port_of(open_ones, _PROXY, str(direct), str(delay_seconds / 2), str(counted))
+        yield f"http://127.0.0.1:{port}"
 
 
 def _port_of(open_ones: contextlib.ExitStack, program: str, *words: str) -> int:

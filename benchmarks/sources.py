@@ -1,10 +1,11 @@
-"""What a source of images costs: a folder, tar shards of it, a packed file, and the shards in an object store.
+"""What a source of images costs: a folder, tar shards of it, a packed file, and the shards in a store far away.
 
     python -m benchmarks.sources [--images 2000 --rounds 5 --quick]
 
 The store is moto's S3 server, 20 ms away (`slow_store`), on the same cores; it is read without a cache, with an empty
-one and with a full one. Beside them stand webdataset, on the shards, and LitData, on its own format, if they are
-installed; their images are decoded by the same functions.
+one and with a full one. A web server as far away (nginx, if it is installed) takes hardly anything of these cores.
+Beside them stand webdataset, on the shards, and LitData, on its own format, if they are installed; their images are
+decoded by the same functions.
 
 The sources take turns within one run, by one process without workers; wall-clock rate and own CPU time are medians,
 and so are the two of each ratio. All are read once before: local files are in memory, so the difference is what finding
@@ -26,7 +27,7 @@ import torch
 from PIL import Image
 
 from benchmarks import results, stream_readers
-from benchmarks.slow_store import BUCKET, SlowStore, slow_store
+from benchmarks.slow_store import BUCKET, SlowStore, slow_store, slow_web_server
 from benchmarks.stream_readers import Run
 from moco_dist.config.address import Url
 from moco_dist.config.pretrain import PretrainConfig
@@ -103,14 +104,18 @@ def main() -> None:
     args = results.parse(parser, images=64, rounds=1, index_shards=8)
     torch.set_num_threads(1)
     load = os.getloadavg()[0]
-    with tempfile.TemporaryDirectory() as name, slow_store(DELAY_SECONDS) as store:
+    with (
+        tempfile.TemporaryDirectory() as name,
+        slow_store(DELAY_SECONDS) as store,
+        slow_web_server(Path(name) / "shards", DELAY_SECONDS) as web,
+    ):
         scratch = Path(name)
         make_folder(scratch / "folder", args.images)
         shards = make_shards(scratch / "folder", scratch / "shards")
         store.upload(shards, "shards")
         index = index_of(scratch / "small", store, args.index_shards)
         print(index)
-        runs = runs_of(scratch, store, args.images)
+        runs = runs_of(scratch, store, web, args.images)
         times: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
         for turn in range(args.rounds + 1):  # the first brings all into memory, and into warm caches
             for name, run in runs.items():
@@ -144,12 +149,14 @@ def index_of(folder: Path, store: SlowStore, shards: int) -> dict[str, Any]:
             "requests": store.requests() - before, "seconds": round(seconds, 2)}  # fmt: skip
 
 
-def runs_of(scratch: Path, store: SlowStore, images: int) -> dict[str, Run]:
+def runs_of(scratch: Path, store: SlowStore, web: str | None, images: int) -> dict[str, Run]:
     """What is measured, by name."""
     root, count = scratch / "folder", images // BATCH * BATCH
     packed = pack(root, scratch / "folder.beton")
     # All are found, and LitData's format is written, before this process uses obstore: after that it starts no others.
     remote = run_of(Url(f"s3://{BUCKET}/shards"), "torchvision", images)
+    shards = f"train-{{0000..{SHARDS - 1:04d}}}.tar"
+    of_web = {"tar shards on a web server": run_of(Url(f"{web}/{shards}"), "torchvision", images)} if web else {}
     peers = stream_readers.rows_of(sorted(root.rglob("*.jpg")), scratch / "shards", scratch, store, count, BATCH, SIZE)
     return {
         "folder": run_of(root, "torchvision", images),
@@ -158,6 +165,7 @@ def runs_of(scratch: Path, store: SlowStore, images: int) -> dict[str, Run]:
         "tar shards in the store": remote,
         "tar shards in the store, cold cache": lambda turn: remote(turn, scratch / f"cold-{turn}"),
         "tar shards in the store, warm cache": lambda turn: remote(turn, scratch / "warm"),
+        **of_web,
         **peers,
     }
 

@@ -26,7 +26,7 @@ def make_photos(root: Path, count: int) -> float:
     (root / "train" / "photos").mkdir(parents=True)
     rng, made, sizes = np.random.default_rng(0), 0, []
     for number, source in enumerate(sources):
-        image = _noise(source) if isinstance(source, int) else Image.open(source).convert("RGB")
+        image = noise(source) if isinstance(source, int) else Image.open(source).convert("RGB")
         while made < count * (number + 1) // len(sources):
             width = int(min(image.width, image.height * WIDTH / HEIGHT) * rng.uniform(0.2, 1.0))
             height = width * HEIGHT // WIDTH
@@ -43,7 +43,7 @@ def _photographs() -> list[Path]:
     return sorted(path for kind in ("*.jpg", "*.webp") for path in BACKGROUNDS.rglob(kind))
 
 
-def _noise(seed: int) -> Image.Image:
+def noise(seed: int) -> Image.Image:
     """A picture of 1500 x 1125, most of its colours common to the three channels."""
     rng, shape = np.random.default_rng(seed), (1125, 1500)
     frequency = np.hypot(np.fft.fftfreq(shape[0])[:, None], np.fft.rfftfreq(shape[1])[None])

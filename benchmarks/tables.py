@@ -1,4 +1,4 @@
-"""The tables of README.md, docs/benchmarks.md and docs/data.md, from results/*.json.
+"""The tables of README.md and of pages in docs/, from results/*.json.
 
     python -m benchmarks.tables
 
@@ -17,7 +17,7 @@ from benchmarks.results import FOLDER
 from moco_dist.planning.table3 import as_markdown
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "docs/benchmarks.md", "docs/data.md")
+PAGES = ("README.md", "docs/benchmarks.md", "docs/data.md", "docs/own-data.md")
 MARKED = re.compile(r"(<!-- benchmarks:(\w+) -->\n).*?(<!-- /benchmarks -->)", re.DOTALL)
 
 Result = dict[str, Any]
@@ -270,6 +270,24 @@ def demo_seeds(result: Result) -> str:
     return f"{markdown(columns, rows)}\n{seeds}.\n{origin(result)}"
 
 
+def patches(result: Result) -> str:
+    """What the recipe for a small real set gains with each seed, and its variants with the same seed."""
+    untrained = {row["seed"]: row for row in result["rows"] if row["variant"] == "recipe"}
+    rows = []
+    for row in sorted(result["rows"], key=lambda row: (row["variant"] != "recipe", row["variant"], row["seed"])):
+        before = untrained[row["seed"]]
+        cells = [cell for kind in ("knn", "linear") for cell in (
+            f"{before[f'{kind}_untrained']:.1f}", f"{row[f'{kind}_trained']:.1f}",
+            f"{row[f'{kind}_trained'] - before[f'{kind}_untrained']:+.1f}")]  # fmt: skip
+        rows.append([row["variant"], str(row["seed"]), *cells, f"{row['pretrain_cpu_seconds'] / 60:.1f}"])
+    columns = ["", "seed", *(f"{kind}{what}" for kind in ("kNN", "linear") for what in (", untrained", "", ", gain")),
+               "CPU minutes to pre-train"]  # fmt: skip
+    pixels = next(iter(untrained.values()))
+    knn, linear = (pixels[f"{kind}_pixels"] for kind in ("knn", "linear"))
+    facts = f"Top-1 in percent, kNN with k = 20; raw pixels have {knn:.1f} by kNN and {linear:.1f} by linear.\n"
+    return f"{markdown(columns, rows)}\n{facts}{origin(result)}"
+
+
 def headlines() -> str:
     """What each theme comes to: here, and in the way that is usual."""
     rows: list[list[str]] = []
@@ -313,7 +331,7 @@ def headlines() -> str:
 
 THEMES = (
     network, peer_step, step_parts, infonce, update, table3, plan_validation, loader, loader_parts, sources, parquet,
-    index, exchange, augment, checkpoint, checkpoint_planning, demo_seeds,
+    index, exchange, augment, checkpoint, checkpoint_planning, demo_seeds, patches,
 )  # fmt: skip
 TABLES: dict[str, Callable[[Result], str]] = {table.__name__: table for table in THEMES}
 

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 
 from moco_dist.config.section import Section, setting
 
-FEW_LAGS = 5  # of the key encoder over the whole run: benchmarks/patches.py gains with 5
+FEW_LAGS = 5  # of the key encoder over the whole run: one of 5 gained (docs/own-data.md, A small set of photographs)
 FEW_TURNS = 10  # of a queue that starts with random keys, over the whole run
 QUICKER = (0.996, 0.99, 0.97, 0.9)  # values of m to propose to a short run
 

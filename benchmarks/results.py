@@ -36,10 +36,10 @@ def add_earlier(parser: argparse.ArgumentParser) -> None:
 
 
 def earlier_rows(theme: str, device: str, **facts: Any) -> list[dict[str, Any]]:
-    """Rows of the newest result of this hardware, if its versions and these facts are the same as now."""
+    """Rows of the newest result of this kind of machine, if its hardware, versions and these facts are those of now."""
     found = sorted(FOLDER.glob(f"{_stem(theme, device)}_*.json"))
     result = json.loads(found[-1].read_text()) if found and QUICK not in sys.argv else {}
-    same = {"versions": package_versions(), **facts}
+    same = {"hardware": hardware(device), "versions": package_versions(), **facts}
     return result["rows"] if result and all(result.get(key) == value for key, value in same.items()) else []
 
 

@@ -113,6 +113,9 @@ def test_rows_are_kept_where_hardware_versions_and_facts_are_the_same(tmp_path, 
     assert results.earlier_rows("step_parts", "cpu", arch="resnet50") == [{"way": "eager"}]
     assert results.earlier_rows("step_parts", "cpu", arch="resnet18") == []
     assert results.earlier_rows("update", "cpu") == []
+    with monkeypatch.context() as patch:
+        patch.setattr(results, "hardware", lambda device: "2 CPU cores of another make")
+        assert results.earlier_rows("step_parts", "cpu", arch="resnet50") == []
     monkeypatch.setattr(sys, "argv", ["step_parts", "--quick"])
     results.write("update", [])
     assert results.earlier_rows("step_parts", "cpu", arch="resnet50") == []

@@ -41,8 +41,9 @@ def first_runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("first")
     ignored = ("MLFLOW_", "CI", "GITHUB_", "PYTEST_", "DO_NOT_TRACK")
     environment = {k: v for k, v in os.environ.items() if not k.startswith(ignored)} | {"PYTHONPATH": os.getcwd()}
+    quiet = ("-W", "ignore:This process:DeprecationWarning")  # Python 3.12 and later warn of the forks above
     done = subprocess.run(
-        [sys.executable, "-c", FIRST, str(NUM_FIRST)], env=environment, cwd=folder, stdout=subprocess.PIPE,
+        [sys.executable, *quiet, "-c", FIRST, str(NUM_FIRST)], env=environment, cwd=folder, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, text=True, check=False,
     )  # fmt: skip
     return folder, done.stdout

@@ -1,6 +1,7 @@
 """A server that answers as stores and web servers do on bad days, in a process of its own, on a free port.
 
-The first part of a path is how it answers: a refusal of `REFUSALS`, or a way of giving an object.
+The first part of a path is how it answers: a refusal of `REFUSALS`, or a way of giving an object. `azure` is an account
+of Azure's, whose only container is `set`.
 """
 
 import contextlib
@@ -37,10 +38,32 @@ class Answers(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(text.encode())
 
+    def listed(self):
+        blobs = [
+            f"<Blob><Name>{file.name}</Name><Properties><Content-Length>{file.stat().st_size}</Content-Length>"
+            f"<Last-Modified>{self.date_time_string(int(file.stat().st_mtime))}</Last-Modified>"
+            "<Content-Type>application/x-tar</Content-Type>"
+            f"<Etag>{hashlib.md5(file.read_bytes()).hexdigest()}</Etag></Properties></Blob>"  # as Azure: no quotes
+            for file in folder.glob("*.tar")
+        ]
+        text = f"<EnumerationResults><Blobs>{''.join(blobs)}</Blobs><NextMarker /></EnumerationResults>".encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/xml")
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
     def do_GET(self):
-        how, _, name = self.path.partition("?")[0].strip("/").partition("/")
+        path, _, query = self.path.partition("?")
+        how, _, name = path.strip("/").partition("/")
         if how in refusals:
             return self.refused(*refusals[how])
+        if how == "azure":
+            container, _, name = name.partition("/")
+            if container != "set":
+                return self.refused(404, "ContainerNotFound")
+            if "comp=list" in query:
+                return self.listed()
         if not (folder / name).is_file():
             return self.refused(404, "NoSuchKey")
         content = (folder / name).read_bytes()

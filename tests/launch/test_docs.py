@@ -20,7 +20,7 @@ from tests.launch.small import last_step, wait_for_step, write_configs
 PAGES = ["README.md", *sorted(str(path) for path in Path("docs").glob("*.md"))]
 # No command, but what one looks like.
 PLACEHOLDERS = re.compile(r"\[--|\.\.\.|…|\b(WHERE|TABLE|COMMAND|MIN:MAX)\b|configs/CONFIG")
-KNOWN_PROGRAMS = {"pip", "pytest", "docker", "sbatch", "createdb", "export", "mkdir", "mlflow", "kubectl"}
+KNOWN_PROGRAMS = {"pip", "pytest", "docker", "sbatch", "apt-get", "createdb", "export", "mkdir", "mlflow", "kubectl"}
 WORK = [  # where a command's own work begins, once it has understood what it was given
     "moco_dist.distributed.collectives.process_group", "moco_dist.planning.arithmetic.sizes",
     "moco_dist.doctor.logs.run", "moco_dist.doctor.hosts.findings", "moco_dist.data.pairs.view_pairs",

@@ -93,6 +93,32 @@ def test_a_store_that_refuses_says_what_to_set_and_no_secret(server, folder, buc
     assert len(asked(folder)) <= 3  # a refusal is no hiccup
 
 
+@pytest.fixture
+def azure(server, monkeypatch):
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "tester")
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_KEY", "YS1zZWNyZXQtb2YtdGVzdHM=")
+    monkeypatch.setenv("AZURE_STORAGE_ENDPOINT", f"{server}/azure")
+
+
+def test_azure_names_an_object_in_a_listing_and_alone_as_the_same_one(azure, folder):
+    found = find_images(Url("az://set"), "train")
+    assert in_a_child(lambda: contents(found)) == ALL
+    write_tar(folder / "train.tar", [(name, content) for name, content in reversed(IMAGES)])
+    error = in_a_child(lambda: contents(found))
+    assert type(error) is UserError and str(error).endswith("it has changed since its images were listed; start again")
+
+
+def test_azure_says_that_there_is_no_container_and_that_a_key_is_damaged(azure, monkeypatch):
+    error = in_a_child(lambda: find_images(Url("az://other"), "train"))
+    assert isinstance(error, UserError) and str(error) == "az://other cannot be read: there is no bucket az://other"
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_KEY", "not base 64")
+    error = in_a_child(lambda: find_images(Url("az://set"), "train"))
+    assert isinstance(error, UserError) and str(error) == (
+        "az://set cannot be read: the environment's credentials are damaged (AZURE_STORAGE_ACCOUNT_NAME and "
+        "AZURE_STORAGE_ACCOUNT_KEY)"
+    )
+
+
 @pytest.mark.parametrize("how", ["trickles", "stops", "stalls"])
 def test_a_server_that_sends_half_an_object_is_not_waited_for_for_ever(server, folder, how):
     root = Url(f"{server}/{how}/train.tar")

@@ -51,8 +51,10 @@ _RIGHTS = {
     "az": "the role Storage Blob Data Reader is needed", "https": "no credentials are sent to a web server",
     "http": "no credentials are sent to a web server",
 }  # fmt: skip
-# Codes of S3, by what is wrong.
-_OF_CREDENTIALS = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"}
+# Codes of S3 and Azure, by what is wrong.
+_OF_CREDENTIALS = {
+    "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "AuthenticationFailed",
+}  # fmt: skip
 _OF_REGION = {"AuthorizationHeaderMalformed", "PermanentRedirect", "IllegalLocationConstraintException"}
 # A mistake, if a start finds it.
 _MISTAKES = {errno.EACCES, errno.ENOKEY, errno.EINVAL}
@@ -188,7 +190,10 @@ def _key(url: Url) -> str:
 
 
 def _object(row: Any) -> Object:
-    return Object(row["size"], row["e_tag"] or "", int(row["last_modified"].timestamp() * 1_000_000) * 1_000)
+    tag = row["e_tag"] or ""
+    if tag and not tag.startswith(('"', "W/")):
+        tag = f'"{tag}"'  # Azure's listing leaves out the quotes that a tag has in every other answer
+    return Object(row["size"], tag, int(row["last_modified"].timestamp() * 1_000_000) * 1_000)
 
 
 def _has_changed(known: Object, now: Object) -> bool:
@@ -223,7 +228,9 @@ def _reason(text: str, url: Url, error: Exception) -> tuple[int, str]:
     code = re.search(r"<Code>(\w+)</Code>", text)
     status = re.search(r"status code: (\d{3}[^:\n]*)", text)
     said = " ".join(part for part in (status and status[1].strip(), code and f"({code[1]})") if part)
-    if code and code[1] == "NoSuchBucket":
+    if "Invalid Access Key" in text:  # it is not in base 64
+        return errno.EACCES, f"the environment's credentials are damaged ({_CREDENTIALS[url.scheme]})"
+    if code and code[1] in ("NoSuchBucket", "ContainerNotFound"):
         return errno.ENOENT, f"there is no bucket {url.store}"
     if (code and code[1] in _OF_REGION) or "incorrectly configured region" in text:
         right = re.search(r"expecting '([\w-]+)'", text)

@@ -76,13 +76,19 @@ def test_packing(command, tmp_path, signum):
     assert (tmp_path / "x.beton").read_bytes() == pack(tmp_path / "set", tmp_path / "whole.beton").read_bytes()
 
 
+def cpu_seconds(process):
+    """Its own: how far it is hardly depends on what else runs."""
+    return sum(psutil.Process(process.pid).cpu_times()[:2])
+
+
 def steps_of_two_calls(command, words):
-    """Where the first call and the second one were stopped, each some time after it had begun to load images."""
+    """Where the first call and the second one were stopped, each after some work since it had begun to load images."""
     steps = []
     for signum in (signal.SIGTERM, signal.SIGINT):
         process = command(*words, "--data.num-workers", "1")
         wait_until(psutil.Process(process.pid).children, process)
-        time.sleep(3)
+        begun = cpu_seconds(process)
+        wait_until(lambda begun=begun, process=process: cpu_seconds(process) > begun + 6, process)
         steps.append(int(re.fullmatch(r"saved at step (\d+)", stopped(process, signum))[1]))
     return steps
 

@@ -13,6 +13,7 @@ packages give the same patches. A variant is the recipe with one thing changed. 
 import argparse
 import json
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -140,7 +141,10 @@ def main() -> None:
         if args.quick:
             cut(data, {f"noise{seed}": noise(seed) for seed in range(2)}, num_train=24, num_val=8)
         elif not data.exists():
-            cut(data, photographs(), NUM_TRAIN, NUM_VAL)
+            partial = data.with_name(f"{data.name}.partial")  # a set that was cut by half is not taken for one
+            shutil.rmtree(partial, ignore_errors=True)
+            cut(partial, photographs(), NUM_TRAIN, NUM_VAL)
+            partial.rename(data)
         rows = [] if args.earlier == "drop" else results.earlier_rows("patches", "cpu", settings=settings)
         known = [] if args.earlier == "replace" else [(row["variant"], row["seed"]) for row in rows]
         wanted = [(variant, seed) for variant in args.variants for seed in args.seeds]

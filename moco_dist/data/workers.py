@@ -21,7 +21,8 @@ from moco_dist.data.ahead import ahead
 from moco_dist.data.decode import CropsFor, cut
 from moco_dist.data.folder import read_bytes
 from moco_dist.data.images import ImageFolder
-from moco_dist.data.processes import empty, made_by_processes
+from moco_dist.data.processes import made_by_processes
+from moco_dist.data.shared_memory import empty
 from moco_dist.data.tasks import DecodeTask, TaskOf, with_successors
 from moco_dist.distributed.world import World
 from moco_dist.errors import LoadingError
@@ -54,6 +55,7 @@ class Files:
 
     def __init__(self, folder: ImageFolder) -> None:
         self.folder, self.root = folder, folder.root
+        self._prefix = f"{folder.disk_root}/"  # to join by pathlib takes as long as to read
 
     def __len__(self) -> int:
         return len(self.folder.paths)
@@ -63,8 +65,8 @@ class Files:
 
     def cut(self, sample: int, size: int, crops_for: CropsFor) -> list[Tensor]:
         """The views of one of them, as `decode.cut`."""
-        path = self.folder.disk_root / self.folder.paths[sample]
-        return cut(read_bytes(path), str(path), size, crops_for)
+        path = self._prefix + self.folder.paths[sample]
+        return cut(read_bytes(path), path, size, crops_for)
 
 
 class Batches(Generic[T]):

@@ -2,6 +2,7 @@
 
 import errno
 import os
+from pathlib import Path
 
 import pytest
 
@@ -39,7 +40,7 @@ def stumble(monkeypatch, root, times):
     original, ends, preadv = storage.read_file, dali_loader._ends, os.preadv
 
     def read_bytes(path):
-        fails(path.name == BAD)
+        fails(Path(path).name == BAD)
         return original(path)
 
     def first_and_last_bytes(path):

@@ -1,5 +1,6 @@
 """Worker processes: what they hand over, and what their rank learns when one cannot."""
 
+import contextlib
 import errno
 import importlib
 import itertools
@@ -16,7 +17,8 @@ import torch
 
 from moco_dist.data import processes
 from moco_dist.data.images import ImageError
-from moco_dist.data.processes import empty, made_by_processes
+from moco_dist.data.processes import made_by_processes
+from moco_dist.data.shared_memory import empty
 from moco_dist.errors import LoadingError
 
 
@@ -40,6 +42,54 @@ def test_items_arrive_whole_and_in_order(num_workers):
         assert torch.equal(item["small"], torch.arange(number))
         item["views"][0].fill_(0)  # memory of the rank's own
         assert (item["views"][1] == number).all()
+
+
+def of_any_size(number):
+    sizes = [40_000 + 1_000 * (7 * number % 11), 80_003 - 9_000 * (number % 3)]
+    return [
+        torch.full((size,), number, dtype=dtype) for size, dtype in zip(sizes, (torch.int64, torch.uint8), strict=True)
+    ]
+
+
+def whole(item, number):
+    return all((part == number).all() for part in item)
+
+
+def blocks_of_worker():
+    (worker,) = multiprocessing.active_children()
+    links = []
+    for name in os.listdir(f"/proc/{worker.pid}/fd"):
+        with contextlib.suppress(FileNotFoundError):  # a socket's copy, closed since
+            links.append(os.readlink(f"/proc/{worker.pid}/fd/{name}"))
+    return sum("memfd" in link for link in links) // 2  # the block's own descriptor, and the map's
+
+
+def test_memory_of_dropped_items_is_used_again():
+    most, depth = 0, 2
+    for number, item in enumerate(made_by_processes(large, range(60), 1, depth)):
+        assert (item["views"][1] == number).all()
+        assert (item["other"] == number).all()
+        most = max(most, blocks_of_worker())
+    assert most <= 2 * (depth + 2)  # two tensors an item: those ahead, the one looked at and the one before
+
+
+def test_an_item_that_is_kept_stays_as_it_was():
+    kept = {}
+    for number, item in enumerate(made_by_processes(large, range(40), 1, 2)):
+        part = item["views"][1]  # refers to the memory by itself
+        if number % 3 == 0:
+            kept[number] = part[:, 1]
+        del item, part
+    assert all((part == number).all() for number, part in kept.items())
+
+
+def test_items_of_any_size_take_no_more_memory_than_those_in_use():
+    kept, most = {}, 0
+    for number, item in enumerate(made_by_processes(of_any_size, range(60), 1, 3)):
+        kept = {**dict(list(kept.items())[-2:]), number: item}
+        assert all(whole(item, number) for number, item in kept.items())
+        most = max(most, blocks_of_worker())
+    assert most <= 2 * (3 + 4)
 
 
 def test_nothing_is_left_open():

@@ -13,6 +13,7 @@ FORBIDDEN_IMPORTS = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shel
 # nothing from outside.
 BETWEEN_OWN_PROCESSES = {
     "moco_dist/data/processes.py",
+    "moco_dist/data/shared_memory.py",
     "benchmarks/checkpoint_planning.py",
 }
 # Others' JSON is read by files.parsed_json: nested deeply enough it ends json.loads by an error of its own.

@@ -1,6 +1,7 @@
 """`moco-dist detect`."""
 
 from moco_dist.cli.configured import config_or_help
+from moco_dist.cli.imports import quick_imports
 from moco_dist.cli.ranks import ranks
 from moco_dist.config.evaluate import DetectConfig
 
@@ -10,8 +11,9 @@ def main(words: list[str]) -> int:
     config = config_or_help("detect", DetectConfig, words)
     if config is None:
         return 0
-    from moco_dist.evaluate.detection.run import run_detection
-    from moco_dist.tracking import Tracker
+    with quick_imports():
+        from moco_dist.evaluate.detection.run import run_detection
+        from moco_dist.tracking import Tracker
 
     with ranks(config) as world:
         result = run_detection(config, world)

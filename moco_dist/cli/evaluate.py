@@ -1,6 +1,7 @@
 """`moco-dist knn`, `moco-dist linear` and `moco-dist finetune`."""
 
 from moco_dist.cli.configured import config_or_help
+from moco_dist.cli.imports import quick_imports
 from moco_dist.cli.ranks import ranks
 from moco_dist.config.evaluate import FinetuneConfig, KnnConfig, LinearConfig
 
@@ -24,10 +25,11 @@ def finetune(words: list[str]) -> int:
 
 
 def _evaluate(command: str, config: KnnConfig | LinearConfig | FinetuneConfig) -> int:
-    from moco_dist.evaluate.finetune import run_finetune
-    from moco_dist.evaluate.knn import run_knn
-    from moco_dist.evaluate.linear import run_linear
-    from moco_dist.tracking import Tracker
+    with quick_imports():
+        from moco_dist.evaluate.finetune import run_finetune
+        from moco_dist.evaluate.knn import run_knn
+        from moco_dist.evaluate.linear import run_linear
+        from moco_dist.tracking import Tracker
 
     with ranks(config) as world:
         if isinstance(config, KnnConfig):

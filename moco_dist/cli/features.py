@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 from moco_dist.cli.arguments import Parser
+from moco_dist.cli.imports import quick_imports
 from moco_dist.cli.ranks import ranks
 from moco_dist.config.address import Url
 from moco_dist.config.architectures import KNOWN
@@ -42,7 +43,8 @@ def main(words: list[str]) -> int:
     flags = [word for setting, value in given.items() for word in (f"--{setting}", value)]
     config = read_config(EvalConfig, None, ["--run-dir", str(parts), *flags])
     with ranks(config) as world:
-        from moco_dist.evaluate.any_images import look_at, open_backbone, require_suffix, write_features
+        with quick_imports():
+            from moco_dist.evaluate.any_images import look_at, open_backbone, require_suffix, write_features
 
         require_suffix(args.out)
         size, precision = config.data.image_size, config.precision

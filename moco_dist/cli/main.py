@@ -1,11 +1,14 @@
 """The `moco-dist` command: finds the module of a command, and turns mistakes into lines."""
 
+import atexit
 import contextlib
 import importlib
 import os
 import signal
 import sys
+import threading
 import traceback
+from typing import NoReturn
 
 from moco_dist.cli.streams import let_lines_be_lost, open_closed_descriptors
 from moco_dist.config.credentials import redacted_output
@@ -53,6 +56,19 @@ On several GPUs: torchrun --nproc-per-node N -m moco_dist COMMAND ...
 --debug shows where an error came from; --version the version."""
 
 
+def command() -> NoReturn:
+    """`moco-dist`, as a process: `main`, and an end that does not take apart all that torch has brought, for a second.
+
+    Where a GPU was used Python ends in its own way: profilers of CUDA write then what they have seen.
+    """
+    status = main()
+    others = (thread for thread in threading.enumerate() if thread is not threading.main_thread())
+    if "torch" not in sys.modules or _has_used_cuda() or not all(thread.daemon for thread in others):
+        raise SystemExit(status)
+    atexit._run_exitfuncs()
+    _end(status)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit status. A user's mistake is one line each, without a traceback.
 
@@ -78,10 +94,7 @@ def main(argv: list[str] | None = None) -> int:
             traceback.print_exc()
             status = EXIT_FAILURE
     if status and _is_among_ranks():
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError):
-                stream.flush()
-        os._exit(status)
+        _end(status)
     return status
 
 
@@ -125,6 +138,18 @@ def _run(argv: list[str]) -> int:
 def _is_among_ranks() -> bool:
     """Whether this process has a process group that nothing has ended."""
     return "torch.distributed" in sys.modules and sys.modules["torch.distributed"].is_initialized()
+
+
+def _has_used_cuda() -> bool:
+    return "torch.cuda" in sys.modules and sys.modules["torch.cuda"].is_initialized()
+
+
+def _end(status: int) -> NoReturn:
+    """End this process at once."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(status)
 
 
 def _dispatch(argv: list[str]) -> int:

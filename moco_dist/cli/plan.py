@@ -4,6 +4,7 @@ from pathlib import Path
 
 from moco_dist.cli.arguments import Parser, require_positive
 from moco_dist.cli.configured import config_or_help
+from moco_dist.cli.imports import quick_imports
 from moco_dist.config.pretrain import PretrainConfig, require_sizes
 
 
@@ -34,7 +35,8 @@ def main(words: list[str]) -> int:
     assert config is not None  # argparse has answered --help
     require_sizes(config, args.nodes * args.gpus_per_node)
 
-    from moco_dist.method.build import settled
+    with quick_imports():
+        from moco_dist.method.build import settled
 
     config = settled(config)
     heading = (f"{config.model.arch}, {config.data.image_size} px, {config.optim.global_batch_size} samples a step on "

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from moco_dist.cli.configured import config_or_help
+from moco_dist.cli.imports import quick_imports
 from moco_dist.cli.ranks import ranks
 from moco_dist.config.pretrain import PretrainConfig
 
@@ -20,8 +21,9 @@ def main(words: list[str]) -> int:
 
 def trained(config: PretrainConfig) -> tuple[Path, bool]:
     """Pre-train with the ranks that this process is among; the last checkpoint, and whether this is rank 0."""
-    from moco_dist import train
-    from moco_dist.tracking import Tracker
+    with quick_imports():
+        from moco_dist import train
+        from moco_dist.tracking import Tracker
 
     with ranks(config) as world, Tracker.for_pretraining(config, world) as tracker:
         return train.pretrain(config, world, tracker), world.is_main

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from moco_dist.cli.imports import quick_imports
 from moco_dist.config.evaluate import DetectConfig, EvalConfig
 from moco_dist.config.pretrain import PretrainConfig, require_sizes
 
@@ -25,11 +26,11 @@ def ranks(config: PretrainConfig | EvalConfig | DetectConfig) -> Iterator["World
         InfrastructureError: NCCL cannot use this machine's devices or network.
     """
     _allow_open_files()
-    # torch, and everything that needs it, is imported once the flags are known to be right.
-    from moco_dist.distributed.collectives import process_group
-    from moco_dist.distributed.heartbeat import Heartbeat
-    from moco_dist.distributed.world import world_from_env
-    from moco_dist.run.lock import locked
+    with quick_imports():  # once the flags are known to be right
+        from moco_dist.distributed.collectives import process_group
+        from moco_dist.distributed.heartbeat import Heartbeat
+        from moco_dist.distributed.world import world_from_env
+        from moco_dist.run.lock import locked
 
     if not isinstance(config, PretrainConfig):
         world = world_from_env(config.device)

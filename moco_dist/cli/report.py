@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from moco_dist.cli.arguments import Parser
+from moco_dist.cli.imports import quick_imports
 from moco_dist.config.address import Url
 from moco_dist.run.folder import RunFolder
 
@@ -19,11 +20,12 @@ def main(words: list[str]) -> int:
     if args.data_root:
         config = config.model_copy(update={"data": config.data.model_copy(update={"root": args.data_root})})
 
-    from moco_dist.report.contact_sheet import pairs_for_report, stored_images
-    from moco_dist.report.map import map_of_run
-    from moco_dist.report.page import accuracy_table, write_report
-    from moco_dist.run.results import nearest_examples
-    from moco_dist.tracking import Tracker, ui_command
+    with quick_imports():
+        from moco_dist.report.contact_sheet import pairs_for_report, stored_images
+        from moco_dist.report.map import map_of_run
+        from moco_dist.report.page import accuracy_table, write_report
+        from moco_dist.run.results import nearest_examples
+        from moco_dist.tracking import Tracker, ui_command
 
     neighbours = nearest_examples(run_dir, before, config.data.root)
     indices = RunFolder(run_dir).indices

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from moco_dist.cli.arguments import Parser
+from moco_dist.cli.imports import quick_imports
 from moco_dist.config.architectures import KNOWN
 
 
@@ -18,7 +19,8 @@ def export(words: list[str]) -> int:
     parser.add_argument("--out", type=Path, required=True, help="file, with the format's ending, or folder to write")
     args = parser.parse_args(words)
 
-    from moco_dist.run.export import export_run
+    with quick_imports():
+        from moco_dist.run.export import export_run
 
     how = export_run(args.run_dir, args.format, args.out)
     print(f"wrote {args.out}; it loads by\n  {how}")
@@ -38,7 +40,8 @@ def import_(words: list[str]) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder of the run to make")
     args = parser.parse_args(words)
 
-    from moco_dist.run.weights import import_backbone
+    with quick_imports():
+        from moco_dist.run.weights import import_backbone
 
     import_backbone(args.file, args.arch, args.data_root, args.out, args.stem)
     print(f"{args.out} is ready; evaluate it by\n  moco-dist knn --run-dir {args.out}")

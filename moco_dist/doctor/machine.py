@@ -19,7 +19,7 @@ from moco_dist.run.size import checkpoint_bytes
 MEMORY = Path("/proc/meminfo")
 MEMORY_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 OTHER_GPUS = (Path("/dev/kfd"), Path("/dev/dxg"))  # AMD's, and those of a Linux in Windows
-FILES_A_WORKER = 4  # its socket, its end, and the batch that it hands over
+FILES_A_WORKER = 3  # its socket, its end, and the batch that it hands over; beside the batches that it has made
 FILES_A_RANK = 4  # rank 0's connections to it: two meshes of gloo, and the two of the store that rank 0 holds
 FILES_BESIDE = 256  # libraries, the log
 INSTALL = {  # package: modules, how to get it
@@ -44,13 +44,16 @@ def check(config: PretrainConfig, ranks_per_host: int, world_size: int) -> list[
 
 
 def memory(config: PretrainConfig, ranks: int, local_batch: int) -> Finding:
-    """Loader processes hold batches ahead of the step, in memory of their own that no /dev/shm limits."""
+    """Loader processes hold batches ahead of the step, in memory of their own that no /dev/shm limits.
+
+    Each has as many as it is ahead, and one that is used; while the next one is waited for, the last one is kept too.
+    """
     free = _free_memory()
     workers = worker_count(config.data.num_workers, ranks)
     if free is None or config.data.loader == "dali":
         return fine("memory", "not known here")
     views = 2 * local_batch * 3 * config.data.image_size**2
-    needed = ranks * (max(1, workers) * config.data.prefetch_batches + 1) * views
+    needed = ranks * (max(1, workers) * (config.data.prefetch_batches + 1) + 1) * views
     text = f"{free / 2**20:,.0f} MiB free, loaders may fill {needed / 2**20:,.0f} MiB"
     if free < needed:
         return problem("memory", f"{text}: fewer data.num_workers or data.prefetch_batches")
@@ -71,11 +74,12 @@ def _free_memory() -> int | None:
 
 
 def open_files(config: PretrainConfig, ranks: int, world_size: int) -> Finding:
-    """What rank 0 needs: connections to the other ranks, and its workers' sockets; batches' files are closed at once.
+    """What rank 0 needs: connections to the other ranks, its workers' sockets, and the memory of their batches.
 
     A run raises the soft limit to the hard one by itself.
     """
-    needed = FILES_BESIDE + worker_count(config.data.num_workers, ranks) * FILES_A_WORKER
+    workers = worker_count(config.data.num_workers, ranks)
+    needed = FILES_BESIDE + workers * (FILES_A_WORKER + config.data.prefetch_batches + 1)
     if world_size > 1:
         needed += world_size * FILES_A_RANK
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

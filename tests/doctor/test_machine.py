@@ -48,8 +48,8 @@ def test_the_hard_limit_on_files_has_to_do_for_rank_0_of_many(monkeypatch):
     assert machine.open_files(config, 8, 512).level == "ok"
     found = machine.open_files(config, 8, 1024)
     assert found.level == "error"
-    assert "a process may open 4096, and about 4384 are needed" in found.text
-    assert machine.open_files(config, 8, 1).text == "a process may open 4096, about 288 are needed"
+    assert "a process may open 4096, and about 4400 are needed" in found.text
+    assert machine.open_files(config, 8, 1).text == "a process may open 4096, about 304 are needed"
 
 
 def test_little_memory(tmp_path, monkeypatch):
@@ -64,7 +64,7 @@ def test_little_memory(tmp_path, monkeypatch):
     (tmp_path / "max").write_text(str(500 * 2**20))
     found = machine.memory(config, 1, 256)
     assert found.level == "error"
-    assert "500 MiB free, loaders may fill 1,250 MiB: fewer data.num_workers" in found.text
+    assert "500 MiB free, loaders may fill 1,838 MiB: fewer data.num_workers" in found.text
 
 
 def test_weights_that_a_run_would_begin_with_are_there(tmp_path):

@@ -88,6 +88,7 @@ def test_what_is_refused_for_good_does_not_hold_up_the_rest(runs, capsys):
 
 def test_a_server_that_is_never_there_and_a_sync_later(runs, tmp_path, monkeypatch, capsys):
     """A whole run, resumed once, an evaluation and a report; then the database is where the server should have been."""
+    monkeypatch.chdir(tmp_path)  # where MLflow puts what a server would have taken
     run_dir = runs / "a"
     page = tmp_path / "index.html"
     page.write_text("page")

@@ -148,8 +148,8 @@ def _on(x: Tensor, operation: Callable[[Tensor, Tensor], Tensor], values: Tensor
     rows = values.reshape(len(x), -1)[:, 0].nonzero()[:, 0]
     if len(rows) == len(x):
         return operation(x, values)
-    if len(rows):
-        x[rows] = operation(x[rows], values[rows])
+    if len(rows):  # x[rows] would copy value by value
+        x.index_copy_(0, rows, operation(x.index_select(0, rows), values.index_select(0, rows)))
     return x
 
 

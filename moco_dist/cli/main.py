@@ -59,11 +59,12 @@ On several GPUs: torchrun --nproc-per-node N -m moco_dist COMMAND ...
 def command() -> NoReturn:
     """`moco-dist`, as a process: `main`, and an end that does not take apart all that torch has brought, for a second.
 
-    Where a GPU was used Python ends in its own way: profilers of CUDA write then what they have seen.
+    Where a GPU was used Python ends in its own way: profilers of CUDA write then what they have seen. So it does after
+    an error: torchrun ends the other ranks as soon as one has failed, and they may be about to say the same.
     """
     status = main()
     others = (thread for thread in threading.enumerate() if thread is not threading.main_thread())
-    if "torch" not in sys.modules or _has_used_cuda() or not all(thread.daemon for thread in others):
+    if status or "torch" not in sys.modules or _has_used_cuda() or not all(thread.daemon for thread in others):
         raise SystemExit(status)
     atexit._run_exitfuncs()
     _end(status)

@@ -62,7 +62,8 @@ class KeyExchange:
         wait = start_all_to_all_rows(rows[:num_sent], route.send_counts, route.receive_counts, self._group)
 
         def finish() -> CropBatch:
-            gathered = torch.cat([wait(), rows[num_sent:]])  # [...] would copy it pixel by pixel, eight times as long
+            gathered = torch.cat([wait(), rows[num_sent:]]) if num_sent < len(rows) else wait()
+            # By [...] a CPU would copy value by value, which takes eight times as long.
             keys = gathered.index_select(0, to_device(route.gathered_rows, gathered.device))
             return replace(batch, view_k=keys.permute(0, 3, 1, 2) if is_channels_last else keys)
 

@@ -113,7 +113,7 @@ class PackedFile:
     def _content(self, sample: int) -> tuple[bytearray | NDArray[np.uint8], str]:
         """A JPEG file or pixels (H, W, 3), and the image's name."""
         beton, row = self._open(), self._rows[sample]
-        name = f"{self.folder.root / self.folder.paths[sample]}"
+        name = f"{self.folder.root}/{self.folder.paths[sample]}"  # to join by pathlib takes as long as to read
         if problem := beton.problem(row):
             raise ImageError(f"cannot read image {name}: {problem}")
         try:

@@ -4,6 +4,7 @@ import errno
 import os
 import socket
 import time
+from pathlib import Path
 
 import pytest
 
@@ -48,6 +49,17 @@ def test_a_missing_file_is_not_waited_for(tmp_path, waits):
     with pytest.raises(ImageError, match="no such file"):
         read_bytes(tmp_path / "a.jpg")
     assert waits == []
+
+
+def test_a_file_is_read_whole_however_little_comes_at_once(tmp_path, monkeypatch):
+    (tmp_path / "a.jpg").write_bytes(b"pixels")
+    read = os.read
+    monkeypatch.setattr(os, "read", lambda descriptor, size: read(descriptor, min(size, 4)))
+    assert read_bytes(tmp_path / "a.jpg") == b"pixels"
+
+
+def test_a_file_whose_size_is_not_told_is_read_whole():
+    assert read_bytes(Path("/proc/self/stat")).startswith(str(os.getpid()).encode())
 
 
 @pytest.mark.parametrize("kind", ["pipe", "socket", "device"])

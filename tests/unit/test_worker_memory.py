@@ -13,6 +13,7 @@ from moco_dist.data.processes import made_by_processes
 from moco_dist.data.sources import find_images
 from moco_dist.data.workers import Files
 from moco_dist.files import write_whole
+from tests.world import run
 
 IMAGES, CLASSES = 1_000_000, 10
 MAY_GROW_KB = 4_000  # a list of so many strings makes a worker grow by 76,000 kB and more
@@ -40,20 +41,26 @@ def private_kb():
     return next(int(line.split()[1]) for line in lines if line.startswith("Private_Dirty:"))
 
 
-@pytest.mark.slow
-def test_a_worker_that_has_named_a_million_images_has_grown_by_nothing(folder):
+def named_by_workers(_, folder):
+    """What each of two workers has counted, and by how many kB it has grown."""
     files = Files(find_images(folder, "train"))
     labels = files.folder.labels
 
     def names_all(_):
-        gc.disable()  # it would write into what the tests before this one have left
+        gc.disable()
         before, letters = 0, 0
         for i in range(len(files)):
             if i == len(files) // 10:  # by now this process has its own copy of where it puts what it makes
                 before = private_kb()
             letters += len(files.folder.paths[i]) + labels[i]
-        return len(files), letters, private_kb() - before
+        return len(files), int(letters), private_kb() - before
 
-    for count, letters, growth in made_by_processes(names_all, range(2), 2, 1):
+    return list(made_by_processes(names_all, range(2), 2, 1))
+
+
+@pytest.mark.slow
+def test_a_worker_that_has_named_a_million_images_has_grown_by_nothing(folder):
+    """In processes of a young rank: a worker has its own copy of any page of what tests have left that it writes to."""
+    for count, letters, growth in run(named_by_workers, 1, folder)[0]:
         assert (count, letters) == (IMAGES, IMAGES * 32 + IMAGES * (CLASSES - 1) // 2)
         assert growth < MAY_GROW_KB

@@ -23,7 +23,7 @@ from tests.world import run
 STEPS = 10
 # Float32 rounding moves a few values over the corner of a ReLU, where the gradient jumps: from there on two runs part,
 # a little more with each step (float64 ones do not: test_against_reference.py). A small learning rate keeps them close
-# for 10 steps: the figures are more than three times what is found.
+# for 10 steps: the figures are about three times what was found after 20.
 TOLERANCE = {"losses": 2e-3, "query_encoder": 0.05, "key_encoder": 0.05, "queue": 0.02}
 BASE_LR = {"sgd": 5e-4, "lars": 0.1}
 

@@ -48,10 +48,8 @@ def named_by_workers(_, folder):
 
     def names_all(_):
         gc.disable()
-        before, letters = 0, 0
+        before, letters = private_kb(), 0
         for i in range(len(files)):
-            if i == len(files) // 10:  # by now this process has its own copy of where it puts what it makes
-                before = private_kb()
             letters += len(files.folder.paths[i]) + labels[i]
         return len(files), int(letters), private_kb() - before
 
